@@ -1,0 +1,118 @@
+"""One decode step in plain PyTorch: what every kernel is tested against, on any device and dtype.
+
+The five steps are those of SparQ Attention (Ribar et al., arXiv 2312.04985, algorithm 1), with one set of components
+and one set of positions for all query heads of a KV head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import num_blocks
+
+
+def decode_reference(
+    query: Tensor,
+    key: Tensor,
+    key_components: Tensor,
+    value: Tensor,
+    value_sum: Tensor,
+    length: Tensor,
+    start: Tensor | None,
+    mask: Tensor | None,
+    *,
+    r: int,
+    k: int,
+    k_divisor: int | None,
+    local: int | None,
+    scale: float,
+    softcap: float | None,
+    mean_value: bool,
+    return_positions: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results as in `operator.decode`; the arguments must have been checked.
+
+    float64 inputs are computed in float64, everything else in float32.  `positions` is [B, Hkv, 1, 0] unless asked for.
+    """
+    batch, num_heads, _, head_dim = query.shape
+    num_kv_heads, cached = key.shape[1], key.shape[2]
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    q = query.to(compute).reshape(batch, num_kv_heads, -1, head_dim)  # [B, Hkv, G, d]
+
+    valid = valid_positions(length, start, mask, cached)  # [B, S]
+    n = valid.sum(-1)  # [B]
+    budget = n.clamp(max=k) if k_divisor is None else torch.minimum(n, (n // k_divisor).clamp(min=k))
+    window = budget // 4 if local is None else budget.clamp(max=local)
+    k_max = min(cached, max(k, cached // k_divisor if k_divisor else 0))
+
+    # 1. Components: the r largest of the group's summed magnitudes.
+    magnitude = q.abs().sum(2)  # [B, Hkv, d]
+    c = magnitude.sort(dim=-1, descending=True, stable=True).indices[..., :r]  # [B, Hkv, r]
+    q_c = q.gather(-1, c[:, :, None].expand(-1, -1, q.shape[2], -1))  # [B, Hkv, G, r]
+
+    # 2. Approximate scores, with the temperature that makes up for the components left out.
+    blocks = key_components[:, :, : num_blocks(cached)]
+    k_c = blocks.gather(3, c[:, :, None, :, None].expand(-1, -1, blocks.shape[2], -1, blocks.shape[4]))
+    k_c = k_c.transpose(2, 3).flatten(3)[..., :cached].to(compute)  # [B, Hkv, r, S]
+    tau = (q_c.abs().sum(-1, keepdim=True) / q.abs().sum(-1, keepdim=True)).sqrt()
+    tau = torch.where(tau > 0, tau, 1.0)  # an all-zero query divides 0 by 0
+    approximate = soften(q_c @ k_c * (scale / tau), softcap)  # [B, Hkv, G, S]
+    s_hat = masked_softmax(approximate, valid[:, None, None])
+
+    # 3. Positions: the best by the group's summed scores, the newest `window` valid ones forced in.
+    newest_first = valid.flip(-1).cumsum(-1).flip(-1)  # [B, S]: 1 at the last valid position, 2 at the one before, ...
+    forced = valid & (newest_first <= window[:, None])
+    score = s_hat.sum(2).nan_to_num(nan=0.0)  # [B, Hkv, S]
+    score = score.masked_fill(forced[:, None], torch.inf).masked_fill(~valid[:, None], -torch.inf)
+    ranked = score.sort(dim=-1, descending=True, stable=True).indices[..., :k_max]  # [B, Hkv, k_max]
+    chosen = (torch.arange(k_max, device=q.device) < budget[:, None])[:, None]  # [B, 1, k_max]
+    p = ranked.masked_fill(~chosen, cached).sort(-1).values  # ascending, unused slots last
+    p_safe = p.clamp(max=cached - 1)
+
+    # 4. Attention over the chosen positions.  Rows of unused slots may be uninitialised: they become 0 before any product.
+    def rows(cache: Tensor) -> Tensor:
+        gathered = cache.gather(2, p_safe[..., None].expand(-1, -1, -1, head_dim)).to(compute)
+        return gathered.masked_fill(~chosen[..., None], 0.0)  # [B, Hkv, k_max, d]
+
+    logits = soften(q @ rows(key).transpose(-1, -2) * scale, softcap)  # [B, Hkv, G, k_max]
+    y = masked_softmax(logits, chosen[:, :, None]) @ rows(value)  # [B, Hkv, G, d]
+
+    # 5. Blend with the mean value by the score mass that was not attended.
+    picked = s_hat.gather(-1, p_safe[:, :, None].expand(-1, -1, q.shape[2], -1)).masked_fill(~chosen[:, :, None], 0.0)
+    everything = (budget >= n)[:, None, None]
+    alpha = torch.where(everything, 1.0, picked.sum(-1))  # [B, Hkv, G]
+    output = y
+    if mean_value:
+        mean = (value_sum.to(compute) / n.clamp(min=1)[:, None, None])[:, :, None]  # [B, Hkv, 1, d]
+        blended = alpha[..., None] * y + (1 - alpha[..., None]) * mean
+        output = torch.where(everything[..., None], y, blended)
+
+    positions = (
+        p.masked_fill(p == cached, -1)[:, :, None] if return_positions else p.new_empty(batch, num_kv_heads, 1, 0)
+    )
+    return (
+        output.reshape(batch, num_heads, 1, head_dim).to(query.dtype),
+        alpha.reshape(batch, num_heads, 1).float(),
+        positions,
+    )
+
+
+def valid_positions(length: Tensor, start: Tensor | None, mask: Tensor | None, cached: int) -> Tensor:
+    """bool [B, S]: start <= s < length, and allowed by the mask."""
+    s = torch.arange(cached, device=length.device)
+    valid = s < length[:, None]
+    if start is not None:
+        valid = valid & (s >= start[:, None])
+    return valid if mask is None else valid & mask
+
+
+def soften(logits: Tensor, softcap: float | None) -> Tensor:
+    """Gemma 2's cap on logits: softcap * tanh(logits / softcap)."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Softmax over the last axis; 0 where not allowed, and everywhere in a row that allows nothing."""
+    weights = torch.softmax(logits.masked_fill(~allowed, -torch.inf), dim=-1)
+    return weights.masked_fill(~allowed, 0.0)
