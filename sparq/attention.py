@@ -1,0 +1,187 @@
+"""The attention function of a patched model: prompts dense, as before; single new tokens sparse."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import sparq_kernels
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from sparq.cache import SparqLayer
+from sparq.step import Step
+
+# Where sparsity begins to pay: bytes of K and V that a dense step of one layer reads, by device (measured; see
+# benchmarks/README.md). Below it the fixed cost of a sparse step is larger than what it saves.
+PAYS_FROM_BYTES = {"cpu": 2 << 20}
+
+
+def sparq_attention(
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sparq_step: Step | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as transformers' `AttentionInterface` calls it.
+
+    Args:
+        base: the model's own implementation, "sdpa" or "eager", used for everything that is not sparse.
+        query: [B, Hq, Q, d]; key, value: [B, Hkv, S, d], the new tokens included.
+        attention_mask: what the mask function of `base` made: [B, 1, Q, S], or None where everything is valid.
+        sparq_step: the forward pass this belongs to, from the hook on the model. Without it (a model that only shares its
+            configuration with a patched one) the step is dense.
+
+    Returns:
+        The output [B, Q, Hq, d], and the attention weights where `base` gives them.
+    """
+    dense = partial(_dense, base, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    if sparq_step is None:
+        return dense()
+    sparq_step.attention_calls += 1
+    query_length, length = query.shape[2], key.shape[2]
+    if query_length == length or not query_length:
+        return dense()  # the prompt
+    layer_idx: int = module.layer_idx  # type: ignore[assignment]
+
+    reason = _dense_reason(sparq_step, layer_idx, query, key, kwargs)
+    plan = None
+    if reason is None:
+        plan = sparq_step.plan(attention_mask, length, key.shape[0], key.device)
+        reason = plan.dense_reason
+    counters = sparq_step.counters
+    if reason is not None or plan is None:
+        counters.dense(layer_idx, reason or "", 2 * key.numel() * key.element_size())
+        return dense()
+
+    config = sparq_step.config
+    layer = sparq_step.layer(layer_idx)
+    assert isinstance(layer, SparqLayer)
+    batch, kv_heads, _, head_dim = key.shape
+    components, value_sum = layer.index(plan.start, plan.mask)
+    r = config.components(head_dim)
+    output, alpha, _ = sparq_kernels.decode(
+        query,
+        key,
+        components,
+        value,
+        value_sum,
+        length=plan.length,
+        start=plan.start,
+        mask=plan.mask,
+        r=r,
+        k=config.min_k,
+        k_divisor=config.k_divisor,
+        local=config.local,
+        scale=scaling,
+        softcap=kwargs.get("softcap"),
+        mean_value=config.mean_value,
+    )
+    per_position = kv_heads * key.element_size()
+    counters.sparse(
+        layer_idx,
+        alpha,
+        positions_cached=plan.valid,
+        positions_read=plan.read,
+        bytes_read=per_position * (plan.valid * r + 2 * plan.read * head_dim + 4 * batch * head_dim),
+        bytes_dense=per_position * 2 * plan.valid * head_dim,
+    )
+    return output.transpose(1, 2), None
+
+
+def _dense_reason(step: Step, layer_idx: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> str | None:
+    """Why this layer's step has to be dense, as far as its mask does not decide it; None: it can be sparse."""
+    layer = step.layer(layer_idx)
+    if kwargs.get("sliding_window") is not None or getattr(layer, "is_sliding", False):
+        return "sliding-window layer"
+    if query.shape[2] > 1:
+        return "several new tokens at once"
+    if layer_idx < step.config.dense_layers:
+        return "one of the first dense_layers"
+    if not isinstance(layer, SparqLayer):
+        if type(layer) is DynamicLayer:
+            return "the cache was not seen before this step"
+        kind = "no cache" if layer is None else f"a cache layer of type {type(layer).__name__}"
+        _warn_once(f"sparq: {kind} cannot be read sparsely; decoding stays dense and gains nothing")
+        return f"{kind} cannot be read sparsely"
+    if key.shape[2] != layer.get_seq_length():
+        return "the keys given to attention are not those of the cache"
+    for name in ("position_bias", "s_aux"):
+        if kwargs.get(name) is not None:
+            return f"attention with {name}"
+    if kwargs.get("output_attentions"):
+        return "attention weights were asked for"
+    min_length = step.config.min_length
+    if min_length is None:
+        bytes_per_position = 2 * key.numel() // key.shape[2] * key.element_size()
+        min_length = PAYS_FROM_BYTES.get(key.device.type, 0) // bytes_per_position
+    if key.shape[2] < min_length:
+        return "shorter than min_length"
+    return None
+
+
+def _dense(
+    base: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    if base == "eager":
+        return _eager(module)(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if query.shape[2] == 1 and query.device.type == "cpu" and kwargs.get("position_bias") is None:
+        # On the CPU SDPA is several times faster with the group packed into the query axis than with enable_gqa.
+        batch, heads, _, head_dim = query.shape
+        output = nn.functional.scaled_dot_product_attention(
+            query.reshape(batch, key.shape[1], -1, head_dim),
+            key,
+            value,
+            attn_mask=attention_mask
+            if attention_mask is None or attention_mask.shape[1] == 1
+            else attention_mask.reshape(batch, key.shape[1], -1, key.shape[2]),
+            dropout_p=dropout,
+            scale=scaling,
+        )
+        return output.reshape(batch, 1, heads, -1), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def _eager(module: nn.Module) -> Callable:
+    """The `eager_attention_forward` beside the attention class of `module`, or beside the class that it extends."""
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise RuntimeError(f"{type(module).__name__} has no eager attention function")
+
+
+def _warn_once(message: str) -> None:
+    # The default filter shows a warning once per place and text.
+    warnings.warn(message, stacklevel=2)
+
+
+IMPLEMENTATIONS = {"sdpa": "sparq", "eager": "sparq_eager"}  # the model's own implementation → its patched one
+
+
+def register() -> None:
+    """Make the implementations known to transformers (idempotent)."""
+    for base, mask_function in (("sdpa", sdpa_mask), ("eager", eager_mask)):
+        AttentionInterface.register(IMPLEMENTATIONS[base], partial(sparq_attention, base))
+        AttentionMaskInterface.register(IMPLEMENTATIONS[base], mask_function)

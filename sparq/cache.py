@@ -1,0 +1,248 @@
+"""A layer of a transformers cache that also holds what SparQ reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sparq_kernels import BLOCK, layout
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class SparqLayer(DynamicLayer):
+    """One attention layer's cache: a `DynamicLayer` whose storage grows by doubling, with an index for SparQ.
+
+    The index is the component copy of K (`layout.py` of sparq_kernels) and the sum of V over the valid positions. Both are
+    extended to the current length when a sparse step asks for them (`index`), so a prompt, a chunk of tokens or an
+    ordinary cache that was already filled costs nothing extra until then, and a dense model can use the layer as it is.
+
+    `keys` and `values` are views [B, Hkv, length, d] of the storage [B, Hkv, capacity, d]; assigning a tensor to them
+    adopts it as the storage and drops the index, so code that knows only `DynamicLayer` stays right.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._drop_storage()
+        super().__init__(**kwargs)
+
+    @classmethod
+    def adopt(cls, layer: DynamicLayer) -> SparqLayer:
+        """A SparQ layer in place of `layer`, which may hold tokens already; its tensors are copied when it next grows."""
+        new = cls()
+        if layer.is_initialized:
+            new.dtype, new.device, new.is_initialized = layer.dtype, layer.device, True
+            if layer.get_seq_length() > 0:
+                new.keys, new.values = layer.keys, layer.values
+        return new
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        return None if self._key_storage is None else self._key_storage[:, :, : self._length]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._key_storage, self._owned = keys, False
+        self._length = 0 if keys is None else keys.shape[2]
+        self._drop_index()
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return None if self._value_storage is None else self._value_storage[:, :, : self._length]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._value_storage, self._owned = values, False
+        self._drop_index()
+
+    def _drop_storage(self) -> None:
+        self._key_storage: Tensor | None = None
+        self._value_storage: Tensor | None = None
+        self._owned = False  # an adopted tensor may be in use elsewhere: it is read, never written
+        self._length = 0
+        self._drop_index()
+
+    def _drop_index(self) -> None:
+        self.components: Tensor | None = None  # [B, Hkv, capacity / BLOCK, d, BLOCK]
+        self.indexed = 0  # positions that `components` covers
+        self.value_sum: Tensor | None = None  # [B, Hkv, d] float32, over the valid ones of the first `summed` positions
+        self.summed = 0
+        self.summed_start: Tensor | None = None  # [B] int64, the first valid position of each row; None: 0
+        self.summed_mask: Tensor | None = None  # [B, >= summed] bool, further invalid positions; None: there are none
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [B, Hkv, n, d] new keys and values; returns views of all of them, [B, Hkv, length, d]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self._length, self._length + key_states.shape[2]
+        keys, values = self._make_room(key_states, value_states, end)
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        self._length = end
+        return keys[:, :, :end], values[:, :, :end]
+
+    def _make_room(self, key_states: Tensor, value_states: Tensor, needed: int) -> tuple[Tensor, Tensor]:
+        """Storage that can be written up to position `needed`; it doubles when it grows."""
+        keys, values = self._key_storage, self._value_storage
+        if keys is not None and values is not None and self._length:
+            for old, new, name in ((keys, key_states, "key_states"), (values, value_states, "value_states")):
+                if (old.shape[:2], old.shape[3]) != (new.shape[:2], new.shape[3]):
+                    raise ValueError(
+                        f"{name} must match the cached [batch, heads, length, head_dim] of {tuple(old.shape)} "
+                        f"in all but the length, got {tuple(new.shape)}"
+                    )
+            if self._owned and needed <= keys.shape[2] and _writable(keys):
+                return keys, values
+            needed = max(needed, 2 * self._length)
+        capacity = -(-needed // BLOCK) * BLOCK
+        self._key_storage = _grown(keys, key_states, self._length, capacity)
+        self._value_storage = _grown(values, value_states, self._length, capacity)
+        self._owned = True
+        return self._key_storage, self._value_storage
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of storage held: K, V, the component copy of K and the sum of V, growth slack included."""
+        held = (self._key_storage, self._value_storage, self.components, self.value_sum)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+    @torch.no_grad()
+    def index(self, start: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Bring the index up to the current length and return it.
+
+        Args:
+            start: [B] int64, first valid position of each row (left padding). None: 0.
+            mask: [B, length] bool, further invalid positions. None: there are none.
+
+        Returns:
+            The component copy of K, [B, Hkv, blocks, d, BLOCK], and the sum of V over the valid positions,
+            [B, Hkv, d] float32. Only positions added since the last call are read, unless the validity of older ones
+            has changed: then V is summed anew.
+        """
+        assert self._key_storage is not None and self._value_storage is not None
+        batch, heads, capacity, head_dim = self._key_storage.shape
+        components = self.components
+        if components is None or components.shape[2] * BLOCK < self._length or not _writable(components):
+            grown = layout.allocate_components(
+                batch, heads, capacity, head_dim, self._key_storage.dtype, self._key_storage.device
+            )
+            if components is not None:
+                used = -(-self.indexed // BLOCK)
+                grown[:, :, :used] = components[:, :, :used]
+            self.components = components = grown
+        if self.indexed < self._length:
+            layout.write_components(components, self._key_storage[:, :, self.indexed : self._length], self.indexed)
+            self.indexed = self._length
+
+        if self.value_sum is None or not self._same_validity(start, mask):
+            self.value_sum = self._value_storage.new_zeros((batch, heads, head_dim), dtype=torch.float32)
+            self.summed = 0
+        if self.summed < self._length:
+            self.value_sum = self.value_sum + self._sum_values(self.summed, self._length, start, mask)
+            self.summed = self._length
+        self.summed_start, self.summed_mask = start, mask
+        return components, self.value_sum
+
+    def _same_validity(self, start: Tensor | None, mask: Tensor | None) -> bool:
+        return _equal(self.summed_start, start) and (
+            self.summed_mask is mask
+            or (
+                self.summed_mask is not None
+                and mask is not None
+                and torch.equal(self.summed_mask[:, : self.summed], mask[:, : self.summed])
+            )
+        )
+
+    def _sum_values(self, begin: int, end: int, start: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Sum of V over the valid positions in [begin, end), [B, Hkv, d] float32."""
+        assert self._value_storage is not None
+        values = self._value_storage[:, :, begin:end]
+        if start is None and mask is None:
+            return values.sum(2, dtype=torch.float32)
+        valid = torch.ones(values.shape[0], end - begin, dtype=torch.bool, device=values.device)
+        if start is not None:
+            valid &= torch.arange(begin, end, device=values.device) >= start[:, None]
+        if mask is not None:
+            valid &= mask[:, begin:end]
+        # masked_fill, not a product: padding may hold anything, NaN included
+        return values.masked_fill(~valid[:, None, :, None], 0).sum(2, dtype=torch.float32)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if not self.is_initialized:
+            return
+        # What the argument means differs between versions of transformers: its own layer says what is left.
+        plain = DynamicLayer()
+        plain.keys, plain.values, plain.is_initialized = self.keys, self.values, True
+        plain.crop(tokens_to_remove)
+        self._length = length = plain.get_seq_length()
+        self.indexed = min(self.indexed, length)
+        if self.summed > length:
+            # A few tokens (a rejected draft) are taken back from the sum; after a longer cut it is made anew when needed.
+            if self.value_sum is not None and self.summed - length < length:
+                rest = self.value_sum - self._sum_values(length, self.summed, self.summed_start, self.summed_mask)
+                self.value_sum = rest if bool(rest.isfinite().all()) else None
+            else:
+                self.value_sum = None
+            self.summed = length
+
+    def reset(self) -> None:
+        self._drop_storage()
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda t: t[indices.to(t.device), ...])
+
+    def offload(self) -> None:
+        self._map(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self._key_storage is not None and self._key_storage.device != self.device:
+            self._map(lambda t: t.to(self.device, non_blocking=True))
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> None:
+        """Replace everything held by `f` of it: `f` works along the batch, or moves."""
+        if self._key_storage is None or self._value_storage is None:
+            return
+        self._key_storage, self._value_storage = f(self._key_storage), f(self._value_storage)
+        self._owned = True
+        self.components, self.value_sum, self.summed_start, self.summed_mask = (
+            None if t is None else f(t) for t in (self.components, self.value_sum, self.summed_start, self.summed_mask)
+        )
+
+
+def upgrade(cache: Cache) -> None:
+    """Make the plain dynamic layers of `cache` SparQ layers, in place; all other layers stay as they are."""
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = SparqLayer.adopt(layer)
+
+
+def _grown(storage: Tensor | None, states: Tensor, used: int, capacity: int) -> Tensor:
+    """Storage [B, Hkv, capacity, d] for more of `states` that begins with the `used` positions of `storage`."""
+    batch, heads, _, head_dim = states.shape
+    grown = torch.empty(batch, heads, capacity, head_dim, dtype=states.dtype, device=states.device)
+    if storage is not None and used:
+        grown[:, :, :used] = storage[:, :, :used]
+    return grown
+
+
+def _writable(tensor: Tensor) -> bool:
+    """A tensor made under `torch.inference_mode` cannot be written outside of it."""
+    return torch.is_inference_mode_enabled() or not tensor.is_inference()
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))

@@ -1,0 +1,95 @@
+"""The knobs of SparQ, checked when they are set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+MIN_COMPONENTS = 8
+MIN_POSITIONS = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparqConfig:
+    """How much of the cache a decode step reads (symbols as in SparQ Attention, arXiv 2312.04985, section 4).
+
+    Args:
+        r: components of the query used to score positions, 1..head_dim. None: head_dim / ratio, at least 8.
+        k: positions attended in full, the local window and the current token included, at least 1. None: the number of
+            valid cached positions of each batch row / (2 * ratio), at least 128, growing with the context.
+        ratio: the compression wanted of the bytes read, at least 1; fills in `r` and `k` where they are None.
+        local: the most recent positions, the current one included, that are always among the k. None: k / 4.
+        mean_value: whether the mean value stands in for the positions that were not attended.
+        dense_layers: the first layers of the model that stay dense.
+        min_length: below this number of cached positions a step is dense. None: the point where sparsity begins to pay
+            on this device. 0: every step with more than k valid positions is sparse.
+
+    Raises:
+        TypeError, ValueError: naming the knob, its value and what would be right.
+    """
+
+    r: int | None = None
+    k: int | None = None
+    ratio: float = 8
+    local: int | None = None
+    mean_value: bool = True
+    dense_layers: int = 0
+    min_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least, optional in (
+            ("r", 1, True),
+            ("k", 1, True),
+            ("local", 0, True),
+            ("dense_layers", 0, False),
+            ("min_length", 0, True),
+        ):
+            _check_int(name, getattr(self, name), least, optional)
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
+            raise TypeError(f"ratio must be a number, got {self.ratio!r} of type {type(self.ratio).__name__}")
+        if not (math.isfinite(self.ratio) and self.ratio >= 1):
+            raise ValueError(f"ratio must be a finite number of at least 1, got {self.ratio!r}")
+        if not isinstance(self.mean_value, bool):
+            raise TypeError(f"mean_value must be True or False, got {self.mean_value!r}")
+        if self.local is not None and self.local > self.min_k:
+            raise ValueError(
+                f"local must not be larger than k, which counts the local window: got local={self.local} and "
+                f"k={self.min_k}" + (" (the least that k=None gives)" if self.k is None else "")
+            )
+
+    @property
+    def min_k(self) -> int:
+        """Positions attended in full at the least (exactly, where k was given)."""
+        return MIN_POSITIONS if self.k is None else self.k
+
+    @property
+    def k_divisor(self) -> float | None:
+        """k is at least the number of valid positions divided by this; None where k was given."""
+        return 2 * self.ratio if self.k is None else None
+
+    def components(self, head_dim: int) -> int:
+        """r for heads of `head_dim` components.
+
+        Raises:
+            ValueError: where r was given and is larger than head_dim.
+        """
+        if self.r is None:
+            return min(head_dim, max(MIN_COMPONENTS, int(head_dim / self.ratio)))
+        if self.r > head_dim:
+            raise ValueError(f"r must not be larger than the model's head_dim={head_dim}, got r={self.r}")
+        return self.r
+
+    def positions(self, valid: int) -> int:
+        """k for a batch row of `valid` cached positions (never more than these)."""
+        grown = 0 if self.k_divisor is None else int(valid / self.k_divisor)
+        return min(valid, max(self.min_k, grown))
+
+
+def _check_int(name: str, value: object, least: int, optional: bool) -> None:
+    if value is None and optional:
+        return
+    kind = "an integer or None" if optional else "an integer"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be {kind}, got {value!r} of type {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -1,0 +1,197 @@
+"""`sparq.patch`: how SparQ enters a model, and leaves it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import sparq_kernels
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from sparq import attention
+from sparq.cache import upgrade
+from sparq.config import SparqConfig
+from sparq.counters import Counters, Report
+from sparq.step import Step
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+class Patch:
+    """What patching has put on a model: a hook before and after each forward pass of its decoder."""
+
+    def __init__(self, decoder: PreTrainedModel, config: SparqConfig) -> None:
+        self.config = config
+        self.counters = Counters()
+        self.own_implementation = _implementations(decoder.config)
+        self._parameters = list(inspect.signature(decoder.forward).parameters)
+        self._handles = [
+            decoder.register_forward_pre_hook(self.before, with_kwargs=True),
+            decoder.register_forward_hook(self.after, with_kwargs=True),
+        ]
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Make the cache readable for SparQ and hand it to the attention functions, which are not given it."""
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            cache = dict(zip(self._parameters, args, strict=False)).get("past_key_values")
+        if isinstance(cache, Cache):
+            upgrade(cache)
+        else:
+            cache = None
+        return args, {**kwargs, "sparq_step": Step(cache, self.config, self.counters)}
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if not kwargs["sparq_step"].attention_calls:
+            raise RuntimeError(
+                f"sparq: {type(module).__name__} did not hand its keyword arguments to the attention function, so no "
+                "step was sparse; sparq.unpatch(model) undoes the patch. Please report this model."
+            )
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Model:
+    """Make `model` decode with SparQ Attention (arXiv 2312.04985), in place.
+
+    The prompt is computed as before; each later single token reads r components of every cached key, and only k positions
+    in full. A model that is patched already gets the new knobs, and its counters start anew.
+
+    Args:
+        model: a causal language model of transformers.
+        config: the knobs; `knobs` replace single fields of it.
+        knobs: fields of `SparqConfig`: r, k, ratio, local, mean_value, dense_layers, min_length.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError, ValueError: a bad knob, or a model that SparQ cannot serve, with the reason; the model is unchanged.
+    """
+    if config is not None and not isinstance(config, SparqConfig):
+        raise TypeError(f"config must be a SparqConfig or None, got {config!r} of type {type(config).__name__}")
+    unknown = sorted(set(knobs) - {field.name for field in dataclasses.fields(SparqConfig)})
+    if unknown:
+        names = ", ".join(field.name for field in dataclasses.fields(SparqConfig))
+        raise TypeError(f"unknown knob {unknown[0]!r}; the knobs are {names}")
+    config = SparqConfig(**knobs) if config is None else dataclasses.replace(config, **knobs)
+    decoder = _decoder(model)
+    _check_served(decoder, config)
+
+    current = _patch_of(decoder)
+    if current is not None:
+        current.config, current.counters = config, Counters()
+        return model
+    attention.register()
+    own = decoder.config._attn_implementation
+    new = Patch(decoder, config)
+    try:
+        decoder.set_attn_implementation(attention.IMPLEMENTATIONS.get(own, attention.IMPLEMENTATIONS["sdpa"]))
+    except BaseException:
+        new.remove()
+        decoder.set_attn_implementation(new.own_implementation)
+        raise
+    decoder._sparq_patch = new  # type: ignore[assignment]
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Take SparQ out of `model` again, which is then as it was; does nothing to a model that is not patched.
+
+    Caches made meanwhile go on working, dense.
+    """
+    decoder = _decoder(model)
+    current = _patch_of(decoder)
+    if current is not None:
+        current.remove()
+        decoder.set_attn_implementation(current.own_implementation)
+        del decoder._sparq_patch
+    return model
+
+
+@contextmanager
+def patched(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Iterator[Model]:
+    """`patch` for the length of a `with` block; a model that was patched before gets its former knobs and counters back."""
+    former = _patch_of(_decoder(model))
+    kept = None if former is None else (former.config, former.counters)
+    patch(model, config, **knobs)
+    try:
+        yield model
+    finally:
+        if former is None or kept is None:
+            unpatch(model)
+        else:
+            former.config, former.counters = kept
+
+
+def report(model: PreTrainedModel) -> Report:
+    """What `model` has done since it was patched: print it, or take its `to_dict()`.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    decoder = _decoder(model)
+    current = _patch_of(decoder)
+    if current is None:
+        raise ValueError(f"model must be patched to have a report, this {type(model).__name__} is not")
+    return Report.of(current.counters, current.config, sparq_kernels.backend(decoder.device))
+
+
+def _decoder(model: PreTrainedModel) -> PreTrainedModel:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    return model.base_model  # type: ignore[return-value]
+
+
+def _patch_of(decoder: PreTrainedModel) -> Patch | None:
+    return vars(decoder).get("_sparq_patch")
+
+
+def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
+    """The attention implementations of a configuration and its parts, in the form `set_attn_implementation` takes."""
+    own: dict[str, Any] = {"": config._attn_implementation}
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            own[name] = _implementations(part)
+    return own
+
+
+def _check_served(decoder: PreTrainedModel, config: SparqConfig) -> None:
+    """Raise a ValueError that says why SparQ cannot serve this model, if it cannot."""
+    name, text = type(decoder).__name__, decoder.config.get_text_config(decoder=True)
+
+    def refuse(why: str) -> ValueError:
+        return ValueError(f"sparq cannot serve {name}: {why}")
+
+    if decoder.config.is_encoder_decoder:
+        raise refuse("it is an encoder-decoder model, and SparQ serves decoder-only models")
+    if getattr(text, "kv_lora_rank", None) is not None:
+        raise refuse("its attention is multi-head latent attention (MLA), which caches no keys to take components of")
+    layer_types = getattr(text, "layer_types", None) or []
+    strange = sorted(set(layer_types) - SUPPORTED_LAYER_TYPES)
+    if strange or decoder._is_stateful:
+        raise refuse(f"it has layers with no cache of keys and values ({', '.join(strange) or 'recurrent state'})")
+    if not decoder._supports_attention_backend or not decoder._can_set_attn_implementation():
+        raise refuse("its code does not use transformers' attention interface")
+    layers = [module for module in decoder.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
+    if not any(layer.is_causal for layer in layers):
+        raise refuse("it has no causal attention layer")
+    if layer_types and "full_attention" not in layer_types:
+        raise refuse(
+            f"none of its layers attends to the whole context (they are {', '.join(sorted(set(layer_types)))})"
+        )
+    if not layer_types and getattr(text, "sliding_window", None) is not None:
+        raise refuse(f"all its layers have a sliding window of {text.sliding_window}")
+    if decoder.config._attn_implementation.startswith("paged"):
+        raise refuse("it uses paged attention (continuous batching), whose cache SparQ does not read yet")
+    config.components(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)

@@ -1,0 +1,79 @@
+"""One forward pass of a patched model: what its layers share, worked out once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from sparq.config import SparqConfig
+from sparq.counters import Counters
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which cached positions a decode step may see, and how many of them it reads.
+
+    A position s of row b is valid where start[b] <= s < length[b] and mask[b, s].
+    """
+
+    length: Tensor  # [B] int64
+    start: Tensor | None  # [B] int64; None: 0
+    mask: Tensor | None  # [B, S] bool; None: no invalid positions but those before start
+    valid: int  # valid positions, summed over the batch
+    read: int  # positions read in full, summed over the batch
+    dense_reason: str | None  # why the step must be dense, if it must
+
+
+class Step:
+    """One forward pass: the cache, the knobs, and the plan that all full-attention layers share."""
+
+    def __init__(self, cache: Cache | None, config: SparqConfig, counters: Counters) -> None:
+        self.cache = cache
+        self.config = config
+        self.counters = counters
+        self.attention_calls = 0
+        self._plan: tuple[Tensor | None, int, torch.device, Plan] | None = None
+
+    def layer(self, layer_idx: int) -> Any:
+        """The cache's layer, or None where there is no such."""
+        if self.cache is None or layer_idx >= len(self.cache.layers):
+            return None
+        return self.cache.layers[layer_idx]
+
+    def plan(self, attention_mask: Tensor | None, length: int, batch: int, device: torch.device) -> Plan:
+        """The plan for a mask [B or 1, 1, 1, S] (bool, or 0 and large negative numbers), or None: everything valid."""
+        if self._plan is None or not (
+            self._plan[0] is attention_mask and self._plan[1] == length and self._plan[2] == device
+        ):
+            self._plan = (attention_mask, length, device, self._make_plan(attention_mask, length, batch, device))
+        return self._plan[3]
+
+    def _make_plan(self, attention_mask: Tensor | None, length: int, batch: int, device: torch.device) -> Plan:
+        lengths = torch.full((batch,), length, dtype=torch.int64, device=device)
+        if attention_mask is None:
+            return self._counted(lengths, None, None, [length] * batch)
+        if attention_mask.dim() != 4 or attention_mask.shape[1:3] != (1, 1) or attention_mask.shape[3] < length:
+            return Plan(lengths, None, None, 0, 0, "attention mask that differs between heads")
+        mask = attention_mask[:, 0, 0, :length].to(device).expand(batch, length)
+        if mask.dtype != torch.bool:
+            visible = mask == 0
+            if not bool((visible | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
+                return Plan(lengths, None, None, 0, 0, "attention mask with a bias")
+            mask = visible
+        valid = mask.sum(-1)
+        start = mask.to(torch.uint8).argmax(-1)  # the first valid position
+        counts, starts = valid.tolist(), start.tolist()
+        if all(count == length for count in counts):
+            return self._counted(lengths, None, None, counts)
+        if all(count == length - first for count, first in zip(counts, starts, strict=True)):
+            return self._counted(lengths, start, None, counts)
+        return self._counted(lengths, None, mask, counts)
+
+    def _counted(self, length: Tensor, start: Tensor | None, mask: Tensor | None, counts: list[int]) -> Plan:
+        read = [self.config.positions(count) for count in counts]
+        reason = "k covers the context" if read == counts else None
+        return Plan(length, start, mask, sum(counts), sum(read), reason)

@@ -1,0 +1,24 @@
+"""The versions of other libraries that SparQ works with, checked once, when it is imported."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.specifiers import SpecifierSet
+
+SUPPORTED = {"torch": ">=2.10", "transformers": ">=5.17,<6", "triton": ">=3.6"}
+OPTIONAL = {"triton"}
+
+
+def check_versions() -> None:
+    """Raise an ImportError of one line if an installed library is outside the supported range."""
+    wrong = []
+    for name, supported in SUPPORTED.items():
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            if name not in OPTIONAL:
+                wrong.append(f"{name} {supported} is needed and not installed")
+            continue
+        if not SpecifierSet(supported).contains(installed.split("+")[0], prereleases=True):
+            wrong.append(f"{name} {installed} is installed, supported is {supported}")
+    if wrong:
+        raise ImportError("sparq: " + "; ".join(wrong))
