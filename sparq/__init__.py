@@ -1,11 +1,14 @@
-"""SparQ Attention (arXiv 2312.04985) for Hugging Face models: `sparq.patch(model)` makes decoding read less of the cache."""
+"""SparQ Attention (arXiv 2312.04985) for Hugging Face models.
+
+`sparq.patch(model)` makes decoding read less of the KV cache.
+"""
 
 from sparq.versions import check_versions
 
 check_versions()
 
 from sparq.config import SparqConfig  # noqa: E402
-from sparq.patching import patch, patched, report, unpatch  # noqa: E402
 from sparq.counters import Report  # noqa: E402
+from sparq.patching import patch, patched, report, unpatch  # noqa: E402
 
 __all__ = ["Report", "SparqConfig", "patch", "patched", "report", "unpatch"]

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import sparq_kernels
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicLayer
@@ -42,8 +41,8 @@ def sparq_attention(
         base: the model's own implementation, "sdpa" or "eager", used for everything that is not sparse.
         query: [B, Hq, Q, d]; key, value: [B, Hkv, S, d], the new tokens included.
         attention_mask: what the mask function of `base` made: [B, 1, Q, S], or None where everything is valid.
-        sparq_step: the forward pass this belongs to, from the hook on the model. Without it (a model that only shares its
-            configuration with a patched one) the step is dense.
+        sparq_step: the forward pass this belongs to, from the hook on the model. Without it (a model that only shares
+            its configuration with a patched one) the step is dense.
 
     Returns:
         The output [B, Q, Hq, d], and the attention weights where `base` gives them.

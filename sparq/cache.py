@@ -14,13 +14,17 @@ from transformers.cache_utils import Cache, DynamicLayer
 class SparqLayer(DynamicLayer):
     """One attention layer's cache: a `DynamicLayer` whose storage grows by doubling, with an index for SparQ.
 
-    The index is the component copy of K (`layout.py` of sparq_kernels) and the sum of V over the valid positions. Both are
-    extended to the current length when a sparse step asks for them (`index`), so a prompt, a chunk of tokens or an
-    ordinary cache that was already filled costs nothing extra until then, and a dense model can use the layer as it is.
+    The index is the component copy of K (`layout.py` of sparq_kernels) and the sum of V over the valid positions. Both
+    are extended to the current length when a sparse step asks for them (`index`), so a prompt, a chunk of tokens or an
+    ordinary cache that was already filled costs nothing extra until then, and a dense model can use the layer as it
+    is.
 
     `keys` and `values` are views [B, Hkv, length, d] of the storage [B, Hkv, capacity, d]; assigning a tensor to them
     adopts it as the storage and drops the index, so code that knows only `DynamicLayer` stays right.
     """
+
+    _key_storage: Tensor | None
+    _value_storage: Tensor | None
 
     def __init__(self, **kwargs: Any) -> None:
         self._drop_storage()
@@ -28,7 +32,7 @@ class SparqLayer(DynamicLayer):
 
     @classmethod
     def adopt(cls, layer: DynamicLayer) -> SparqLayer:
-        """A SparQ layer in place of `layer`, which may hold tokens already; its tensors are copied when it next grows."""
+        """A SparQ layer in place of `layer`, which may hold tokens; its tensors are copied when it next grows."""
         new = cls()
         if layer.is_initialized:
             new.dtype, new.device, new.is_initialized = layer.dtype, layer.device, True
@@ -37,7 +41,7 @@ class SparqLayer(DynamicLayer):
         return new
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         return None if self._key_storage is None else self._key_storage[:, :, : self._length]
 
     @keys.setter
@@ -47,7 +51,7 @@ class SparqLayer(DynamicLayer):
         self._drop_index()
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         return None if self._value_storage is None else self._value_storage[:, :, : self._length]
 
     @values.setter
@@ -56,8 +60,7 @@ class SparqLayer(DynamicLayer):
         self._drop_index()
 
     def _drop_storage(self) -> None:
-        self._key_storage: Tensor | None = None
-        self._value_storage: Tensor | None = None
+        self._key_storage = self._value_storage = None
         self._owned = False  # an adopted tensor may be in use elsewhere: it is read, never written
         self._length = 0
         self._drop_index()
@@ -184,7 +187,7 @@ class SparqLayer(DynamicLayer):
         self._length = length = plain.get_seq_length()
         self.indexed = min(self.indexed, length)
         if self.summed > length:
-            # A few tokens (a rejected draft) are taken back from the sum; after a longer cut it is made anew when needed.
+            # A few tokens (a rejected draft) are taken back from the sum; after a longer cut it is made anew.
             if self.value_sum is not None and self.summed - length < length:
                 rest = self.value_sum - self._sum_values(length, self.summed, self.summed_start, self.summed_mask)
                 self.value_sum = rest if bool(rest.isfinite().all()) else None

@@ -63,8 +63,8 @@ class Patch:
 def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Model:
     """Make `model` decode with SparQ Attention (arXiv 2312.04985), in place.
 
-    The prompt is computed as before; each later single token reads r components of every cached key, and only k positions
-    in full. A model that is patched already gets the new knobs, and its counters start anew.
+    The prompt is computed as before; each later single token reads r components of every cached key, and only k
+    positions in full. A model that is patched already gets the new knobs, and its counters start anew.
 
     Args:
         model: a causal language model of transformers.
@@ -120,7 +120,7 @@ def unpatch(model: Model) -> Model:
 
 @contextmanager
 def patched(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Iterator[Model]:
-    """`patch` for the length of a `with` block; a model that was patched before gets its former knobs and counters back."""
+    """`patch` for the length of a `with` block; a model patched before gets its former knobs and counters back."""
     former = _patch_of(_decoder(model))
     kept = None if former is None else (former.config, former.counters)
     patch(model, config, **knobs)
