@@ -1,7 +1,7 @@
 """Texts that can only be continued by looking far back: facts that are asked for later, passages that come back.
 
 Everything is made from what each Python installation ships. `RecallText()` draws from the training text,
-`RecallText(held_out=True)` from the last 7 % of `pydoc_data.topics`, which is never trained upon.
+`RecallText(held_out=True)` from the last 7 % of `pydoc_data.topics`, which are never trained upon.
 """
 
 import functools
@@ -63,7 +63,9 @@ def training_text() -> bytes:
 
 @functools.cache
 def held_out_text() -> bytes:
-    return _documentation()[1]
+    """The documentation's end without the paragraphs that it shares with the training text (some topics overlap)."""
+    training = training_text()
+    return b"\n\n".join(part for part in _documentation()[1].split(b"\n\n") if part not in training)
 
 
 def _documentation() -> tuple[bytes, bytes]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from byte_tokenizer import save_byte_tokenizer
 from muon import Muon
 from recall_model import BOS, PAD, build, forward
 from recall_text import RecallText, Role
@@ -203,6 +204,7 @@ def main() -> None:
     log_path = arguments.output / "training-log.jsonl"
     model = train(STAGES, arguments.seed, arguments.checkpoint, log_path, arguments.resume)
     model.save_pretrained(arguments.output)
+    save_byte_tokenizer(arguments.output)
 
 
 if __name__ == "__main__":
