@@ -29,7 +29,8 @@ def allocate_components(
 ) -> Tensor:
     """Uninitialised component storage for ``capacity`` positions.
 
-    Returns a tensor [batch, num_kv_heads, ceil(capacity / BLOCK), head_dim, BLOCK].  Raises ValueError for a size below 1.
+    Returns a tensor [batch, num_kv_heads, ceil(capacity / BLOCK), head_dim, BLOCK].
+    Raises ValueError for a size below 1.
     """
     sizes = {"batch": batch, "num_kv_heads": num_kv_heads, "capacity": capacity, "head_dim": head_dim}
     for name, size in sizes.items():

@@ -47,7 +47,7 @@ def decode(
     """SparQ attention of one new token (arXiv 2312.04985, algorithm 1; the group sums the scores, not the logits).
 
     query: [B, Hq, 1, d], after RoPE.  Hq = G * Hkv; heads of a group are neighbours.
-    key, value: [B, Hkv, S, d], S the cached positions including the new one; the last axis contiguous, other strides free.
+    key, value: [B, Hkv, S, d], S the cached positions including the new one; last axis contiguous, other strides free.
     key_components: [B, Hkv, blocks, d, BLOCK], the same keys as written by `layout.write_components`.
     value_sum: [B, Hkv, d] float32 (float64 allowed with float64 inputs), the sum of V over exactly the valid positions.
     length: int64 [B], one past each row's last cached position, at most S.
@@ -66,6 +66,7 @@ def decode(
     Ties, of components and of positions, go to the lower index.  A row without valid positions gives zeros and alpha 1.
     Raises ValueError for a wrong shape, stride, device or range, TypeError for a wrong dtype.
 
+    >>> from sparq_kernels import allocate_components, decode, write_components
     >>> query, key = torch.ones(1, 2, 1, 4), torch.eye(4).expand(1, 1, 4, 4)
     >>> components = allocate_components(1, 1, 4, 4, torch.float32, "cpu")
     >>> write_components(components, key, 0)
@@ -73,7 +74,7 @@ def decode(
     >>> decode(query, key, components, key, key.sum(2), length=length, r=2, k=1).output.shape
     torch.Size([1, 2, 1, 4])
     """
-    output, alpha, positions = decode_op(
+    output, alpha, positions = torch.ops.sparq_kernels.decode(
         query,
         key,
         key_components,
@@ -94,8 +95,7 @@ def decode(
     return DecodeOutput(output, alpha, positions if return_positions else None)
 
 
-@torch.library.custom_op("sparq_kernels::decode", mutates_args=())
-def decode_op(
+def decode_default(
     query: Tensor,
     key: Tensor,
     key_components: Tensor,
@@ -113,7 +113,7 @@ def decode_op(
     mean_value: bool,
     return_positions: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`decode` as the dispatcher sees it: the reference, for every device without a kernel of its own."""
+    """What the dispatcher calls on a device without a kernel of its own: the reference."""
     check_arguments(
         query, key, key_components, value, value_sum, length, start, mask, r, k, k_divisor, local, scale, softcap
     )
@@ -137,8 +137,50 @@ def decode_op(
     )
 
 
-@decode_op.register_fake
-def _(
+def decode_cpu(
+    query: Tensor,
+    key: Tensor,
+    key_components: Tensor,
+    value: Tensor,
+    value_sum: Tensor,
+    length: Tensor,
+    start: Tensor | None,
+    mask: Tensor | None,
+    r: int,
+    k: int,
+    k_divisor: int | None,
+    local: int | None,
+    scale: float | None,
+    softcap: float | None,
+    mean_value: bool,
+    return_positions: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The C++ kernel, or the reference where it does not serve: float64, or no compiler."""
+    check_arguments(
+        query, key, key_components, value, value_sum, length, start, mask, r, k, k_divisor, local, scale, softcap
+    )
+    implementation = decode_reference if query.dtype == torch.float64 or cpu.kernel() is None else cpu.decode
+    return implementation(
+        query,
+        key,
+        key_components,
+        value,
+        value_sum,
+        length,
+        start,
+        mask,
+        r=r,
+        k=k,
+        k_divisor=k_divisor,
+        local=local,
+        scale=query.shape[3] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+        mean_value=mean_value,
+        return_positions=return_positions,
+    )
+
+
+def decode_fake(
     query: Tensor,
     key: Tensor,
     key_components: Tensor,
@@ -165,6 +207,20 @@ def _(
         query.new_empty(query.shape[:3], dtype=torch.float32),
         query.new_empty((query.shape[0], key.shape[1], query.shape[2], k_max), dtype=torch.int64),
     )
+
+
+# Registered by hand: `custom_op` wraps every call in 20 us more of Python, and a model calls once per layer and token.
+# Another device's kernel is one more `torch.library.impl`.
+torch.library.define(
+    "sparq_kernels::decode",
+    "(Tensor query, Tensor key, Tensor key_components, Tensor value, Tensor value_sum, Tensor length, Tensor? start, "
+    "Tensor? mask, SymInt r, SymInt k, SymInt? k_divisor, SymInt? local, float? scale, float? softcap, "
+    "bool mean_value, bool return_positions) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("sparq_kernels::decode", "default", decode_default)
+torch.library.impl("sparq_kernels::decode", "cpu", decode_cpu)
+torch.library.register_fake("sparq_kernels::decode", decode_fake)
 
 
 def check_arguments(
@@ -206,9 +262,8 @@ def check_arguments(
     blocks = num_blocks(cached)
     stored = key_components.shape
     if len(stored) != 5 or stored[:2] != key.shape[:2] or stored[2] < blocks or stored[3:] != (head_dim, BLOCK):
-        raise ValueError(
-            f"key_components must be [{batch}, {num_kv_heads}, at least {blocks}, {head_dim}, {BLOCK}], got {list(stored)}"
-        )
+        wanted = f"[{batch}, {num_kv_heads}, at least {blocks}, {head_dim}, {BLOCK}]"
+        raise ValueError(f"key_components must be {wanted}, got {list(stored)}")
     if value_sum.shape != (batch, num_kv_heads, head_dim):
         raise ValueError(f"value_sum must be [{batch}, {num_kv_heads}, {head_dim}], got {list(value_sum.shape)}")
 

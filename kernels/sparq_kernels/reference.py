@@ -70,7 +70,7 @@ def decode_reference(
     p = ranked.masked_fill(~chosen, cached).sort(-1).values  # ascending, unused slots last
     p_safe = p.clamp(max=cached - 1)
 
-    # 4. Attention over the chosen positions.  Rows of unused slots may be uninitialised: they become 0 before any product.
+    # 4. Attention over the chosen positions.  Rows of unused slots may be uninitialised: they become 0 first.
     def rows(cache: Tensor) -> Tensor:
         gathered = cache.gather(2, p_safe[..., None].expand(-1, -1, -1, head_dim)).to(compute)
         return gathered.masked_fill(~chosen[..., None], 0.0)  # [B, Hkv, k_max, d]

@@ -1,0 +1,44 @@
+// What Python hands over, already checked.  cpu.py mirrors this struct field by field.
+#pragma once
+
+#include <cstdint>
+
+namespace sparq {
+
+constexpr int64_t BLOCK = 256;  // layout.BLOCK
+constexpr int64_t MAX_HEAD_DIM = 512;  // operator.MAX_HEAD_DIM
+
+struct Arguments {
+    const void* query;           // [B, Hq, d]
+    const void* key;             // [B, Hkv, S, d]
+    const void* key_components;  // [B, Hkv, blocks, d, BLOCK]
+    const void* value;           // [B, Hkv, S, d]
+    const float* value_sum;      // [B, Hkv, d]
+    const int64_t* length;       // [B]
+    const int64_t* start;        // [B] or null
+    const uint8_t* mask;         // [B, S] or null
+    void* output;                // [B, Hq, d], contiguous
+    float* alpha;                // [B, Hq], contiguous
+    int64_t* positions;          // [B, Hkv, k_max], contiguous, or null
+
+    int64_t batch, num_kv_heads, group, head_dim, cached;
+    // In elements.
+    int64_t query_batch, query_head;
+    int64_t key_batch, key_head, key_position;
+    int64_t components_batch, components_head, components_block;
+    int64_t value_batch, value_head, value_position;
+    int64_t sum_batch, sum_head;
+    int64_t length_batch, start_batch, mask_batch;
+
+    int64_t dtype;      // 0 float32, 1 bfloat16, 2 float16
+    int64_t r, k;
+    int64_t k_divisor;  // 0: none
+    int64_t local;      // -1: a quarter of the budget
+    int64_t k_max;
+    int64_t mean_value;
+    int64_t threads;
+    double scale;
+    double softcap;     // 0: none
+};
+
+}  // namespace sparq

@@ -1,0 +1,186 @@
+// Vectors of floats as wide as the target's registers, through the GCC/Clang vector extension: no intrinsics, so the same
+// source serves x86 and Arm.  Storage types are widened to float32 on load; all arithmetic is float32.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace sparq {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * W)));
+typedef int32_t Ints __attribute__((vector_size(4 * W)));
+typedef uint32_t Bits __attribute__((vector_size(4 * W)));
+typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+constexpr float LOG2E = 1.44269504088896340736f;
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr float LOWEST = std::numeric_limits<float>::lowest();
+
+#define SPARQ_INLINE inline __attribute__((always_inline))
+
+SPARQ_INLINE Floats splat(float x) { return x - Floats{}; }
+SPARQ_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+SPARQ_INLINE Bits as_bits(Floats x) { Bits b; memcpy(&b, &x, sizeof b); return b; }
+SPARQ_INLINE Floats as_floats(Bits b) { Floats x; memcpy(&x, &b, sizeof x); return x; }
+
+SPARQ_INLINE Ints load_ints(const int32_t* p) { Ints v; memcpy(&v, p, sizeof v); return v; }
+SPARQ_INLINE Floats load(const float* p) { Floats v; memcpy(&v, p, sizeof v); return v; }
+SPARQ_INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+
+SPARQ_INLINE Floats load(const BFloat16* p) {
+    Halves h;
+    memcpy(&h, p, sizeof h);
+    return as_floats(__builtin_convertvector(h, Bits) << 16);
+}
+
+#if defined(__AVX512FP16__) || defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
+SPARQ_INLINE Floats load(const Float16* p) {
+    typedef _Float16 Native __attribute__((vector_size(2 * W)));
+    Native h;
+    memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, Floats);
+}
+#else
+// Shift exponent and mantissa into place and multiply by 2^112: right for subnormals too.  Inf and NaN need their exponent.
+SPARQ_INLINE Floats load(const Float16* p) {
+    Halves h;
+    memcpy(&h, p, sizeof h);
+    Bits b = __builtin_convertvector(h, Bits), sign = (b & 0x8000u) << 16, magnitude = (b & 0x7fffu) << 13;
+    Bits finite = as_bits(as_floats(magnitude) * splat(0x1p112f));
+    return as_floats(sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite));
+}
+#endif
+
+// The first n < W elements, zeros behind them; nothing past them is read.
+template <class T>
+SPARQ_INLINE Floats load_part(const T* p, int64_t n) {
+    T padded[W] = {};
+    memcpy(padded, p, n * sizeof(T));
+    return load(padded);
+}
+
+SPARQ_INLINE float widen(float x) { return x; }
+template <class T>
+SPARQ_INLINE float widen(T x) { return load_part(&x, 1)[0]; }
+
+SPARQ_INLINE uint32_t float_bits(float x) { uint32_t b; memcpy(&b, &x, sizeof b); return b; }
+
+// Round to nearest, ties to even, as torch does.
+inline void narrow(float x, float* out) { *out = x; }
+inline void narrow(float x, BFloat16* out) {
+    uint32_t b = float_bits(x);
+    out->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((b + 0x7fffu + ((b >> 16) & 1)) >> 16);
+}
+inline void narrow(float x, Float16* out) {
+    uint32_t b = float_bits(x), sign = (b >> 16) & 0x8000u, magnitude = b & 0x7fffffffu;
+    uint32_t half;
+    if (magnitude > 0x7f800000u) {
+        half = 0x7e00u;
+    } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+        half = 0x7c00u;
+    } else if (magnitude >= 0x38800000u) {
+        half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
+    } else {  // subnormal: adding 1/2 leaves the rounded multiple of 2^-24 in the low mantissa bits
+        float shifted;
+        memcpy(&shifted, &magnitude, sizeof shifted);
+        half = float_bits(shifted + 0.5f) - 0x3f000000u;
+    }
+    out->bits = static_cast<uint16_t>(sign | half);
+}
+
+SPARQ_INLINE float horizontal_sum(Floats v) {
+    float lane[W];
+    memcpy(lane, &v, sizeof v);
+    for (int half = W / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+    return lane[0];
+}
+
+SPARQ_INLINE float horizontal_max(Floats v) {
+    float lane[W];
+    memcpy(lane, &v, sizeof v);
+    for (int half = W / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+    return lane[0];
+}
+
+constexpr float ROUNDER = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
+
+SPARQ_INLINE Floats round_to_int(Floats x) {
+    Floats magnitude = x > 0.f ? x : -x;
+    return magnitude < 0x1p22f ? (x + ROUNDER) - ROUNDER : x;  // above that, x is its own integer (or Inf, or NaN)
+}
+
+SPARQ_INLINE float round_to_int(float x) { return round_to_int(splat(x))[0]; }
+
+// 2^n for integers n in [-126, 127].
+SPARQ_INLINE Floats power_of_two(Floats n) {
+    return as_floats((as_bits(n + ROUNDER) - float_bits(ROUNDER) + 127u) << 23);
+}
+
+// 2^(n - reference) for integers n <= reference, and 0 once that is no normal number.
+SPARQ_INLINE float power_of_two(float n, float reference) {
+    float exponent = n - reference;
+    return exponent >= -126.f ? power_of_two(splat(exponent))[0] : 0.f;
+}
+
+// 2^x / 2^reference for an integer reference no less than round(x).  The fraction of x alone decides the mantissa and the scaling
+// is exact, so equal x give equal mantissas whatever the reference.  0 for -Inf, NaN for NaN and +Inf.
+SPARQ_INLINE Floats exp2_scaled(Floats x, float reference) {
+    Floats n = round_to_int(x), f = x - n;
+    Floats p = splat(1.535336188319500e-4f);
+    p = p * f + 1.339887440266574e-3f;
+    p = p * f + 9.618437357674640e-3f;
+    p = p * f + 5.550332471162809e-2f;
+    p = p * f + 2.402264791363012e-1f;
+    p = p * f + 6.931472028550421e-1f;
+    p = p * f + 1.f;
+    Floats exponent = n - reference;
+    Floats scaled = p * power_of_two(exponent > -126.f ? exponent : splat(-126.f));
+    return exponent < -126.f ? Floats{} : scaled;
+}
+
+SPARQ_INLINE Floats tanh(Floats x) {
+    Floats magnitude = x > 0.f ? x : -x, square = x * x;
+    Floats t = exp2_scaled(magnitude * (-2.f * LOG2E), 0.f);
+    Floats large = (1.f - t) / (1.f + t);
+    Floats series = x + x * square * (-1.f / 3.f + square * (2.f / 15.f - square * (17.f / 315.f)));
+    return magnitude < 0.125f ? series : (x < 0.f ? -large : large);
+}
+
+// Results too small for a normal number become 0 at once instead of through a slow path of the processor.
+class FlushSubnormals {
+#if defined(__x86_64__)
+    unsigned before = _mm_getcsr();
+  public:
+    FlushSubnormals() { _mm_setcsr(before | 0x8040); }
+    ~FlushSubnormals() { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+    uint64_t before;
+  public:
+    FlushSubnormals() {
+        asm volatile("mrs %0, fpcr" : "=r"(before));
+        asm volatile("msr fpcr, %0" : : "r"(before | (1ull << 24)));
+    }
+    ~FlushSubnormals() { asm volatile("msr fpcr, %0" : : "r"(before)); }
+#endif
+};
+
+}  // namespace sparq
