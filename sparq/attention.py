@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -52,11 +51,11 @@ def sparq_attention(
         return dense()
     sparq_step.attention_calls += 1
     query_length, length = query.shape[2], key.shape[2]
-    if query_length == length or not query_length:
-        return dense()  # the prompt
+    if sparq_step.is_prompt or query_length == length or not query_length:
+        return dense()
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
 
-    reason = _dense_reason(sparq_step, layer_idx, query, key, kwargs)
+    reason = _dense_reason(sparq_step, layer_idx, query, key, value, dropout, kwargs)
     plan = None
     if reason is None:
         plan = sparq_step.plan(attention_mask, length, key.shape[0], key.device)
@@ -101,7 +100,9 @@ def sparq_attention(
     return output.transpose(1, 2), None
 
 
-def _dense_reason(step: Step, layer_idx: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> str | None:
+def _dense_reason(
+    step: Step, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, dropout: float, kwargs: dict[str, Any]
+) -> str | None:
     """Why this layer's step has to be dense, as far as its mask does not decide it; None: it can be sparse."""
     layer = step.layer(layer_idx)
     if kwargs.get("sliding_window") is not None or getattr(layer, "is_sliding", False):
@@ -114,10 +115,17 @@ def _dense_reason(step: Step, layer_idx: int, query: Tensor, key: Tensor, kwargs
         if type(layer) is DynamicLayer:
             return "the cache was not seen before this step"
         kind = "no cache" if layer is None else f"a cache layer of type {type(layer).__name__}"
-        _warn_once(f"sparq: {kind} cannot be read sparsely; decoding stays dense and gains nothing")
-        return f"{kind} cannot be read sparsely"
-    if key.shape[2] != layer.get_seq_length():
+        return _unreadable(step, kind)
+    if layer.keys is None or layer.keys.device != key.device:
+        return _unreadable(step, "an offloaded cache")
+    if (key.shape, key.data_ptr()) != (layer.keys.shape, layer.keys.data_ptr()):
         return "the keys given to attention are not those of the cache"
+    if not query.dtype == key.dtype == value.dtype:
+        return "query, key and value differ in dtype"  # autocast
+    if key.shape != value.shape:
+        return "keys and values differ in shape"
+    if dropout:
+        return "attention dropout"
     for name in ("position_bias", "s_aux"):
         if kwargs.get(name) is not None:
             return f"attention with {name}"
@@ -145,7 +153,8 @@ def _dense(
 ) -> tuple[Tensor, Tensor | None]:
     if base == "eager":
         return _eager(module)(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    if query.shape[2] == 1 and query.device.type == "cpu" and kwargs.get("position_bias") is None:
+    plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None
+    if query.shape[2] == 1 and query.device.type == "cpu" and plain:
         # On the CPU SDPA is several times faster with the group packed into the query axis than with enable_gqa.
         batch, heads, _, head_dim = query.shape
         output = nn.functional.scaled_dot_product_attention(
@@ -171,9 +180,9 @@ def _eager(module: nn.Module) -> Callable:
     raise RuntimeError(f"{type(module).__name__} has no eager attention function")
 
 
-def _warn_once(message: str) -> None:
-    # The default filter shows a warning once per place and text.
-    warnings.warn(message, stacklevel=2)
+def _unreadable(step: Step, kind: str) -> str:
+    step.counters.warn_once(f"sparq: {kind} cannot be read sparsely; decoding stays dense and gains nothing")
+    return f"{kind} cannot be read sparsely"
 
 
 IMPLEMENTATIONS = {"sdpa": "sparq", "eager": "sparq_eager"}  # the model's own implementation → its patched one

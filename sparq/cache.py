@@ -101,6 +101,8 @@ class SparqLayer(DynamicLayer):
             if self._owned and needed <= keys.shape[2] and _writable(keys):
                 return keys, values
             needed = max(needed, 2 * self._length)
+        else:
+            self._drop_index()  # the new tokens may be of another batch
         capacity = -(-needed // BLOCK) * BLOCK
         self._key_storage = _grown(keys, key_states, self._length, capacity)
         self._value_storage = _grown(values, value_states, self._length, capacity)
@@ -178,11 +180,9 @@ class SparqLayer(DynamicLayer):
         return values.masked_fill(~valid[:, None, :, None], 0).sum(2, dtype=torch.float32)
 
     def crop(self, tokens_to_remove: int) -> None:
-        if not self.is_initialized:
-            return
         # What the argument means differs between versions of transformers: its own layer says what is left.
         plain = DynamicLayer()
-        plain.keys, plain.values, plain.is_initialized = self.keys, self.values, True
+        plain.keys, plain.values, plain.is_initialized = self.keys, self.values, self._key_storage is not None
         plain.crop(tokens_to_remove)
         self._length = length = plain.get_seq_length()
         self.indexed = min(self.indexed, length)
@@ -206,7 +206,7 @@ class SparqLayer(DynamicLayer):
         self._map(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda t: t[indices.to(t.device), ...])
+        self._map(lambda t: t[torch.as_tensor(indices, device=t.device)])
 
     def offload(self) -> None:
         self._map(lambda t: t.to("cpu", non_blocking=True))
@@ -217,10 +217,12 @@ class SparqLayer(DynamicLayer):
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> None:
         """Replace everything held by `f` of it: `f` works along the batch, or moves."""
-        if self._key_storage is None or self._value_storage is None:
+        keys, values = self._key_storage, self._value_storage
+        if keys is None or values is None or not self._length:
             return
-        self._key_storage, self._value_storage = f(self._key_storage), f(self._value_storage)
-        self._owned = True
+        self._key_storage, self._value_storage = f(keys), f(values)
+        # `f` may give back what it was given (a move to where it is): an adopted tensor stays an adopted one
+        self._owned = self._owned or (self._key_storage is not keys and self._value_storage is not values)
         self.components, self.value_sum, self.summed_start, self.summed_mask = (
             None if t is None else f(t) for t in (self.components, self.value_sum, self.summed_start, self.summed_mask)
         )

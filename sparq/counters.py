@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,7 +19,8 @@ class LayerCounters:
     """One layer's decode steps (forward passes with one new token on a non-empty cache, or several: always dense).
 
     Positions and bytes are summed over batch rows and steps. Bytes are those of K and V, counted by the formula of the
-    paper: dense 2·S·d, SparQ S·r + 2·k·d + 4·d elements per KV head, S being the valid positions.
+    paper: dense 2·S·d, SparQ S·r + 2·k·d + 4·d elements per KV head. S is the number of valid positions in a sparse
+    step, of all cached ones in a dense step, which reads the padding too.
     """
 
     sparse_steps: int = 0
@@ -36,6 +38,7 @@ class Counters:
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerCounters] = {}
+        self._warned: set[str] = set()
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict) -> Counters:
@@ -43,6 +46,13 @@ class Counters:
 
     def __reduce__(self) -> tuple:
         return Counters, ()
+
+    def warn_once(self, message: str) -> None:
+        with self._lock:
+            if message in self._warned:
+                return
+            self._warned.add(message)
+        warnings.warn(message, stacklevel=2)
 
     def dense(self, layer: int, reason: str, bytes_dense: int) -> None:
         with self._lock:
@@ -61,7 +71,7 @@ class Counters:
             counters.positions_read += positions_read
             counters.bytes_read += bytes_read
             counters.bytes_dense += bytes_dense
-            total = alpha.sum()
+            total = alpha.detach().sum()  # with its graph, every step of a model run without no_grad would stay alive
             counters.alpha_sum = total if counters.alpha_sum is None else counters.alpha_sum + total
             counters.alpha_count += alpha.numel()
 

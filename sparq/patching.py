@@ -21,6 +21,8 @@ from sparq.step import Step
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
+attention.register()  # here, not in `patch`: a patched model may come out of a pickle
+
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -30,15 +32,28 @@ class Patch:
     def __init__(self, decoder: PreTrainedModel, config: SparqConfig) -> None:
         self.config = config
         self.counters = Counters()
-        self.own_implementation = _implementations(decoder.config)
         self._parameters = list(inspect.signature(decoder.forward).parameters)
         self._handles = [
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
             decoder.register_forward_hook(self.after, with_kwargs=True),
         ]
+        try:
+            self._enter(decoder)
+        except BaseException:
+            self.remove(decoder)
+            raise
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _enter(self, decoder: PreTrainedModel) -> None:
+        """Select SparQ's form of the attention implementation that the model has."""
+        self._own_implementation = _implementations(decoder.config)
+        own = self._own_implementation[""]
+        decoder.set_attn_implementation(attention.IMPLEMENTATIONS.get(own, attention.IMPLEMENTATIONS["sdpa"]))
+
+    def before(self, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Make the cache readable for SparQ and hand it to the attention functions, which are not given it."""
+        if not _is_entered(module):
+            # The user has chosen an implementation anew, or has unpatched a model that shares the configuration.
+            self._enter(module)
         cache = kwargs.get("past_key_values")
         if cache is None:
             cache = dict(zip(self._parameters, args, strict=False)).get("past_key_values")
@@ -55,9 +70,11 @@ class Patch:
                 "step was sparse; sparq.unpatch(model) undoes the patch. Please report this model."
             )
 
-    def remove(self) -> None:
+    def remove(self, decoder: PreTrainedModel) -> None:
         for handle in self._handles:
             handle.remove()
+        if _is_entered(decoder):
+            decoder.set_attn_implementation(self._own_implementation)
 
 
 def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Model:
@@ -91,16 +108,7 @@ def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Mode
     if current is not None:
         current.config, current.counters = config, Counters()
         return model
-    attention.register()
-    own = decoder.config._attn_implementation
-    new = Patch(decoder, config)
-    try:
-        decoder.set_attn_implementation(attention.IMPLEMENTATIONS.get(own, attention.IMPLEMENTATIONS["sdpa"]))
-    except BaseException:
-        new.remove()
-        decoder.set_attn_implementation(new.own_implementation)
-        raise
-    decoder._sparq_patch = new  # type: ignore[assignment]
+    decoder._sparq_patch = Patch(decoder, config)  # type: ignore[assignment]
     return model
 
 
@@ -112,8 +120,7 @@ def unpatch(model: Model) -> Model:
     decoder = _decoder(model)
     current = _patch_of(decoder)
     if current is not None:
-        current.remove()
-        decoder.set_attn_implementation(current.own_implementation)
+        current.remove(decoder)
         del decoder._sparq_patch
     return model
 
@@ -156,9 +163,17 @@ def _patch_of(decoder: PreTrainedModel) -> Patch | None:
     return vars(decoder).get("_sparq_patch")
 
 
+def _is_entered(decoder: PreTrainedModel) -> bool:
+    return decoder.config._attn_implementation in attention.IMPLEMENTATIONS.values()
+
+
 def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
-    """The attention implementations of a configuration and its parts, in the form `set_attn_implementation` takes."""
-    own: dict[str, Any] = {"": config._attn_implementation}
+    """The attention implementations of a configuration and its parts, in the form `set_attn_implementation` takes.
+
+    SparQ's own stand for what they are based on: another patched model may share the configuration.
+    """
+    bases = {patched: base for base, patched in attention.IMPLEMENTATIONS.items()}
+    own: dict[str, Any] = {"": bases.get(config._attn_implementation, config._attn_implementation)}
     for name in config.sub_configs:
         part = getattr(config, name, None)
         if part is not None:
@@ -183,9 +198,13 @@ def _check_served(decoder: PreTrainedModel, config: SparqConfig) -> None:
         raise refuse(f"it has layers with no cache of keys and values ({', '.join(strange) or 'recurrent state'})")
     if not decoder._supports_attention_backend or not decoder._can_set_attn_implementation():
         raise refuse("its code does not use transformers' attention interface")
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(decoder.forward).parameters.values()):
+        raise refuse("its forward method takes no further keyword arguments, so attention cannot be told of the cache")
     layers = [module for module in decoder.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
     if not any(layer.is_causal for layer in layers):
         raise refuse("it has no causal attention layer")
+    if any(hasattr(layer, "sinks") for layer in layers):
+        raise refuse("its attention has learned sinks, which SparQ does not know")
     if layer_types and "full_attention" not in layer_types:
         raise refuse(
             f"none of its layers attends to the whole context (they are {', '.join(sorted(set(layer_types)))})"

@@ -36,6 +36,7 @@ class Step:
         self.config = config
         self.counters = counters
         self.attention_calls = 0
+        self.is_prompt = cache is not None and not any(getattr(layer, "is_initialized", True) for layer in cache.layers)
         self._plan: tuple[Tensor | None, int, torch.device, Plan] | None = None
 
     def layer(self, layer_idx: int) -> Any:
@@ -57,7 +58,8 @@ class Step:
         if attention_mask is None:
             return self._counted(lengths, None, None, [length] * batch)
         if attention_mask.dim() != 4 or attention_mask.shape[1:3] != (1, 1) or attention_mask.shape[3] < length:
-            return Plan(lengths, None, None, 0, 0, "attention mask that differs between heads")
+            why = "attention mask that is not [batch, 1, 1, length]"
+            return Plan(lengths, None, None, 0, 0, why)
         mask = attention_mask[:, 0, 0, :length].to(device).expand(batch, length)
         if mask.dtype != torch.bool:
             visible = mask == 0
@@ -71,7 +73,8 @@ class Step:
             return self._counted(lengths, None, None, counts)
         if all(count == length - first for count, first in zip(counts, starts, strict=True)):
             return self._counted(lengths, start, None, counts)
-        return self._counted(lengths, None, mask, counts)
+        # A copy: the cache remembers it, and the caller may go on to change the mask in place.
+        return self._counted(lengths, None, mask.clone(memory_format=torch.contiguous_format), counts)
 
     def _counted(self, length: Tensor, start: Tensor | None, mask: Tensor | None, counts: list[int]) -> Plan:
         read = [self.config.positions(count) for count in counts]
