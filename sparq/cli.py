@@ -1,0 +1,148 @@
+"""The command `sparq`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sparq_kernels
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, StoppingCriteriaList
+
+import sparq
+from sparq.clock import DecodeClock
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="sparq", description=sparq.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_generate(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (TypeError, ValueError, OSError) as error:
+        parser.exit(2, f"sparq {args.command}: {error}\n")
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="generate text with SparQ, and with --compare also without",
+        description="Generate text with a Hugging Face model that is patched with SparQ, and count time and bytes.",
+    )
+    parser.add_argument("model", help="a folder, or a name on the Hugging Face hub")
+    parser.add_argument("--prompt-file", type=Path, required=True, metavar="F", help="a text file, the prompt")
+    parser.add_argument(
+        "--question",
+        action="append",
+        metavar="TEXT",
+        help="appended to the prompt; may be given several times, each question is then a row of one batch",
+    )
+    parser.add_argument("--r", type=int, help="components of the query used to score (default: head_dim / ratio)")
+    parser.add_argument("--k", type=int, help="positions attended in full (default: cached positions / (2 * ratio))")
+    parser.add_argument("--ratio", type=float, default=8, help="compression wanted of the bytes read (default: 8)")
+    parser.add_argument("--min-length", type=int, help="shorter contexts are dense (default: where sparsity pays)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--stop", metavar="TEXT", help="an answer ends where the model writes this")
+    parser.add_argument("--compare", action="store_true", help="generate with the stock model first")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's own")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.set_defaults(run=generate)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of `generate`."""
+
+    answers: list[str]
+    prompt_seconds: float
+    decode_seconds: float
+    decode_steps: int
+    batch: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.batch * self.decode_steps / self.decode_seconds if self.decode_steps else float("nan")
+
+
+def generate(args: argparse.Namespace) -> int:
+    """`sparq generate`: answers, tokens per second of the decode, bytes, and the report."""
+    console = Console(highlight=False)
+    config = sparq.SparqConfig(r=args.r, k=args.k, ratio=args.ratio, min_length=args.min_length)
+    text = args.prompt_file.read_text(encoding="utf-8")
+    prompts = [text + question for question in args.question or [""]]
+    with console.status(f"loading {args.model}"):
+        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype or "auto").to(args.device).eval()
+    sparq_kernels.backend(args.device)  # compiles where that is due, so that no step is timed with it
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(args.device)
+    batch, length = inputs["input_ids"].shape
+    console.print(f"{args.model}: {len(prompts)} prompt(s) of up to {length:,} tokens, {model.dtype}, {model.device}\n")
+
+    options = dict(max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    if args.stop:
+        options |= dict(stop_strings=[args.stop], tokenizer=tokenizer)
+    sparq.patch(model, config)  # refuses a model or knob before any work is done
+    sparq.unpatch(model)
+    stock = _run(console, "stock", model, tokenizer, inputs, options) if args.compare else None
+    with sparq.patched(model, config):
+        fast = _run(console, "SparQ", model, tokenizer, inputs, options)
+        report = sparq.report(model)
+
+    for index in range(batch):
+        if args.question:
+            console.print(Text(f"{args.question[index]}", style="bold"))
+        if stock is not None:
+            console.print(Text(f"  stock  {stock.answers[index]}"))
+        console.print(Text(f"  SparQ  {fast.answers[index]}"))
+    if stock is not None:
+        same = sum(a == b for a, b in zip(stock.answers, fast.answers, strict=True))
+        console.print(f"\n{same} of {batch} answers are the same.")
+
+    table = Table(title="decode")
+    for column in ("", "prompt s", "decode tokens/s", "ms/step", "K and V read, MB/step"):
+        table.add_column(column, justify="right")
+    steps = max(1, fast.decode_steps)
+    if stock is not None:
+        # Both runs decode with the same lengths, so what dense would have read is what stock has read.
+        table.add_row("stock", *_figures(stock), f"{report.total.bytes_dense / steps / 1e6:.2f}")
+    table.add_row("SparQ", *_figures(fast), f"{report.total.bytes_read / steps / 1e6:.2f}")
+    console.print(table)
+    if stock is not None:
+        console.print(f"decode speed: {fast.tokens_per_second / stock.tokens_per_second:.2f}x stock\n")
+    print(report)
+    return 0
+
+
+def _run(
+    console: Console, name: str, model: PreTrainedModel, tokenizer: Any, inputs: Any, options: dict[str, Any]
+) -> Run:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(SpinnerColumn(), *columns, console=console, transient=True) as progress:
+        task = progress.add_task(f"{name}: prompt", total=options["max_new_tokens"])
+        clock = DecodeClock(lambda tokens: progress.update(task, completed=tokens, description=f"{name}: decode"))
+        begin = time.perf_counter()
+        output = model.generate(**inputs, **options, stopping_criteria=StoppingCriteriaList([clock]))
+    answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return Run(
+        answers=[answer.strip() for answer in answers],
+        prompt_seconds=clock.times[0] - begin,
+        decode_seconds=clock.times[-1] - clock.times[0],
+        decode_steps=len(clock.times) - 1,
+        batch=output.shape[0],
+    )
+
+
+def _figures(run: Run) -> tuple[str, str, str]:
+    ms = f"{1000 * run.decode_seconds / run.decode_steps:.1f}" if run.decode_steps else "–"
+    return f"{run.prompt_seconds:.2f}", f"{run.tokens_per_second:.1f}", ms

@@ -1,0 +1,42 @@
+"""The wheel holds both packages and the C++ source, and works outside the checkout."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_both_packages_and_the_sources(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for package, folder in (("sparq", ROOT / "sparq"), ("sparq_kernels", ROOT / "kernels" / "sparq_kernels")):
+        for path in folder.rglob("*"):
+            if path.suffix in {".py", ".cpp", ".h", ".typed"}:
+                assert f"{package}/{path.relative_to(folder)}" in names
+    # Hugging Face publishes a package `kernels` that transformers imports.
+    assert not any(name.startswith("kernels") for name in names)
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_wheel_works_outside_the_checkout(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "import sparq, sparq_kernels; print(sparq.__file__, sparq_kernels.__file__, sparq_kernels.backend('cpu'))"
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    )
+    sparq_file, kernels_file, backend = run.stdout.split()
+    assert Path(sparq_file).is_relative_to(tmp_path) and Path(kernels_file).is_relative_to(tmp_path)
+    assert backend == "cpp"
