@@ -1,0 +1,128 @@
+"""SparQ Attention written out from its definition (arXiv 2312.04985), one row and one head at a time, from the full K
+and V of an ordinary cache. It shares no code with the package: it is what the package is compared with."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+
+def slow_head(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    r: int,
+    k: int,
+    local: int,
+    scale: float,
+    softcap: float | None,
+    mean_value: bool,
+) -> tuple[Tensor, Tensor, list[int]]:
+    """One KV head over its valid positions: q [G, d], keys and values [n, d], float64.
+
+    Returns the output [G, d], α [G] and the positions read.
+    """
+    n, head_dim = keys.shape
+    magnitude = [sum(abs(float(q[g, i])) for g in range(q.shape[0])) for i in range(head_dim)]
+    c = sorted(range(head_dim), key=lambda i: (-magnitude[i], i))[:r]
+
+    scores = []
+    for row in q:
+        total = float(row.abs().sum())
+        tau = math.sqrt(float(row[c].abs().sum()) / total) if total else 1.0
+        scores.append(torch.softmax(cap(keys[:, c] @ row[c] * scale / tau, softcap), dim=0))
+    s_hat = torch.stack(scores)  # [G, n]
+
+    forced = set(range(n - min(local, n), n))
+    summed = s_hat.sum(0).tolist()
+    best = sorted((s for s in range(n) if s not in forced), key=lambda s: (-summed[s], s))
+    p = sorted(forced | set(best[: k - len(forced)]))
+
+    y = torch.stack([torch.softmax(cap(keys[p] @ row * scale, softcap), dim=0) @ values[p] for row in q])
+    alpha = s_hat[:, p].sum(1)
+    output = alpha[:, None] * y + (1 - alpha[:, None]) * values.mean(0) if mean_value else y
+    return output, alpha, p
+
+
+def cap(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class Slow:
+    """Knobs as in `SparqConfig`; decodes every layer without a sliding window sparsely."""
+
+    def __init__(
+        self,
+        *,
+        r: int,
+        k: int | None = None,
+        ratio: float = 8,
+        local: int | None = None,
+        mean_value: bool = True,
+        dense_layers: int = 0,
+    ) -> None:
+        self.r, self.k, self.ratio, self.local = r, k, ratio, local
+        self.mean_value, self.dense_layers = mean_value, dense_layers
+        self.alphas: dict[int, list[float]] = {}  # by layer
+        self.read: dict[int, int] = {}  # positions read by layer, over rows and steps
+        self.cached: dict[int, int] = {}  # valid positions by layer
+
+    def install(self, model: PreTrainedModel) -> PreTrainedModel:
+        AttentionInterface.register("slow", self)
+        AttentionMaskInterface.register("slow", lambda **kwargs: sdpa_mask(**kwargs | {"allow_is_causal_skip": False}))
+        model.set_attn_implementation("slow")
+        return model
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        batch, heads, queries, head_dim = query.shape
+        kv_heads, layer = key.shape[1], module.layer_idx
+        group = heads // kv_heads
+        scale = head_dim**-0.5 if scaling is None else scaling
+        dense = queries > 1 or sliding_window is not None or layer < self.dense_layers
+        output = torch.zeros(batch, queries, heads, head_dim, dtype=torch.float64)
+        for b in range(batch):
+            for h in range(kv_heads):
+                mine = slice(h * group, (h + 1) * group)
+                q, keys, values = query[b, mine].double(), key[b, h].double(), value[b, h].double()
+                if dense:
+                    logits = cap(q @ keys.T * scale, softcap).masked_fill(~attention_mask[b, 0], -torch.inf)
+                    # a row of padding sees nothing; what it gives is never read
+                    output[b, :, mine] = torch.softmax(logits, -1).nan_to_num().matmul(values).transpose(0, 1)
+                    continue
+                valid = attention_mask[b, 0, 0].nonzero()[:, 0]
+                n = len(valid)
+                k = max(128, math.floor(n / (2 * self.ratio))) if self.k is None else self.k
+                k = min(k, n)
+                output[b, 0, mine], alpha, p = slow_head(
+                    q[:, 0],
+                    keys[valid],
+                    values[valid],
+                    r=self.r,
+                    k=k,
+                    local=k // 4 if self.local is None else min(self.local, k),
+                    scale=scale,
+                    softcap=softcap,
+                    mean_value=self.mean_value,
+                )
+                self.alphas.setdefault(layer, []).extend(alpha.tolist())
+                if h == 0:
+                    self.read[layer] = self.read.get(layer, 0) + len(p)
+                    self.cached[layer] = self.cached.get(layer, 0) + n
+        return output.to(query.dtype), None

@@ -1,0 +1,508 @@
+"""Decode steps of a patched model, against the stock model and against a slow implementation of the definition."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import sparq_kernels
+import torch
+from transformers import DynamicCache
+
+import sparq
+from sparq.attention import _dense_reason
+from sparq.cache import SparqLayer
+from sparq.config import SparqConfig
+from sparq.counters import Counters
+from sparq.step import Step
+from tests.sparq.slow import Slow
+from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_forced
+
+SPARSE = dict(r=4, k=12, min_length=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        dict(r=4, k=12),
+        dict(r=3, k=9, mean_value=False),
+        dict(r=5, k=12, local=0),
+        dict(r=2, k=10, local=10, dense_layers=1),
+        dict(r=16, k=1),
+    ],
+    ids=str,
+)
+def test_every_step_equals_the_definition(family: str, knobs: dict) -> None:
+    inputs, tokens = prompt(), next_tokens()
+    expected = teacher_forced(Slow(**knobs).install(build(family)), inputs, tokens)
+    stock = teacher_forced(build(family), inputs, tokens)
+
+    model = sparq.patch(build(family), min_length=0, **knobs)
+    actual = teacher_forced(model, inputs, tokens)
+
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    # the test has power only where sparsity changes something
+    assert (stock - expected).abs().mean() > 100 * (actual - expected).abs().mean()
+    sparse_layers = 3 - knobs.get("dense_layers", 0)
+    assert sparq.report(model).total.sparse_steps == sparse_layers * tokens.shape[1]
+
+
+def test_k_follows_the_context_of_each_row() -> None:
+    """300 positions give k = 150 and more; the padded row of 200 has the least, 128."""
+    inputs, tokens = prompt(length=300, padding=100), next_tokens()
+    slow = Slow(r=4, ratio=1)
+    expected = teacher_forced(slow.install(build()), inputs, tokens)
+    model = sparq.patch(build(), r=4, ratio=1, min_length=0)
+    actual = teacher_forced(model, inputs, tokens)
+
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    growing = sum((300 + step) // 2 for step in range(1, 13))
+    assert sparq.report(model).layers[0].positions_read == growing + 12 * 128 == slow.read[0]
+
+
+def test_ratio_gives_both_r_and_k() -> None:
+    """ratio 2 with a head_dim of 32: r = 16, and k = 150 of the 600 positions."""
+    inputs, tokens = prompt(batch=1, length=599), next_tokens(batch=1, steps=3)
+    shape = dict(head_dim=32, num_hidden_layers=2)
+    expected = teacher_forced(Slow(r=16, k=150).install(build(**shape)), inputs, tokens)
+    actual = teacher_forced(sparq.patch(build(**shape), ratio=2, min_length=0), inputs, tokens)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_softcap_and_sliding_layers() -> None:
+    inputs, tokens = prompt(), next_tokens()
+    expected = teacher_forced(Slow(r=4, k=12).install(build("gemma2")), inputs, tokens)
+    model = sparq.patch(build("gemma2"), r=4, k=12, min_length=0)
+    actual = teacher_forced(model, inputs, tokens)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+    uncapped = sparq.patch(build("gemma2", attn_logit_softcapping=None), r=4, k=12, min_length=0)
+    assert (teacher_forced(uncapped, inputs, tokens) - expected).abs().mean() > 0.01
+    layers = sparq.report(model).layers
+    assert [layers[i].sparse_steps for i in range(3)] == [0, 12, 0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_full_budget_generates_what_the_stock_model_does(family: str) -> None:
+    inputs = prompt()
+    expected = generate(build(family), inputs, tokens=24)
+    for k in (64, 10_000):  # 40 + 24 positions at the end
+        assert generate(sparq.patch(build(family), r=16, k=k, min_length=0), inputs, tokens=24) == expected
+
+
+def test_all_components_with_few_positions_is_not_dense() -> None:
+    inputs, tokens = prompt(), next_tokens()
+    patched = teacher_forced(sparq.patch(build(), r=16, k=12, min_length=0), inputs, tokens)
+    assert (patched - teacher_forced(build(), inputs, tokens)).abs().max() > 0.01
+
+
+def test_generate_and_bare_calls_agree() -> None:
+    inputs, model = prompt(), sparq.patch(build(), **SPARSE)
+    tokens = torch.tensor(generate(model, inputs))
+    bare = sparq.patch(build(), **SPARSE)
+    # generate gives padded rows their own positions; bare calls count them from the left unless they are told
+    mask = inputs["attention_mask"]
+    output = bare(**inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    for step in range(tokens.shape[1]):
+        assert output.logits[:, -1].argmax(-1).tolist() == tokens[:, step].tolist()
+        mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+        output = bare(
+            input_ids=tokens[:, step : step + 1],
+            attention_mask=mask,
+            position_ids=mask.sum(-1, keepdim=True) - 1,
+            past_key_values=output.past_key_values,
+        )
+
+
+def test_a_given_cache_serves_as_one_made_by_the_model() -> None:
+    inputs, tokens, model = prompt(), next_tokens(), sparq.patch(build(), **SPARSE)
+    expected = teacher_forced(model, inputs, tokens)
+    for cache in (DynamicCache(), DynamicCache(config=model.config)):
+        assert torch.equal(teacher_forced(model, inputs, tokens, cache), expected)
+        assert all(isinstance(layer, SparqLayer) for layer in cache.layers)
+
+
+def test_positional_cache_argument() -> None:
+    model, inputs = sparq.patch(build(), **SPARSE).model, prompt(batch=1)
+    cache = model(inputs["input_ids"]).past_key_values
+    model(next_tokens(1, 1), None, None, cache)
+    assert sparq.report(model).total.sparse_steps == 3
+
+
+@torch.no_grad()
+def test_takes_over_a_cache_that_an_unpatched_model_has_filled() -> None:
+    inputs, tokens = prompt(), next_tokens()
+    expected = teacher_forced(sparq.patch(build(), **SPARSE), inputs, tokens)
+    model = build()
+    cache = model(**inputs).past_key_values
+    given = [(layer.keys, layer.keys.clone()) for layer in cache.layers]
+    sparq.patch(model, **SPARSE)
+    mask, logits = inputs["attention_mask"], []
+    for step in range(tokens.shape[1]):
+        mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+        logits.append(model(tokens[:, step : step + 1], attention_mask=mask, past_key_values=cache).logits[:, -1])
+    torch.testing.assert_close(torch.stack(logits, 1), expected)
+    assert all(torch.equal(tensor, before) for tensor, before in given)
+
+
+def causal_mask(valid: torch.Tensor, new: int) -> torch.Tensor:
+    """[B, 1, new, S] bool, for the `new` last of S positions of which `valid` [B, S] may be seen."""
+    length = valid.shape[1]
+    seen = torch.arange(length) <= torch.arange(length - new, length)[:, None]
+    return (seen & valid.bool()[:, None])[:, None]
+
+
+@torch.no_grad()
+def decode_with_masks(model, inputs, tokens, make_mask) -> torch.Tensor:
+    ids, valid = inputs["input_ids"], inputs["attention_mask"]
+    output = model(ids, attention_mask=make_mask(valid, ids.shape[1]))
+    logits = []
+    for step in range(tokens.shape[1]):
+        valid = torch.cat([valid, valid.new_ones(valid.shape[0], 1)], dim=1)
+        output = model(
+            tokens[:, step : step + 1],
+            attention_mask=make_mask(valid, 1),
+            past_key_values=output.past_key_values,
+        )
+        logits.append(output.logits[:, -1])
+    return torch.stack(logits, 1)
+
+
+@pytest.mark.parametrize("form", ["bool", "float", "infinite", "holes", "batch of one"])
+def test_masks_of_four_dimensions(form: str) -> None:
+    inputs, tokens = prompt(), next_tokens()
+    if form == "holes":
+        inputs["attention_mask"][0, 5:9] = 0
+        inputs["attention_mask"][1, 30] = 0
+    if form == "batch of one":
+        inputs["attention_mask"][0] = inputs["attention_mask"][1]
+
+    def make_mask(valid: torch.Tensor, new: int) -> torch.Tensor:
+        mask = causal_mask(valid, new)
+        if form in ("float", "infinite"):
+            # a padded query that sees nothing at all is NaN under -inf, in the stock model too
+            masked_out = torch.finfo(torch.float32).min if form == "float" or new > 1 else -torch.inf
+            return torch.where(mask, 0.0, masked_out)
+        return mask[:1] if form == "batch of one" else mask
+
+    expected = decode_with_masks(Slow(r=4, k=12).install(build()), inputs, tokens, causal_mask)
+    model = sparq.patch(build(), **SPARSE)
+    actual = decode_with_masks(model, inputs, tokens, make_mask)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert sparq.report(model).total.dense_steps == {}
+
+
+def test_a_mask_that_the_caller_changes_in_place() -> None:
+    inputs, tokens = prompt(), next_tokens()
+    buffer = torch.zeros(2, 1, 1, 64, dtype=torch.bool)
+
+    def forgetful(valid: torch.Tensor, new: int) -> torch.Tensor:
+        valid = valid.clone()
+        valid[0, 3 : valid.shape[1] - 38] = 0  # with each step one more of the old positions is forgotten
+        return causal_mask(valid, new)
+
+    def in_place(valid: torch.Tensor, new: int) -> torch.Tensor:
+        mask = forgetful(valid, new)
+        if new > 1:
+            return mask
+        buffer[..., : mask.shape[3]] = mask
+        return buffer[..., : mask.shape[3]]
+
+    expected = decode_with_masks(sparq.patch(build(), **SPARSE), inputs, tokens, forgetful)
+    torch.testing.assert_close(decode_with_masks(sparq.patch(build(), **SPARSE), inputs, tokens, in_place), expected)
+    slow = decode_with_masks(Slow(r=4, k=12).install(build()), inputs, tokens, forgetful)
+    torch.testing.assert_close(expected, slow, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["heads", "bias"])
+def test_masks_that_sparq_cannot_read_are_dense(shape: str) -> None:
+    inputs, tokens = prompt(), next_tokens(steps=2)
+
+    def make_mask(valid: torch.Tensor, new: int) -> torch.Tensor:
+        mask = causal_mask(valid, new)
+        if shape == "heads":
+            return mask.expand(-1, 4, -1, -1)
+        return torch.where(mask, -0.1 * torch.arange(mask.shape[3]), torch.finfo(torch.float32).min)
+
+    model = sparq.patch(build(), **SPARSE)
+    expected = decode_with_masks(build(), inputs, tokens, make_mask)
+    torch.testing.assert_close(decode_with_masks(model, inputs, tokens, make_mask), expected, rtol=1e-4, atol=1e-4)
+    total = sparq.report(model).total
+    assert total.sparse_steps == 0 and sum(total.dense_steps.values()) == 6
+    assert all(reason.startswith("attention mask") for reason in total.dense_steps)
+
+
+def test_no_mask_is_a_mask_of_ones() -> None:
+    inputs, tokens, model = prompt(padding=0), next_tokens(), sparq.patch(build(), **SPARSE)
+    expected = teacher_forced(model, inputs, tokens)
+    actual = decode_with_masks(model, inputs, tokens, lambda valid, new: None)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_batch_rows_are_independent() -> None:
+    inputs, tokens = prompt(batch=3), next_tokens(batch=3)
+    together = teacher_forced(sparq.patch(build(), **SPARSE), inputs, tokens)
+    for row in range(3):
+        alone = teacher_forced(
+            sparq.patch(build(), **SPARSE),
+            {name: tensor[row : row + 1] for name, tensor in inputs.items()},
+            tokens[row : row + 1],
+        )
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_poisoned_operator_makes_generate_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(*args, **kwargs):
+        raise ZeroDivisionError("the operator ran")
+
+    monkeypatch.setattr(sparq_kernels, "decode", poisoned)
+    with pytest.raises(ZeroDivisionError, match="the operator ran"):
+        generate(sparq.patch(build(), **SPARSE), prompt())
+    generate(sparq.patch(build(), r=4, k=100, min_length=0), prompt())  # dense: the operator is not asked
+
+
+def test_what_the_operator_gives_is_what_the_model_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = sparq_kernels.decode
+
+    def poisoned(*args, **kwargs):
+        result = real(*args, **kwargs)
+        return result._replace(output=result.output * torch.nan)
+
+    monkeypatch.setattr(sparq_kernels, "decode", poisoned)
+    logits = teacher_forced(sparq.patch(build(), **SPARSE), prompt(), next_tokens(steps=1))
+    assert logits.isnan().all()
+
+
+@pytest.mark.parametrize("min_length, sparse", [(0, 12), (46, 7), (52, 1), (53, 0)])
+def test_min_length_counts_cached_positions(min_length: int, sparse: int) -> None:
+    """40 of the prompt, then 41 to 52 with the current token."""
+    model = sparq.patch(build(), r=4, k=12, min_length=min_length)
+    teacher_forced(model, prompt(), next_tokens())
+    layer = sparq.report(model).layers[0]
+    assert layer.sparse_steps == sparse
+    assert layer.dense_steps == ({"shorter than min_length": 12 - sparse} if sparse < 12 else {})
+
+
+def test_min_length_none_is_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    # B=2, Hkv=2, d=16, float32: K and V take 512 bytes a position
+    monkeypatch.setitem(sparq.attention.PAYS_FROM_BYTES, "cpu", 512 * 46)
+    model = sparq.patch(build(), r=4, k=12)
+    teacher_forced(model, prompt(), next_tokens())
+    assert sparq.report(model).layers[0].sparse_steps == 7
+
+
+def test_a_row_becomes_sparse_when_it_has_more_than_k_positions() -> None:
+    """Row 0 has 41 positions and more, row 1 has 9 fewer: with k = 45 the first is sparse from step 6 on."""
+    model = sparq.patch(build(), r=4, k=45, min_length=0)
+    inputs, tokens = prompt(), next_tokens()
+    teacher_forced(model, inputs, tokens)
+    layer = sparq.report(model).layers[0]
+    assert (layer.sparse_steps, layer.dense_steps) == (7, {"k covers the context": 5})
+
+
+def test_several_tokens_at_once_are_dense() -> None:
+    inputs, model = prompt(batch=1, padding=0), sparq.patch(build(), **SPARSE)
+    with torch.no_grad():
+        cache = model(inputs["input_ids"][:, :20]).past_key_values
+        chunked = model(inputs["input_ids"][:, 20:], past_key_values=cache).logits
+        expected = build()(inputs["input_ids"]).logits[:, 20:]
+    torch.testing.assert_close(chunked, expected, rtol=1e-4, atol=1e-4)
+    assert sparq.report(model).total.dense_steps == {"several new tokens at once": 3}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_dense_steps_equal_the_stock_model(implementation: str) -> None:
+    inputs, tokens = prompt(), next_tokens()
+    stock = build()
+    stock.set_attn_implementation(implementation)
+    expected = teacher_forced(stock, inputs, tokens)
+    model = sparq.patch(stock, r=4, k=12, min_length=1000)
+    torch.testing.assert_close(teacher_forced(model, inputs, tokens), expected, rtol=1e-4, atol=1e-4)
+    assert sparq.report(model).total.sparse_steps == 0
+
+
+def test_attention_weights_can_be_asked_for() -> None:
+    inputs, model = prompt(batch=1), build()
+    model.set_attn_implementation("eager")
+    sparq.patch(model, **SPARSE)
+    with torch.no_grad():
+        cache = model(**inputs).past_key_values
+        output = model(next_tokens(1, 1), past_key_values=cache, output_attentions=True)
+    assert [weights.shape for weights in output.attentions] == [(1, 4, 1, 41)] * 3
+    assert sparq.report(model).total.dense_steps == {"attention weights were asked for": 3}
+
+
+def test_autocast_is_dense_and_works() -> None:
+    inputs, tokens, model = prompt(), next_tokens(steps=3), build()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = teacher_forced(model, inputs, tokens)
+        sparq.patch(model, **SPARSE)
+        actual = teacher_forced(model, inputs, tokens)
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.3)
+    assert sparq.report(model).total.dense_steps == {"query, key and value differ in dtype": 9}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(dtype: torch.dtype) -> None:
+    inputs, tokens = prompt(), next_tokens(steps=4)
+    model = sparq.patch(build().to(dtype), **SPARSE)
+    actual = teacher_forced(model, inputs, tokens)
+    assert actual.dtype == dtype and sparq.report(model).total.sparse_steps == 12
+    if dtype == torch.float64:
+        expected = teacher_forced(Slow(r=4, k=12).install(build().to(dtype)), inputs, tokens)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    assert actual.isfinite().all()
+
+
+def test_attention_dropout_of_a_model_in_training_is_dense() -> None:
+    model = sparq.patch(build(attention_dropout=0.5), **SPARSE).train()
+    teacher_forced(model, prompt(), next_tokens(steps=1))
+    assert sparq.report(model).total.dense_steps == {"attention dropout": 3}
+
+
+def test_training_on_a_prompt() -> None:
+    inputs, model = prompt(), build()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    sparq.patch(model, **SPARSE)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-3, atol=1e-5)
+
+
+def test_steps_outside_of_no_grad_leave_no_graph_behind() -> None:
+    model = sparq.patch(build(), **SPARSE)
+    cache = model(**prompt(batch=1)).past_key_values
+    output = model(next_tokens(1, 1), past_key_values=cache)
+    assert output.logits.requires_grad
+    assert not model.base_model._sparq_patch.counters.layers[0].alpha_sum.requires_grad
+
+
+def test_inference_mode_can_be_left_and_entered() -> None:
+    inputs, tokens = prompt(batch=1), next_tokens(1, 4)
+    expected = teacher_forced(sparq.patch(build(), **SPARSE), inputs, tokens)
+    model = sparq.patch(build(), **SPARSE)
+    with torch.inference_mode():
+        cache = model(**inputs).past_key_values
+    for step, mode in enumerate((torch.inference_mode, torch.no_grad, torch.inference_mode, torch.no_grad)):
+        with mode():
+            logits = model(tokens[:, step : step + 1], past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(logits, expected[:, step])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_static_cache_is_dense_with_one_warning(family: str) -> None:
+    inputs, model = prompt(), build(family)
+    expected = generate(model, inputs, tokens=5, cache_implementation="static")
+    sparq.patch(model, **SPARSE)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert generate(model, inputs, tokens=5, cache_implementation="static") == expected
+        generate(model, inputs, tokens=5, cache_implementation="static")
+    ours = [str(warning.message) for warning in caught if "sparq" in str(warning.message)]
+    assert len(ours) == 1 and "StaticLayer" in ours[0]
+    total = sparq.report(model).total
+    full_layers, steps = (3 if family == "llama" else 1), 2 * 4
+    assert total.sparse_steps == 0
+    assert total.dense_steps["a cache layer of type StaticLayer cannot be read sparsely"] == full_layers * steps
+    assert sum(total.dense_steps.values()) == 3 * steps
+
+
+def test_an_offloaded_cache_is_dense_with_one_warning() -> None:
+    layer = SparqLayer()
+    layer.update(torch.zeros(1, 2, 41, 16), torch.zeros(1, 2, 41, 16))
+    step = Step(DynamicCache(), SparqConfig(min_length=0, k=12), Counters())
+    step.cache.layers.append(layer)
+    there = torch.empty(1, 2, 41, 16, device="meta")  # where the model is; the layer's own have been moved away
+    with pytest.warns(UserWarning, match="offloaded") as caught:
+        for _ in range(2):
+            reason = _dense_reason(step, 0, there[:, :, :1], there, there, 0.0, {})
+            assert reason is not None and "offloaded" in reason
+    assert len(caught) == 1
+
+
+def test_normal_use_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    inputs = prompt()
+    generate(sparq.patch(build(), **SPARSE), inputs)  # the first use may compile
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = sparq.patch(build(), **SPARSE)
+        generate(model, inputs)
+        sparq.report(model)
+        sparq.unpatch(model)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(num_beams=3),
+        dict(num_beams=3, num_return_sequences=2),
+        dict(do_sample=True, top_k=20),
+        dict(do_sample=True, num_return_sequences=3),
+    ],
+    ids=str,
+)
+def test_other_ways_to_generate(how: dict) -> None:
+    inputs, model = prompt(), build()
+    torch.manual_seed(3)
+    expected = generate(model, inputs, **how)
+    sparq.patch(model, r=16, k=51, min_length=0)  # the longest row has 51 positions in the last step
+    torch.manual_seed(3)
+    assert generate(model, inputs, **how) == expected
+    sparq.patch(model, **SPARSE)
+    assert generate(model, inputs, **how) != expected
+    assert sparq.report(model).total.sparse_steps == 3 * 11
+
+
+def test_beams_read_their_own_cache() -> None:
+    """The tokens that a beam search has found, fed again one by one, are as likely as the search said."""
+    inputs, model = prompt(batch=1, padding=0), sparq.patch(build(), **SPARSE)
+    found = model.generate(
+        **inputs,
+        max_new_tokens=8,
+        num_beams=4,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        length_penalty=0.0,
+        pad_token_id=0,
+    )
+    tokens = found.sequences[:, 40:]
+    with torch.no_grad():
+        first = model(**inputs).logits[:, -1:]
+    logits = torch.cat([first, teacher_forced(model, inputs, tokens[:, :-1])], dim=1)
+    likelihood = logits.log_softmax(-1).gather(-1, tokens[..., None]).sum()
+    torch.testing.assert_close(likelihood, found.sequences_scores[0], rtol=1e-4, atol=1e-4)
+
+
+def test_many_turns_on_one_cache() -> None:
+    def talk(model) -> list[list[list[int]]]:
+        ids, cache, replies = prompt(batch=1, padding=0)["input_ids"], DynamicCache(config=model.config), []
+        for turn in range(3):
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            replies.append(generate(model, inputs, tokens=6, past_key_values=cache))
+            question = prompt(batch=1, length=7, padding=0, seed=10 + turn)["input_ids"]
+            ids = torch.cat([ids, torch.tensor(replies[-1]), question], dim=1)
+        return replies
+
+    expected = talk(build())
+    assert talk(sparq.patch(build(), r=16, k=1000, min_length=0)) == expected
+    assert talk(sparq.patch(build(), r=2, k=4, min_length=0)) != expected
+
+
+def test_one_prompt_cache_for_several_continuations() -> None:
+    inputs, tokens, model = prompt(batch=1, padding=0), next_tokens(1, 3), sparq.patch(build(), **SPARSE)
+    longer = {"input_ids": torch.cat([inputs["input_ids"], tokens], dim=1)}
+    with torch.no_grad():
+        cache = model(**inputs).past_key_values
+        model(tokens[:, :1], past_key_values=cache)
+        model(tokens[:, 1:2], past_key_values=cache)
+    copies = [copy.deepcopy(cache) for _ in range(2)]
+    first = generate(model, longer, past_key_values=copies[0])
+    assert generate(model, longer, past_key_values=copies[1]) == first
+    assert generate(model, longer, past_key_values=cache) == first

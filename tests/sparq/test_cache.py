@@ -1,0 +1,526 @@
+"""The SparQ cache layer against transformers' own and an index computed from scratch, after every operation."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from sparq_kernels import BLOCK, layout, read_components
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from sparq.cache import SparqLayer, upgrade
+from tests.sparq.tiny import build, prompt
+
+HEADS, HEAD_DIM = 2, 4
+
+
+def states(length: int, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random new keys and values [B, H, length, d]."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, HEADS, length, HEAD_DIM, generator=generator) for _ in range(2))  # type: ignore
+
+
+def filled(length: int = 300, batch: int = 2, cls: type = SparqLayer):
+    layer = cls()
+    layer.update(*states(length, batch))
+    return layer
+
+
+def check(layer: SparqLayer, plain: DynamicLayer, start: Tensor | None = None, mask: Tensor | None = None) -> None:
+    """`layer` holds what `plain` holds, and its index is what is computed from that alone."""
+    length = plain.get_seq_length()
+    assert layer.get_seq_length() == length
+    assert layer.get_mask_sizes(3) == plain.get_mask_sizes(3)
+    if length == 0:
+        return
+    assert torch.equal(layer.keys, plain.keys) and torch.equal(layer.values, plain.values)
+
+    components, value_sum = layer.index(start, mask)
+    assert torch.equal(read_components(components, length), plain.keys)
+    valid = torch.ones(plain.keys.shape[0], length, dtype=torch.bool)
+    if start is not None:
+        valid &= torch.arange(length) >= start[:, None]
+    if mask is not None:
+        valid &= mask
+    expected = plain.values.double().where(valid[:, None, :, None], 0.0).sum(2)
+    assert value_sum.dtype == torch.float32
+    torch.testing.assert_close(value_sum.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+OPERATIONS: dict[str, Callable] = {
+    "update one": lambda layer: layer.update(*states(1, layer.keys.shape[0], seed=1)),
+    "update many": lambda layer: layer.update(*states(700, layer.keys.shape[0], seed=1)),
+    "crop a few": lambda layer: layer.crop(-3),
+    "crop most": lambda layer: layer.crop(-290),
+    "crop all": lambda layer: layer.crop(-300),
+    "crop nothing": lambda layer: layer.crop(0),
+    "reorder_cache": lambda layer: layer.reorder_cache(torch.tensor([1, 1])),
+    "batch_repeat_interleave": lambda layer: layer.batch_repeat_interleave(3),
+    "batch_select_indices": lambda layer: layer.batch_select_indices(torch.tensor([1])),
+    "batch_select_indices by a list": lambda layer: layer.batch_select_indices([1, 0]),
+    "batch_select_indices by a mask": lambda layer: layer.batch_select_indices(torch.tensor([False, True])),
+    "reset": lambda layer: layer.reset(),
+    "offload": lambda layer: layer.offload(),
+    "offload and prefetch": lambda layer: (layer.offload(), layer.prefetch()),
+    "assignment": lambda layer: (setattr(layer, "keys", layer.keys[:1]), setattr(layer, "values", layer.values[:1])),
+}
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=["no index yet", "indexed"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operation(operation: str, indexed: bool) -> None:
+    layer, plain = filled(), filled(cls=DynamicLayer)
+    padding = {2: torch.tensor([0, 7]), 1: torch.tensor([7]), 6: torch.tensor([0, 0, 0, 7, 7, 7])}
+    if indexed:
+        layer.index(padding[2])
+    for one in (layer, plain):
+        OPERATIONS[operation](one)
+    batch = plain.keys.shape[0] if plain.keys is not None else 2
+    start = padding[batch] if plain.get_seq_length() > 7 else None
+    check(layer, plain, start)
+
+    for seed in range(3):
+        new = states(1, batch, seed=20 + seed)
+        returned = layer.update(*new), plain.update(*new)
+        assert torch.equal(returned[0][0], returned[1][0]) and torch.equal(returned[0][1], returned[1][1])
+        check(layer, plain, start)
+
+
+def test_refuses_the_crop_that_transformers_refuses() -> None:
+    with pytest.raises(ValueError) as expected:
+        filled(cls=DynamicLayer).crop(5)
+    with pytest.raises(ValueError) as actual:
+        filled().crop(5)
+    assert str(actual.value) == str(expected.value)
+
+
+def test_operations_on_an_empty_layer_do_nothing() -> None:
+    layer = SparqLayer()
+    for operation in (
+        lambda: layer.crop(-1),
+        lambda: layer.reorder_cache(torch.tensor([0])),
+        lambda: layer.batch_repeat_interleave(2),
+        lambda: layer.batch_select_indices(torch.tensor([0])),
+        layer.offload,
+        layer.prefetch,
+        layer.reset,
+    ):
+        operation()
+        assert layer.get_seq_length() == 0 and layer.keys is None
+    layer.update(*states(5))
+    plain = DynamicLayer()
+    plain.update(*states(5))
+    check(layer, plain)
+
+
+def test_batch_may_change_once_all_is_cropped() -> None:
+    layer = filled(batch=2)
+    layer.index()
+    layer.crop(-300)
+    layer.reorder_cache(torch.tensor([0, 1, 2, 3]))  # nothing is there to reorder, so nothing is wrong
+    layer.update(*states(10, batch=3))
+    plain = filled(10, batch=3, cls=DynamicLayer)
+    check(layer, plain)
+
+
+@pytest.mark.parametrize("wrong", [(3, HEADS, HEAD_DIM), (2, 1, HEAD_DIM), (2, HEADS, 8)])
+def test_update_names_what_does_not_match(wrong: tuple[int, int, int]) -> None:
+    batch, heads, head_dim = wrong
+    layer = filled(10)
+    with pytest.raises(ValueError, match="key_states"):
+        layer.update(torch.zeros(batch, heads, 1, head_dim), torch.zeros(batch, heads, 1, head_dim))
+    check(layer, filled(10, cls=DynamicLayer))
+
+
+def test_growth_is_by_doubling() -> None:
+    """Single tokens: each reallocation at least doubles the storage, so fewer positions are copied than are held."""
+    layer, storages, indices = SparqLayer(), [], []
+    tokens = 3000
+    for step in range(tokens):
+        key = torch.full((1, 1, 1, 2), float(step))
+        layer.update(key, key)
+        components, _ = layer.index()
+        if not storages or layer.keys.data_ptr() != storages[-1][0].data_ptr():
+            storages.append((layer.keys, step))  # kept, or the allocator gives the same address again
+        if not indices or components.data_ptr() != indices[-1][0].data_ptr():
+            indices.append((components, step))
+    assert torch.equal(layer.keys[0, 0, :, 0], torch.arange(float(tokens)))
+    for grown in (storages, indices):
+        assert 2 <= len(grown) <= 2 + math.log2(tokens / BLOCK)
+        assert sum(copied for _, copied in grown) <= 2 * tokens
+    held = (1 + 1 + 1) * 2 * 4 * 2 * tokens  # K, V, components; d = 2, four bytes, at most twice what is needed
+    assert layer.allocated_bytes <= held
+
+
+def test_a_long_prompt_takes_no_more_than_it_needs() -> None:
+    layer = filled(1000)
+    layer.index()
+    capacity = -(-1000 // BLOCK) * BLOCK
+    per_position = 2 * HEADS * HEAD_DIM * 4
+    assert layer.allocated_bytes == 3 * capacity * per_position + per_position
+    assert filled(1000).allocated_bytes == 2 * capacity * per_position  # the index is made when it is asked for
+
+
+def test_index_reads_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    written, summed = [], []
+    write, sum_values = layout.write_components, SparqLayer._sum_values
+
+    def watched_write(components: Tensor, key: Tensor, position: int) -> None:
+        written.append((position, position + key.shape[2]))
+        write(components, key, position)
+
+    def watched_sum(self, begin: int, end: int, *args) -> Tensor:
+        summed.append((begin, end))
+        return sum_values(self, begin, end, *args)
+
+    monkeypatch.setattr(layout, "write_components", watched_write)
+    monkeypatch.setattr(SparqLayer, "_sum_values", watched_sum)
+    layer, start = filled(500), torch.tensor([0, 7])
+    assert not written and not summed
+    layer.index(start)
+    layer.index(start)
+    assert written == summed == [(0, 500)]
+    layer.update(*states(1))
+    layer.index(start)
+    assert written == summed == [(0, 500), (500, 501)]
+    layer.reorder_cache(torch.tensor([1, 0]))
+    layer.index(start.flip(0))
+    assert written == summed == [(0, 500), (500, 501)]
+    layer.crop(-3)
+    assert summed[2:] == [(498, 501)]  # taken back
+    layer.update(*states(2))
+    layer.index(start.flip(0))
+    assert written[2:] == [(498, 500)] and summed[3:] == [(498, 500)]
+
+
+def test_padding_may_hold_anything() -> None:
+    keys, values = states(20)
+    values[1, :, :7] = torch.nan
+    values[0, :, 4] = torch.inf
+    layer, plain = SparqLayer(), DynamicLayer()
+    layer.update(keys, values)
+    plain.update(keys, values.where(values.isfinite(), 0.0))
+    start, mask = torch.tensor([0, 7]), torch.ones(2, 20, dtype=torch.bool)
+    mask[0, 4] = False
+    for length in (20, 21):
+        _, value_sum = layer.index(start, mask)
+        valid = mask & (torch.arange(length) >= start[:, None])
+        expected = plain.values.double().where(valid[:, None, :, None], 0.0).sum(2)
+        torch.testing.assert_close(value_sum.double(), expected)
+        new = states(1, seed=5)
+        layer.update(*new)
+        plain.update(*new)
+        mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+
+
+def test_cropping_what_was_infinite_leaves_a_finite_sum() -> None:
+    keys, values = states(20)
+    values[:, :, 18] = torch.inf
+    layer = SparqLayer()
+    layer.update(keys, values)
+    assert layer.index()[1].isinf().all()
+    layer.crop(-3)
+    torch.testing.assert_close(layer.index()[1], values[:, :, :17].sum(2))
+
+
+def test_sum_is_kept_in_float32() -> None:
+    """In bfloat16 a sum of ones stops growing at 256."""
+    ones = torch.ones(1, HEADS, 1000, HEAD_DIM, dtype=torch.bfloat16)
+    layer = SparqLayer()
+    layer.update(ones, ones)
+    assert (layer.index()[1] == 1000).all()
+    for _ in range(5):
+        layer.update(ones[:, :, :1], ones[:, :, :1])
+        layer.index()
+    assert (layer.index()[1] == 1005).all() and layer.index()[0].dtype == torch.bfloat16
+
+
+def test_validity_that_changes_between_steps() -> None:
+    layer, plain = filled(20), filled(20, cls=DynamicLayer)
+    holes = torch.ones(2, 20, dtype=torch.bool)
+    holes[0, 3] = False
+    others = holes.clone()
+    others[1, 11] = False
+    for start, mask in (
+        (None, None),
+        (torch.tensor([0, 7]), None),
+        (torch.tensor([2, 7]), None),
+        (None, holes),
+        (None, others),
+        (None, torch.ones(2, 20, dtype=torch.bool)),
+        (torch.tensor([2, 7]), others),
+        (None, None),
+    ):
+        check(layer, plain, start, mask)
+
+
+def test_adopted_tensors_are_read_and_never_written() -> None:
+    plain = filled(300, cls=DynamicLayer)
+    keys, values = plain.keys, plain.values
+    before = keys.clone(), values.clone()
+    for meddle in (
+        lambda layer: None,
+        lambda layer: layer.crop(-5),
+        lambda layer: (layer.crop(-5), layer.offload()),
+        lambda layer: (layer.crop(-5), layer.offload(), layer.prefetch()),
+        lambda layer: (layer.crop(-5), layer.batch_repeat_interleave(1)),
+        lambda layer: (layer.crop(-5), layer.reorder_cache(torch.tensor([0, 1]))),
+    ):
+        layer = SparqLayer.adopt(plain)
+        assert layer.keys.data_ptr() == keys.data_ptr()  # nothing is copied until the layer grows
+        meddle(layer)
+        own = filled(layer.get_seq_length(), cls=DynamicLayer)
+        own.keys, own.values = keys[:, :, : layer.get_seq_length()], values[:, :, : layer.get_seq_length()]
+        for one in (layer, own):
+            one.update(*states(3, seed=9))
+        check(layer, own, torch.tensor([0, 7]))
+        assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
+
+
+def test_upgrade_takes_plain_dynamic_layers_only() -> None:
+    config = build("gemma3").config
+    cache = DynamicCache(config=config)
+    upgrade(cache)
+    assert [type(layer) for layer in cache.layers] == [
+        DynamicSlidingWindowLayer,
+        SparqLayer,
+        DynamicSlidingWindowLayer,
+    ]
+    same = list(cache.layers)
+    upgrade(cache)
+    assert all(a is b for a, b in zip(cache.layers, same, strict=True))
+
+    static = StaticCache(config=build().config, max_cache_len=64)
+    kinds = [type(layer) for layer in static.layers]
+    upgrade(static)
+    assert [type(layer) for layer in static.layers] == kinds
+
+
+def test_upgrade_of_a_cache_that_is_filled() -> None:
+    model, inputs = build(), prompt()
+    with torch.no_grad():
+        cache = model(**inputs).past_key_values
+        plain = [copy.copy(layer) for layer in cache.layers]
+        upgrade(cache)
+        for layer, other in zip(cache.layers, plain, strict=True):
+            assert type(layer) is SparqLayer and (layer.dtype, layer.device) == (other.dtype, other.device)
+            check(layer, other, torch.tensor([0, 9]))
+        assert cache.get_seq_length() == 40 and cache.is_croppable and not cache.is_compileable
+        cache.crop(-4)
+        assert cache.get_seq_length() == 36
+
+
+def test_upgrade_leaves_layers_of_other_types() -> None:
+    class Quantized(DynamicLayer):  # as transformers' quantized layers, which hold more than keys and values
+        pass
+
+    layer = Quantized()
+    cache = DynamicCache()
+    cache.layers.append(layer)
+    upgrade(cache)
+    assert cache.layers[0] is layer
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_stand_alone(how: str) -> None:
+    layer, plain, start = filled(), filled(cls=DynamicLayer), torch.tensor([0, 7])
+    layer.index(start)
+    if how == "deepcopy":
+        other = copy.deepcopy(layer)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(layer))
+    else:
+        buffer = io.BytesIO()
+        torch.save(layer, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    other_plain = copy.deepcopy(plain)
+    layer.update(*states(1, seed=3)), plain.update(*states(1, seed=3))
+    other.update(*states(1, seed=4)), other_plain.update(*states(1, seed=4))
+    check(layer, plain, start)
+    check(other, other_plain, start)
+
+
+def test_dynamic_cache_can_be_made_from_its_own_contents() -> None:
+    cache = DynamicCache()
+    cache.update(*states(30), 0)
+    upgrade(cache)
+    again = DynamicCache(list(cache))
+    assert torch.equal(again.layers[0].keys, cache.layers[0].keys)
+
+
+class Placed(torch.Tensor):
+    """A tensor that says it is wherever it was moved to: this machine has one device only."""
+
+    place = torch.device("cpu")
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.place
+
+    def to(self, device: torch.device | str, **kwargs) -> Placed:  # type: ignore[override]
+        moved = torch.Tensor.clone(self).as_subclass(Placed)
+        moved.place = torch.device(device)
+        return moved
+
+
+HELD = ("_key_storage", "_value_storage", "components", "value_sum", "summed_start", "summed_mask")
+
+
+def test_offload_and_prefetch_move_all_that_is_held() -> None:
+    layer, plain = filled(), filled(cls=DynamicLayer)
+    start, mask = torch.tensor([0, 7]), torch.ones(2, 300, dtype=torch.bool)
+    layer.index(start, mask)
+    layer.device = torch.device("cuda:0")
+    for name in HELD:
+        placed = getattr(layer, name).as_subclass(Placed)
+        setattr(layer, name, placed.to("cuda:0"))
+
+    def places() -> set[str]:
+        return {str(getattr(layer, name).device) for name in HELD}
+
+    layer.offload()
+    assert places() == {"cpu"}
+    layer.prefetch()
+    assert places() == {"cuda:0"}
+    there = layer._key_storage
+    layer.prefetch()
+    assert layer._key_storage is there  # it is where it belongs
+
+    for name in HELD:
+        setattr(layer, name, getattr(layer, name).as_subclass(torch.Tensor))
+    check(layer, plain, start, mask)
+
+
+def test_made_in_inference_mode_and_used_outside() -> None:
+    layer, plain = SparqLayer(), filled(cls=DynamicLayer)
+    with torch.inference_mode():
+        layer.update(*states(300))
+        layer.index()
+    for seed in range(2):
+        layer.update(*states(1, seed=seed)), plain.update(*states(1, seed=seed))
+        check(layer, plain)
+    with torch.inference_mode():
+        layer.update(*states(1, seed=7)), plain.update(*states(1, seed=7))
+        check(layer, plain)
+    layer.crop(-2), plain.crop(-2)
+    check(layer, plain)
+
+
+class Layers(RuleBasedStateMachine):
+    """Any sequence of operations leaves what `DynamicLayer` holds, and an index that can be made from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.plain = SparqLayer(), DynamicLayer()
+        self.batch, self.seed = 2, 0
+        self.first_valid = [0, 0]
+        self.holes: set[int] = set()
+        self.adopted: list[tuple[Tensor, Tensor]] = []
+
+    def both(self, operation: Callable) -> None:
+        for layer in (self.layer, self.plain):
+            operation(layer)
+
+    def filled(self) -> bool:
+        return self.plain.get_seq_length() > 0
+
+    @rule(length=st.sampled_from([1, 1, 1, 2, 5, BLOCK - 1, BLOCK, 2 * BLOCK + 3]))
+    def update(self, length: int) -> None:
+        self.seed += 1
+        self.both(lambda layer: layer.update(*states(length, self.batch, self.seed)))
+
+    @precondition(filled)
+    @rule(share=st.floats(0, 1))
+    def crop(self, share: float) -> None:
+        tokens = int(share * (self.plain.get_seq_length() - 1))
+        self.both(lambda layer: layer.crop(-tokens))
+
+    @precondition(filled)
+    @rule()
+    def crop_one(self) -> None:
+        if self.plain.get_seq_length() > 1:
+            self.both(lambda layer: layer.crop(-1))
+
+    def select(self, rows: list[int]) -> None:
+        self.first_valid = [self.first_valid[row] for row in rows]
+        self.batch = len(rows)
+
+    @precondition(filled)
+    @rule(data=st.data())
+    def reorder_cache(self, data: st.DataObject) -> None:
+        rows = data.draw(st.lists(st.integers(0, self.batch - 1), min_size=self.batch, max_size=self.batch))
+        self.both(lambda layer: layer.reorder_cache(torch.tensor(rows)))
+        self.select(rows)
+
+    @precondition(filled)
+    @rule(data=st.data())
+    def batch_select_indices(self, data: st.DataObject) -> None:
+        rows = data.draw(st.lists(st.integers(0, self.batch - 1), min_size=1, max_size=3))
+        self.both(lambda layer: layer.batch_select_indices(torch.tensor(rows)))
+        self.select(rows)
+
+    @precondition(lambda self: self.filled() and self.batch <= 2)
+    @rule(repeats=st.integers(1, 2))
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.both(lambda layer: layer.batch_repeat_interleave(repeats))
+        self.select([row for row in range(self.batch) for _ in range(repeats)])
+
+    @rule()
+    def reset(self) -> None:
+        self.both(lambda layer: layer.reset())
+
+    @rule(prefetch=st.booleans())
+    def offload(self, prefetch: bool) -> None:
+        self.both(lambda layer: (layer.offload(), prefetch and layer.prefetch()))
+
+    @rule(data=st.data())
+    def change_validity(self, data: st.DataObject) -> None:
+        self.first_valid = data.draw(st.lists(st.integers(0, 9), min_size=self.batch, max_size=self.batch))
+        self.holes = data.draw(st.sets(st.integers(0, 600), max_size=2))
+
+    @precondition(filled)
+    @rule()
+    def adopt(self) -> None:
+        self.adopted += [(tensor, tensor.clone()) for tensor in (self.plain.keys, self.plain.values)]
+        self.layer = SparqLayer.adopt(self.plain)
+
+    @rule()
+    def copied(self) -> None:
+        self.layer = copy.deepcopy(self.layer)
+
+    @rule()
+    def sparse_step(self) -> None:
+        length = self.plain.get_seq_length()
+        start = torch.tensor(self.first_valid) if any(self.first_valid) else None
+        holes = [hole for hole in self.holes if hole < length]
+        mask = None
+        if holes:
+            mask = torch.ones(self.batch, length, dtype=torch.bool)
+            mask[:, holes] = False
+        check(self.layer, self.plain, start, mask)
+
+    @invariant()
+    def same_contents(self) -> None:
+        assert self.layer.get_seq_length() == self.plain.get_seq_length()
+        if self.filled():
+            assert torch.equal(self.layer.keys, self.plain.keys)
+            assert torch.equal(self.layer.values, self.plain.values)
+
+    def teardown(self) -> None:
+        self.sparse_step()
+        assert all(torch.equal(tensor, before) for tensor, before in self.adopted)
+
+
+Layers.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None, derandomize=True)
+TestLayers = Layers.TestCase

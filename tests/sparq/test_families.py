@@ -1,0 +1,134 @@
+"""The families of models: those that SparQ serves, and those that `patch` refuses, untouched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+import sparq
+from tests.sparq.slow import Slow
+from tests.sparq.snapshot import snapshot
+from tests.sparq.tiny import ALTERNATING, COMMON, FAMILIES, GQA, build, generate, next_tokens, prompt, teacher_forced
+
+SLIDING = {"gemma2": 2, "gemma3": 2}  # of three layers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_budget_is_the_stock_model(family: str) -> None:
+    inputs = prompt()
+    expected = generate(build(family), inputs)
+    model = sparq.patch(build(family), k=1000, min_length=0)
+    assert generate(model, inputs) == expected
+    dense = sparq.report(model).total.dense_steps
+    sliding = SLIDING.get(family, 0)
+    assert dense.get("k covers the context") == (3 - sliding) * 11
+    assert dense.get("sliding-window layer", 0) == sliding * 11
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sparse_steps_equal_the_definition(family: str) -> None:
+    inputs, tokens = prompt(), next_tokens(steps=4)
+    expected = teacher_forced(Slow(r=4, k=12).install(build(family)), inputs, tokens)
+    model = sparq.patch(build(family), r=4, k=12, min_length=0)
+    torch.testing.assert_close(teacher_forced(model, inputs, tokens), expected, rtol=1e-4, atol=1e-4)
+    assert sparq.report(model).total.sparse_steps == (3 - SLIDING.get(family, 0)) * 4
+
+
+def test_qwen2_with_windows_in_some_layers() -> None:
+    changes = dict(use_sliding_window=True, sliding_window=16, layer_types=ALTERNATING)
+    inputs, tokens = prompt(), next_tokens(steps=4)
+    expected = teacher_forced(Slow(r=4, k=12).install(build("qwen2", **changes)), inputs, tokens)
+    model = sparq.patch(build("qwen2", **changes), r=4, k=12, min_length=0)
+    torch.testing.assert_close(teacher_forced(model, inputs, tokens), expected, rtol=1e-4, atol=1e-4)
+    assert [sparq.report(model).layers[i].sparse_steps for i in range(3)] == [0, 4, 0]
+
+
+REFUSED = {
+    "MambaForCausalLM": ("MambaConfig", dict(state_size=4), "recurrent state|no cache of keys and values"),
+    "Qwen3NextForCausalLM": (
+        "Qwen3NextConfig",
+        GQA
+        | dict(
+            layer_types=["linear_attention", "full_attention", "linear_attention"],
+            head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+        ),
+        "linear_attention",
+    ),
+    "DeepseekV3ForCausalLM": (
+        "DeepseekV3Config",
+        dict(
+            num_key_value_heads=4,
+            kv_lora_rank=16,
+            q_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            moe_intermediate_size=16,
+            first_k_dense_replace=3,
+        ),
+        "latent attention",
+    ),
+    "T5ForConditionalGeneration": ("T5Config", dict(d_model=64, d_ff=96, d_kv=16, num_layers=2), "encoder-decoder"),
+    "BartForCausalLM": (
+        "BartConfig",
+        dict(d_model=64, decoder_layers=2, encoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=96),
+        "attention interface",
+    ),
+    "BertModel": ("BertConfig", {}, "causal"),
+    "MistralForCausalLM": ("MistralConfig", GQA | dict(sliding_window=16), "sliding window of 16"),
+    "Gemma3ForCausalLM": (
+        "Gemma3TextConfig",
+        GQA | dict(head_dim=16, layer_types=["sliding_attention"] * 3),
+        "none of its layers attends to the whole context",
+    ),
+    "GptOssForCausalLM": (
+        "GptOssConfig",
+        GQA | dict(head_dim=16, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 3),
+        "sinks",
+    ),
+    "BloomForCausalLM": ("BloomConfig", dict(n_layer=2, n_head=4), "attention interface"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_the_model_is_touched(name: str) -> None:
+    config_class, added, reason = REFUSED[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**(COMMON | added))
+    model = getattr(transformers, name)(config).eval()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=reason) as error:
+        sparq.patch(model, r=4, k=12)
+    assert str(error.value).startswith("sparq cannot serve ") and "\n" not in str(error.value)
+    assert snapshot(model) == before
+    with pytest.raises(ValueError, match="must be patched"):
+        sparq.report(model)
+    sparq.unpatch(model)  # nothing to undo
+    assert snapshot(model) == before
+
+
+def test_paged_attention_is_refused() -> None:
+    model = build()
+    model.config._attn_implementation_internal = "paged|sdpa"
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="paged"):
+        sparq.patch(model)
+    assert snapshot(model) == before
+
+
+def test_not_a_model() -> None:
+    with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
+        sparq.patch(torch.nn.Linear(2, 2))  # type: ignore[type-var]

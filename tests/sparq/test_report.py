@@ -1,0 +1,133 @@
+"""The report against numbers counted by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import sparq
+from sparq import Report, SparqConfig
+from tests.sparq.slow import Slow
+from tests.sparq.tiny import build, next_tokens, prompt, teacher_forced
+
+KNOBS = dict(r=4, k=12, min_length=0)
+
+
+def run(family: str = "llama", steps: int = 3, inputs: dict | None = None, **knobs) -> Report:
+    model = sparq.patch(build(family), **(KNOBS | knobs))
+    teacher_forced(model, inputs or prompt(), next_tokens(steps=steps))
+    return sparq.report(model)
+
+
+def test_numbers_of_a_padded_batch() -> None:
+    """Two rows, 40 cached positions of which the second row's first 9 are padding; 3 steps; 2 KV heads, d = 16."""
+    report = run()
+    valid = sum((40 + step) + (31 + step) for step in (1, 2, 3))
+    read = 3 * (12 + 12)
+    rows = 3 * 2
+    elements = 2 * (valid * 4 + 2 * read * 16 + rows * 4 * 16)
+    assert sorted(report.layers) == [0, 1, 2]
+    for layer in report.layers.values():
+        assert (layer.decode_steps, layer.sparse_steps, layer.dense_steps) == (3, 3, {})
+        assert (layer.positions_cached, layer.positions_read) == (valid, read)
+        assert layer.bytes_read == 4 * elements
+        assert layer.bytes_dense == 4 * 2 * valid * 2 * 16
+    total = report.total
+    assert (total.decode_steps, total.sparse_steps, total.dense_steps) == (9, 9, {})
+    assert (total.positions_cached, total.positions_read) == (3 * valid, 3 * read)
+    assert (total.bytes_read, total.bytes_dense) == (3 * 4 * elements, 3 * 4 * 4 * valid * 16)
+
+
+def test_bytes_count_the_element_size() -> None:
+    model = sparq.patch(build().to(torch.bfloat16), **KNOBS)
+    teacher_forced(model, prompt(), next_tokens(steps=3))
+    single, half = run().total, sparq.report(model).total
+    assert (single.bytes_read, single.bytes_dense) == (2 * half.bytes_read, 2 * half.bytes_dense)
+
+
+def test_mean_alpha() -> None:
+    inputs, tokens, slow = prompt(), next_tokens(), Slow(r=4, k=12)
+    teacher_forced(slow.install(build()), inputs, tokens)
+    report = run(steps=12)
+    for index, layer in report.layers.items():
+        assert layer.mean_alpha == pytest.approx(sum(slow.alphas[index]) / len(slow.alphas[index]), rel=1e-4)
+        assert (layer.positions_read, layer.positions_cached) == (slow.read[index], slow.cached[index])
+    every = [alpha for alphas in slow.alphas.values() for alpha in alphas]
+    assert report.total.mean_alpha == pytest.approx(sum(every) / len(every), rel=1e-4)
+    assert 0.05 < report.total.mean_alpha < 0.95  # neither a constant nor nothing left to choose
+
+
+def test_dense_steps_and_their_reasons() -> None:
+    """dense_layers, sliding windows, min_length and k: each is named, and its bytes are those of all positions."""
+    everything = 4 * 2 * 2 * 2 * 16 * (41 + 42 + 43)  # float32, rows, KV heads, K and V, d, positions: padding too
+    report = run(dense_layers=1)
+    assert report.layers[0].dense_steps == {"one of the first dense_layers": 3}
+    assert (report.layers[0].bytes_read, report.layers[0].bytes_dense) == (everything, everything)
+    assert report.layers[0].mean_alpha is None and report.layers[1].sparse_steps == 3
+
+    assert run(min_length=43).layers[0].dense_steps == {"shorter than min_length": 2}
+    assert run(k=43).total.dense_steps == {"k covers the context": 9}
+    assert run(k=42).layers[0].dense_steps == {"k covers the context": 2}
+
+    gemma = run("gemma3")
+    assert [gemma.layers[i].dense_steps for i in range(3)] == [
+        {"sliding-window layer": 3},
+        {},
+        {"sliding-window layer": 3},
+    ]
+    assert gemma.total.dense_steps == {"sliding-window layer": 6} and gemma.total.sparse_steps == 3
+
+
+def test_the_prompt_is_not_a_decode_step() -> None:
+    model = sparq.patch(build(), **KNOBS)
+    with torch.no_grad():
+        model(**prompt())
+        model(next_tokens(1, 1), use_cache=True)  # a prompt of one token
+        model(**prompt(), use_cache=False)
+    assert sparq.report(model).layers == {} and sparq.report(model).total.decode_steps == 0
+
+
+def test_to_dict_is_plain_data() -> None:
+    report = run(dense_layers=1)
+    data = report.to_dict()
+    again = json.loads(json.dumps(data, allow_nan=False))
+    assert again["total"] == data["total"]
+    assert again["layers"]["1"] == data["layers"][1]
+    assert again["layers"]["0"]["dense_steps"] == {"one of the first dense_layers": 3}
+    assert SparqConfig(**again["config"]) == report.config
+    assert again["backend"] == report.backend
+
+
+def test_table() -> None:
+    report = run(dense_layers=1)
+    lines = str(report).splitlines()
+    assert any(line.strip() == "dense, 3 layer steps: one of the first dense_layers" for line in lines)
+    assert max(len(line) for line in lines) <= 110
+    layer = report.layers[1]
+    share = f"{layer.positions_read:,} ({layer.positions_read / layer.positions_cached:.1%})"
+    assert sum(share in line for line in lines) == 2  # layers 1 and 2
+    assert sum(f"{report.total.mean_alpha:.3f}" in line for line in lines) >= 1
+    assert report.backend in str(report) and "k=12" in str(report)
+
+
+def test_table_of_a_model_that_has_not_decoded() -> None:
+    report = sparq.report(sparq.patch(build()))
+    assert "all" in str(report)
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_a_report_is_a_moment() -> None:
+    model = sparq.patch(build(), **KNOBS)
+    teacher_forced(model, prompt(), next_tokens(steps=2))
+    early = sparq.report(model)
+    before = early.to_dict()
+    teacher_forced(model, prompt(), next_tokens(steps=2))
+    assert early.to_dict() == before
+    assert sparq.report(model).total.sparse_steps == 2 * early.total.sparse_steps
+
+
+def test_needs_a_patched_model() -> None:
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not"):
+        sparq.report(build())
