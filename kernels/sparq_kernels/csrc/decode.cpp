@@ -36,6 +36,8 @@ namespace {
 
 constexpr int LANES = 16;            // maxima kept per block: one for every 16th position
 constexpr int64_t CHUNK = 128;       // chosen positions per attend task
+constexpr int64_t UNIT = 64;         // neighbouring positions whose scores share a reference exponent
+constexpr int64_t UNITS = BLOCK / UNIT;
 constexpr int64_t LINE = 64;         // bytes
 constexpr int64_t ROWS_AHEAD = 8;    // rows between a prefetch and its use
 constexpr float FAINTEST = 0x1p-100f;  // scores below count as 0: the same for a position whatever its block's reference
@@ -77,6 +79,9 @@ struct Layout {
     }
 };
 
+// Units of that many blocks, and room for a vector to end in.
+constexpr int64_t padded_units(int64_t blocks) { return (blocks * UNITS + W - 1) / W * W; }
+
 struct Row {
     int64_t first = 0, end = 0;    // valid positions lie in [first, end)
     int64_t n = 0;                 // how many of them are valid
@@ -94,9 +99,9 @@ struct Scratch {
     float* queries;          // [G, d padded], times scale (and log2 e without softcap)
     int32_t* components;     // [r]
     float* weights;          // [G, positions]: 2^(x - reference)
-    float* reference;        // [G, blocks]
-    float* sum;              // [G, blocks]
-    float* block_weight;     // [G, blocks]: 2^(reference - maximum) / z
+    float* reference;        // [G, units]: integers
+    float* sum;              // [G, units]
+    float* unit_weight;      // [G, units]: 2^(reference - maximum) / z
     float* score;            // [positions]
     float* maxima;           // [blocks, LANES]
     int32_t* keys;           // [positions + W]
@@ -110,14 +115,14 @@ struct Scratch {
 
     size_t place(char* base, const Arguments& a, int64_t blocks, int64_t padded_dim) {
         Layout layout{base};
-        int64_t positions = blocks * BLOCK, chunks = (a.k_max + CHUNK - 1) / CHUNK;
+        int64_t positions = blocks * BLOCK, chunks = (a.k_max + CHUNK - 1) / CHUNK, units = padded_units(blocks);
         layout.place(scored_queries, a.r * a.group);
         layout.place(queries, a.group * padded_dim);
         layout.place(components, a.head_dim + W);
         layout.place(weights, a.group * positions);
-        layout.place(reference, a.group * blocks);
-        layout.place(sum, a.group * blocks);
-        layout.place(block_weight, a.group * blocks);
+        layout.place(reference, a.group * units);
+        layout.place(sum, a.group * units);
+        layout.place(unit_weight, a.group * units);
         layout.place(score, positions);
         layout.place(maxima, blocks * LANES);
         layout.place(keys, positions + W);
@@ -175,7 +180,7 @@ bool whole_block(const Row& row, int64_t block, int64_t end) {
 template <class T>
 class Decoder {
     const Arguments& a;
-    const int64_t group, dim, padded_dim, blocks;
+    const int64_t group, dim, padded_dim, blocks, units;
     const bool capped;
     std::vector<Row> rows;
     std::vector<Scratch> scratch;
@@ -185,8 +190,9 @@ class Decoder {
         : a(arguments),
           group(a.group),
           dim(a.head_dim),
-          padded_dim((a.head_dim + W - 1) / W * W),
+          padded_dim((a.head_dim + PAIR - 1) / PAIR * PAIR),
           blocks((a.cached + BLOCK - 1) / BLOCK),
+          units(padded_units(blocks)),
           capped(a.softcap > 0),
           rows(a.batch),
           scratch(per_head ? heads() : a.threads) {
@@ -197,7 +203,11 @@ class Decoder {
 
     int64_t heads() const { return a.batch * a.num_kv_heads; }
     int64_t max_chunks() const { return (a.k_max + CHUNK - 1) / CHUNK; }
-    int64_t max_blocks() const { return blocks; }
+    // Where part i of n begins: whole vectors of units never belong to two parts.
+    int64_t part_begin(int64_t i, int64_t n) const {
+        constexpr int64_t together = std::max<int64_t>(W / UNITS, 1);
+        return std::min((blocks + together - 1) / together * i / n * together, blocks);
+    }
     void read_row(int64_t b) { rows[b] = make_row(a, b); }
 
     // All phases of one head, one after the other.
@@ -227,77 +237,141 @@ class Decoder {
                head % a.num_kv_heads * head_stride;
     }
 
+    // The row's units, widened to whole vectors.
+    static int64_t first_unit(const Row& row) { return row.first / BLOCK * UNITS / W * W; }
+    static int64_t end_unit(const Row& row) { return ((row.end + BLOCK - 1) / BLOCK * UNITS + W - 1) / W * W; }
+
     // Queries of one tile share each component they load: up to four at a time.
     static int64_t tile_size(int64_t left) { return std::min<int64_t>(left, 4); }
 
     void prepare(int64_t head, Scratch& s) const {
-        if (row_of(head).n == 0) return;
+        const Row& row = row_of(head);
+        if (row.n == 0) return;
         const T* q = head_of<T>(a.query, head, a.query_batch, a.query_head * group);
         float magnitude[MAX_HEAD_DIM] = {};
         float to_logit = static_cast<float>(capped ? a.scale / a.softcap : a.scale * LOG2E);
         for (int64_t g = 0; g < group; g++) {
-            for (int64_t i = 0; i < padded_dim; i++) {
-                float x = i < dim ? widen(q[g * a.query_head + i]) : 0.f;
-                if (i < dim) magnitude[i] += std::fabs(x);
-                s.queries[g * padded_dim + i] = x * to_logit;
+            float* out = s.queries + g * padded_dim;
+            for (int64_t i = 0; i < padded_dim; i += PAIR) {
+                Floats x, y;
+                load_dims(q + g * a.query_head, i, x, y);
+                store(magnitude + i, load(magnitude + i) + absolute(x));
+                store(magnitude + i + W, load(magnitude + i + W) + absolute(y));
+                store(out + i, x * to_logit);
+                store(out + i + W, y * to_logit);
             }
         }
-        if (row_of(head).everything()) return;
+        if (row.everything()) return;
 
+        for (int64_t g = 0; g < group; g++) {  // vectors of units begin before and end behind the row's
+            int64_t begin = row.first / BLOCK * UNITS, end = (row.end + BLOCK - 1) / BLOCK * UNITS;
+            for (int64_t u = first_unit(row); u < begin; u++) s.reference[g * units + u] = LOWEST, s.sum[g * units + u] = 0;
+            for (int64_t u = end; u < end_unit(row); u++) s.reference[g * units + u] = LOWEST, s.sum[g * units + u] = 0;
+        }
         int32_t keys[MAX_HEAD_DIM + W];
-        memcpy(keys, magnitude, dim * sizeof(float));  // floats that are not negative order like their bits
+        for (int64_t i = 0; i < dim; i++) memcpy(keys + i, magnitude + slot<T>(i), sizeof(float));  // ordered as floats are
         select_largest(keys, dim, a.r, s.components);
         for (int64_t g = 0; g < group; g++) {
-            float all = 0, some = 0;
-            for (int64_t i = 0; i < dim; i++) all += std::fabs(widen(q[g * a.query_head + i]));
-            for (int64_t c = 0; c < a.r; c++) some += std::fabs(widen(q[g * a.query_head + s.components[c]]));
-            float tau = std::sqrt(some / all);
+            const float* query = s.queries + g * padded_dim;
+            Floats all = {};
+            for (int64_t i = 0; i < padded_dim; i += W) all += absolute(load(query + i));
+            float some = 0;
+            for (int64_t c = 0; c < a.r; c++) some += std::fabs(query[slot<T>(s.components[c])]);
+            float tau = std::sqrt(some / horizontal_sum(all));
             if (!(tau > 0)) tau = 1;
             int64_t tile_begin = g / 4 * 4, tile = tile_size(group - tile_begin);
             float* out = s.scored_queries + tile_begin * a.r + g % 4;
-            for (int64_t c = 0; c < a.r; c++)
-                out[c * tile] = widen(q[g * a.query_head + s.components[c]]) * (to_logit / tau);
+            for (int64_t c = 0; c < a.r; c++) out[c * tile] = query[slot<T>(s.components[c])] / tau;
         }
     }
 
-    // Logits of one block for G queries: out[g][BLOCK].  The same runs of the block `ahead` elements further are prefetched.
+    // Elements [i, i + PAIR) of a row of head_dim, zeros behind its end.
+    void load_dims(const T* row, int64_t i, Floats& x, Floats& y) const {
+        if (i + PAIR <= dim) load_pair(row + i, x, y);
+        else load_pair_part(row + i, dim - i, x, y);
+    }
+
+    // Logits of one unit for G queries: out[g][UNIT].  The same lines of the block `ahead` elements further are prefetched.
     template <int G>
-    static void block_logits(const T* block, int64_t ahead, const int32_t* components, int64_t r, const float* queries,
-                             float* out, int64_t out_stride) {
+    static SPARQ_INLINE void unit_logits(const T* unit, int64_t ahead, const int32_t* components, int64_t r,
+                                         const float* queries, float* out, int64_t out_stride) {
         constexpr int V = W == 8 ? 2 : 4;  // vectors of positions in flight: G * V accumulators fit the registers
-        for (int64_t i = 0; i < BLOCK; i += V * W) {
+        for (int64_t i = 0; i < UNIT; i += V * W) {
             Floats sum[G][V] = {};
             for (int64_t c = 0; c < r; c++) {
-                const T* run = block + components[c] * BLOCK + i;
+                const T* run = unit + components[c] * BLOCK + i;
                 for (int64_t byte = 0; byte < int64_t(V * W * sizeof(T)); byte += LINE)
                     __builtin_prefetch(reinterpret_cast<const char*>(run + ahead) + byte, 0, 2);
                 Floats x[V];
-                for (int v = 0; v < V; v++) x[v] = load(run + v * W);
+                for (int v = 0; v < V; v += 2) load_pair(run + v * W, x[v], x[v + 1]);
                 for (int g = 0; g < G; g++)
                     for (int v = 0; v < V; v++) sum[g][v] += x[v] * queries[c * G + g];
             }
             for (int g = 0; g < G; g++)
-                for (int v = 0; v < V; v++) store(out + g * out_stride + i + v * W, sum[g][v]);
+                for (int v = 0; v < V; v += 2)
+                    store_pair<T>(out + g * out_stride + i + v * W, sum[g][v], sum[g][v + 1]);
         }
     }
 
-    // In place: logits x in base 2 become 2^(x - reference).  Lanes not kept become 0.
-    void exponentiate(float* x, const int32_t* keep, float* reference, float* sum) const {
-        Floats highest = splat(LOWEST), total = {};
-        for (int64_t i = 0; i < BLOCK; i += W) {
+    // In place: logits become base-2 exponents (capped), and -Inf in lanes not kept.
+    void finish_logits(float* x, const int32_t* keep) const {
+        for (int64_t i = 0; i < UNIT; i += W) {
             Floats logit = load(x + i);
             if (capped) logit = tanh(logit) * static_cast<float>(a.softcap * LOG2E);
             if (keep) logit = load_ints(keep + i) ? logit : splat(-INFINITE);
-            if (capped || keep) store(x + i, logit);
-            highest = max(logit, highest);
+            store(x + i, logit);
         }
-        *reference = round_to_int(horizontal_max(highest));
-        for (int64_t i = 0; i < BLOCK; i += W) {
-            Floats weight = exp2_scaled(load(x + i), *reference);
-            total += weight;
-            store(x + i, weight);
+    }
+
+    // In place: x becomes 2^(x - reference), for the N values of a unit or chunk.
+    template <int64_t N>
+    static SPARQ_INLINE void exponentiate(float* x, float* reference, float* sum) {
+        Floats highest = splat(LOWEST), poison = {}, total = {};
+        for (int64_t i = 0; i < N; i += W) {
+            highest = max(load(x + i), highest);
+            poison += load(x + i);
         }
+        float top = round_to_int(horizontal_max(highest));
+        if (std::fabs(top) < 0x1p21f && !std::isnan(horizontal_sum(poison))) {
+            for (int64_t i = 0; i < N; i += W) {
+                Floats weight = exp2_scaled_fast(load(x + i), top);
+                total += weight;
+                store(x + i, weight);
+            }
+        } else {
+            for (int64_t i = 0; i < N; i += W) {
+                Floats weight = exp2_scaled(load(x + i), top);
+                total += weight;
+                store(x + i, weight);
+            }
+        }
+        *reference = top;
         *sum = horizontal_sum(total);
+    }
+
+    template <int G>
+    void score_block(const T* block, int64_t ahead, const int32_t* keep, Scratch& s, int64_t g, int64_t index) const {
+        int64_t positions = blocks * BLOCK;
+        float* weights = s.weights + g * positions + index * BLOCK;
+        for (int64_t u = 0; u < UNITS; u++) {
+            unit_logits<G>(block + u * UNIT, ahead, s.components, a.r, s.scored_queries + g * a.r, weights + u * UNIT,
+                           positions);
+            for (int64_t i = 0; i < G; i++) {
+                float* x = weights + i * positions + u * UNIT;
+                if (capped || keep) finish_logits(x, keep ? keep + u * UNIT : nullptr);
+                int64_t unit = (g + i) * units + index * UNITS + u;
+                exponentiate<UNIT>(x, s.reference + unit, s.sum + unit);
+            }
+        }
+    }
+
+    void skip_block(Scratch& s, int64_t block) const {
+        for (int64_t g = 0; g < group; g++) {
+            int64_t unit = g * units + block * UNITS;
+            std::fill_n(s.weights + (g * blocks + block) * BLOCK, BLOCK, 0.f);
+            std::fill_n(s.reference + unit, UNITS, LOWEST);
+            std::fill_n(s.sum + unit, UNITS, 0.f);
+        }
     }
 
     void score(int64_t head, Scratch& s, int64_t from, int64_t to) const {
@@ -306,50 +380,42 @@ class Decoder {
         from = std::max(from, row.first / BLOCK);
         to = std::min(to, (row.end + BLOCK - 1) / BLOCK);
         const T* components = head_of<T>(a.key_components, head, a.components_batch, a.components_head);
-        int64_t positions = blocks * BLOCK;
         int32_t lanes[BLOCK];
         for (int64_t j = from; j < to; j++) {
             const int32_t* keep = nullptr;
-            int64_t kept = BLOCK;
             if (!whole_block(row, j, row.end)) {
-                kept = block_lanes(row, j, row.end, lanes);
+                if (block_lanes(row, j, row.end, lanes) == 0) {
+                    skip_block(s, j);
+                    continue;
+                }
                 keep = lanes;
             }
-            if (kept == 0) {  // nothing here is read
-                for (int64_t g = 0; g < group; g++) {
-                    memset(s.weights + g * positions + j * BLOCK, 0, BLOCK * sizeof(float));
-                    s.reference[g * blocks + j] = LOWEST;
-                    s.sum[g * blocks + j] = 0;
-                }
-                continue;
-            }
             const T* block = components + j * a.components_block;
-            int64_t ahead = j + 1 < to ? a.components_block : 0;
             for (int64_t g = 0; g < group; g += 4) {
-                const float* queries = s.scored_queries + g * a.r;
-                float* out = s.weights + g * positions + j * BLOCK;
-                int64_t next = g == 0 ? ahead : 0;
+                int64_t ahead = g == 0 && j + 1 < to ? a.components_block : 0;
                 switch (tile_size(group - g)) {
-                    case 1: block_logits<1>(block, next, s.components, a.r, queries, out, positions); break;
-                    case 2: block_logits<2>(block, next, s.components, a.r, queries, out, positions); break;
-                    case 3: block_logits<3>(block, next, s.components, a.r, queries, out, positions); break;
-                    default: block_logits<4>(block, next, s.components, a.r, queries, out, positions); break;
+                    case 1: score_block<1>(block, ahead, keep, s, g, j); break;
+                    case 2: score_block<2>(block, ahead, keep, s, g, j); break;
+                    case 3: score_block<3>(block, ahead, keep, s, g, j); break;
+                    default: score_block<4>(block, ahead, keep, s, g, j); break;
                 }
             }
-            for (int64_t g = 0; g < group; g++)
-                exponentiate(s.weights + g * positions + j * BLOCK, keep, s.reference + g * blocks + j,
-                             s.sum + g * blocks + j);
         }
     }
 
-    // Softmax normalisation of every block in [from, to) for query g.  All blocks' references and sums are known by now.
-    void weigh_blocks(const Row& row, Scratch& s, int64_t g, int64_t from, int64_t to) const {
-        const float *reference = s.reference + g * blocks, *sum = s.sum + g * blocks;
-        int64_t first = row.first / BLOCK, end = (row.end + BLOCK - 1) / BLOCK;
-        float highest = *std::max_element(reference + first, reference + end);
-        float z = 0;
-        for (int64_t j = first; j < end; j++) z += sum[j] * power_of_two(reference[j], highest);
-        for (int64_t j = from; j < to; j++) s.block_weight[g * blocks + j] = power_of_two(reference[j], highest) / z;
+    // Softmax normalisation of the units in [from, to) for query g; all units' references and sums are known by now.
+    // False when a NaN or an infinity is among them.
+    bool weigh_units(const Row& row, Scratch& s, int64_t g, int64_t from, int64_t to) const {
+        const float *reference = s.reference + g * units, *sum = s.sum + g * units;
+        Floats highest = splat(LOWEST), z = {};
+        for (int64_t u = first_unit(row); u < end_unit(row); u += W) highest = max(load(reference + u), highest);
+        float top = horizontal_max(highest);
+        for (int64_t u = first_unit(row); u < end_unit(row); u += W)
+            z += load(sum + u) * power_of_two_or_zero(load(reference + u) - top);
+        float scale = 1 / horizontal_sum(z);
+        for (int64_t u = from; u < to; u += W)
+            store(s.unit_weight + g * units + u, power_of_two_or_zero(load(reference + u) - top) * scale);
+        return std::isfinite(scale);
     }
 
     void combine(int64_t head, Scratch& s, int64_t from, int64_t to) const {
@@ -358,35 +424,36 @@ class Decoder {
         from = std::max(from, row.first / BLOCK);
         to = std::min(to, (row.end + BLOCK - 1) / BLOCK);
         if (from >= to) return;
-        int64_t positions = blocks * BLOCK;
-        bool sound = true;  // false once a NaN or an infinity reached a sum: then no score means anything, and all count as 0
-        for (int64_t g = 0; g < group; g++) {
-            weigh_blocks(row, s, g, from, to);
-            for (int64_t j = from; j < to; j++) sound &= std::isfinite(s.block_weight[g * blocks + j]);
-        }
+        bool sound = true;  // otherwise no score means anything, and all count as 0
+        for (int64_t g = 0; g < group; g++)
+            sound &= weigh_units(row, s, g, from * UNITS / W * W, to * UNITS);
         int32_t keep[BLOCK];
         for (int64_t j = from; j < to; j++) {
-            constexpr int M = LANES / W;
             bool whole = whole_block(row, j, row.window_begin);
             if (!whole) block_lanes(row, j, row.window_begin, keep);
-            Floats maxima[M];
-            for (int m = 0; m < M; m++) maxima[m] = splat(EXCLUDED);
-            for (int64_t i = 0; i < BLOCK; i += LANES) {
-                for (int m = 0; m < M; m++) {
-                    int64_t lane = i + m * W;
-                    Floats total = {};
-                    for (int64_t g = 0; g < group; g++) {
-                        Floats share = load(s.weights + g * positions + j * BLOCK + lane) * s.block_weight[g * blocks + j];
-                        total += share >= FAINTEST ? share : Floats{};
-                    }
-                    if (!sound) total = Floats{};
-                    if (!whole) total = load_ints(keep + lane) ? total : splat(EXCLUDED);
-                    store(s.score + j * BLOCK + lane, total);
-                    maxima[m] = max(total, maxima[m]);
-                }
-            }
-            for (int m = 0; m < M; m++) store(s.maxima + j * LANES + m * W, maxima[m]);
+            combine_block(s, j, whole ? nullptr : keep, sound);
         }
+    }
+
+    void combine_block(Scratch& s, int64_t block, const int32_t* keep, bool sound) const {
+        constexpr int M = LANES / W;
+        Floats maxima[M];
+        for (int m = 0; m < M; m++) maxima[m] = splat(EXCLUDED);
+        for (int64_t i = 0; i < BLOCK; i += LANES) {
+            for (int m = 0; m < M; m++) {
+                int64_t lane = i + m * W, position = block * BLOCK + lane, unit = position / UNIT;
+                Floats total = {};
+                for (int64_t g = 0; g < group; g++) {
+                    Floats share = load(s.weights + g * blocks * BLOCK + position) * s.unit_weight[g * units + unit];
+                    total += share >= FAINTEST ? share : Floats{};
+                }
+                if (!sound) total = Floats{};
+                if (keep) total = load_ints(keep + lane) ? total : splat(EXCLUDED);
+                store(s.score + position, total);
+                maxima[m] = max(total, maxima[m]);
+            }
+        }
+        for (int m = 0; m < M; m++) store(s.maxima + block * LANES + m * W, maxima[m]);
     }
 
     // Positions scoring at least `bound`, ascending, and their keys.  Returns how many.
@@ -405,7 +472,7 @@ class Decoder {
                 hit += maxima[lane] >= bound;
             }
             if (hit == 0) continue;
-            if (hit > 3) {
+            if (hit > 12) {
                 for (int64_t i = 0; i < BLOCK; i++) add(j * BLOCK + i);
             } else {
                 for (int64_t i = 0; i < BLOCK; i += LANES)
@@ -446,25 +513,35 @@ class Decoder {
         for (int64_t byte = 0; byte < int64_t(dim * sizeof(T)); byte += LINE) __builtin_prefetch(p + byte, 0, 3);
     }
 
-    // out[g][i] = query g . key of chosen[i], in base 2 (capped before that).
-    void row_logits(int64_t head, const Scratch& s, const int32_t* chosen, int64_t count, float* out) const {
-        const T* keys = head_of<T>(a.key, head, a.key_batch, a.key_head);
-        const T* values = head_of<T>(a.value, head, a.value_batch, a.value_head);
-        int64_t full = dim / W * W;
-        for (int64_t i = 0; i < std::min(count, ROWS_AHEAD); i++) prefetch_row(keys + chosen[i] * a.key_position, dim);
-        for (int64_t i = 0; i < count; i++) {
-            if (i + ROWS_AHEAD < count) prefetch_row(keys + chosen[i + ROWS_AHEAD] * a.key_position, dim);
-            prefetch_row(values + chosen[i] * a.value_position, dim);
-            const T* row = keys + chosen[i] * a.key_position;
-            for (int64_t g0 = 0; g0 < group; g0 += 4) {
-                int64_t tile = tile_size(group - g0);
-                Floats dot[4] = {};
-                for (int64_t c = 0; c < padded_dim; c += W) {
-                    Floats x = c < full ? load(row + c) : load_part(row + c, dim - c);
-                    for (int64_t g = 0; g < tile; g++) dot[g] += x * load(s.queries + (g0 + g) * padded_dim + c);
+    // out[g][i] = query g . key of chosen[i], in base 2 (capped before that).  W dot products at a time end in one vector.
+    template <int G>
+    void row_logits(const T* keys, const T* values, const int32_t* chosen, int64_t count, const float* queries,
+                    float* out) const {
+        constexpr int ROWS = W / G;
+        for (int64_t i = 0; i < count; i += ROWS) {
+            int rows = static_cast<int>(std::min<int64_t>(ROWS, count - i));
+            Floats dots[W] = {};
+            for (int j = 0; j < rows; j++) {
+                const T* row = keys + chosen[i + j] * a.key_position;
+                if (values) {  // the first queries of the group fetch the rows for all
+                    if (i + j + ROWS_AHEAD < count) prefetch_row(keys + chosen[i + j + ROWS_AHEAD] * a.key_position, dim);
+                    prefetch_row(values + chosen[i + j] * a.value_position, dim);
                 }
-                for (int64_t g = 0; g < tile; g++) out[(g0 + g) * CHUNK + i] = horizontal_sum(dot[g]);
+                Floats dot[G] = {};
+                for (int64_t c = 0; c < padded_dim; c += PAIR) {
+                    Floats x, y;
+                    load_dims(row, c, x, y);
+                    for (int g = 0; g < G; g++) {
+                        const float* query = queries + g * padded_dim + c;
+                        dot[g] += x * load(query);
+                        dot[g] += y * load(query + W);
+                    }
+                }
+                for (int g = 0; g < G; g++) dots[g * ROWS + j] = dot[g];
             }
+            float sums[W];
+            store(sums, horizontal_sums(dots));
+            for (int g = 0; g < G; g++) memcpy(out + g * CHUNK + i, sums + g * ROWS, rows * sizeof(float));
         }
     }
 
@@ -475,32 +552,28 @@ class Decoder {
         const int32_t* chosen = s.chosen + begin;
         float* partial = s.partial + chunk * group * padded_dim;
         float* weights = s.row_weights + chunk * group * CHUNK;
-        row_logits(head, s, chosen, count, weights);
-        int64_t padded_count = (count + W - 1) / W * W;
+        const T* keys = head_of<T>(a.key, head, a.key_batch, a.key_head);
+        const T* values = head_of<T>(a.value, head, a.value_batch, a.value_head);
+        for (int64_t i = 0; i < std::min(count, ROWS_AHEAD); i++) prefetch_row(keys + chosen[i] * a.key_position, dim);
+        for (int64_t g = 0; g < group; g += 4) {
+            const float* queries = s.queries + g * padded_dim;
+            const T* ahead = g == 0 ? values : nullptr;
+            float* w = weights + g * CHUNK;
+            switch (tile_size(group - g)) {
+                case 1: row_logits<1>(keys, ahead, chosen, count, queries, w); break;
+                case 2: row_logits<2>(keys, ahead, chosen, count, queries, w); break;
+                case 3: row_logits<3>(keys, ahead, chosen, count, queries, w); break;
+                default: row_logits<4>(keys, ahead, chosen, count, queries, w); break;
+            }
+        }
         for (int64_t g = 0; g < group; g++) {
             float* w = weights + g * CHUNK;
-            for (int64_t i = count; i < padded_count; i++) w[i] = -INFINITE;
-            Floats highest = splat(LOWEST), total = {};
-            for (int64_t i = 0; i < padded_count; i += W) {
-                Floats logit = load(w + i);
-                if (capped) {
-                    logit = tanh(logit) * static_cast<float>(a.softcap * LOG2E);
-                    for (int lane = 0; lane < W; lane++)
-                        if (i + lane >= count) logit[lane] = -INFINITE;
-                    store(w + i, logit);
-                }
-                highest = max(logit, highest);
-            }
-            float reference = round_to_int(horizontal_max(highest));
-            for (int64_t i = 0; i < padded_count; i += W) {
-                Floats weight = exp2_scaled(load(w + i), reference);
-                total += weight;
-                store(w + i, weight);
-            }
-            s.partial_max[chunk * group + g] = reference;
-            s.partial_sum[chunk * group + g] = horizontal_sum(total);
+            if (capped)
+                for (int64_t i = 0; i < count; i += W)
+                    store(w + i, tanh(load(w + i)) * static_cast<float>(a.softcap * LOG2E));
+            std::fill(w + count, w + CHUNK, -INFINITE);
+            exponentiate<CHUNK>(w, s.partial_max + chunk * group + g, s.partial_sum + chunk * group + g);
         }
-        const T* values = head_of<T>(a.value, head, a.value_batch, a.value_head);
         for (int64_t g = 0; g < group; g += 4) {
             const float* w = weights + g * CHUNK;
             float* out = partial + g * padded_dim;
@@ -523,55 +596,77 @@ class Decoder {
             for (int64_t i = 0; i < count; i++) {
                 const T* row = values + chosen[i] * a.value_position + c;
                 Floats x[V];
-                for (int v = 0; v < V; v++) x[v] = load(row + v * W);
+                for (int v = 0; v < V; v += 2) load_pair(row + v * W, x[v], x[v + 1]);
                 for (int g = 0; g < G; g++)
                     for (int v = 0; v < V; v++) sum[g][v] += x[v] * weights[g * CHUNK + i];
             }
             for (int g = 0; g < G; g++)
-                for (int v = 0; v < V; v++) store(out + g * padded_dim + c + v * W, sum[g][v]);
+                for (int v = 0; v < V; v += 2)
+                    store_pair<T>(out + g * padded_dim + c + v * W, sum[g][v], sum[g][v + 1]);
         }
-        for (; c < dim; c += W) {
-            Floats sum[G] = {};
+        for (; c < dim; c += PAIR) {
+            Floats sum[G][2] = {};
             for (int64_t i = 0; i < count; i++) {
-                const T* row = values + chosen[i] * a.value_position + c;
-                Floats x = c + W <= dim ? load(row) : load_part(row, dim - c);
-                for (int g = 0; g < G; g++) sum[g] += x * weights[g * CHUNK + i];
+                Floats x, y;
+                load_dims(values + chosen[i] * a.value_position, c, x, y);
+                for (int g = 0; g < G; g++) {
+                    sum[g][0] += x * weights[g * CHUNK + i];
+                    sum[g][1] += y * weights[g * CHUNK + i];
+                }
             }
-            for (int g = 0; g < G; g++) store(out + g * padded_dim + c, sum[g]);
+            for (int g = 0; g < G; g++) store_pair<T>(out + g * padded_dim + c, sum[g][0], sum[g][1]);
         }
     }
 
-    // Approximate score mass of the chosen positions.
-    float attended_mass(const Row& row, const Scratch& s, int64_t g) const {
-        const float *weights = s.weights + g * blocks * BLOCK, *block_weight = s.block_weight + g * blocks;
-        float mass = 0;
-        for (int64_t i = 0; i < row.budget; i++) mass += weights[s.chosen[i]] * block_weight[s.chosen[i] / BLOCK];
-        return mass;
+    // Approximate score mass of the chosen positions for G queries.
+    template <int G>
+    void attended_mass(const Row& row, const Scratch& s, int64_t g, float* mass) const {
+        float sum[G] = {};
+        for (int64_t i = 0; i < row.budget; i++) {
+            int64_t position = s.chosen[i], unit = position / UNIT;
+            for (int j = 0; j < G; j++)
+                sum[j] += s.weights[(g + j) * blocks * BLOCK + position] * s.unit_weight[(g + j) * units + unit];
+        }
+        for (int j = 0; j < G; j++) mass[j] = sum[j];
     }
 
     void merge(int64_t head, Scratch& s) const {
         const Row& row = row_of(head);
-        T* output = static_cast<T*>(a.output) + head * group * dim;
         float* alpha = a.alpha + head * group;
-        int64_t chunks = (row.budget + CHUNK - 1) / CHUNK;
-        const float* value_sum = head_of<float>(a.value_sum, head, a.sum_batch, a.sum_head);
-        for (int64_t g = 0; g < group; g++) {
-            alpha[g] = row.everything() ? 1.f : attended_mass(row, s, g);
-            float highest = LOWEST, z = 0;
-            for (int64_t c = 0; c < chunks; c++) highest = std::max(highest, s.partial_max[c * group + g]);
-            for (int64_t c = 0; c < chunks; c++)
-                z += s.partial_sum[c * group + g] * power_of_two(s.partial_max[c * group + g], highest);
-            bool blend = a.mean_value && !row.everything();
-            float attended = blend ? alpha[g] : 1.f;
-            for (int64_t i = 0; i < dim; i++) {
-                float y = 0;
-                for (int64_t c = 0; c < chunks; c++)
-                    y += s.partial[(c * group + g) * padded_dim + i] * power_of_two(s.partial_max[c * group + g], highest);
-                float x = chunks ? attended * (y / z) : 0.f;
-                if (blend) x += (1 - attended) * (value_sum[i] / row.n);
-                narrow(x, output + g * dim + i);
+        for (int64_t g = 0; g < group; g += 4) {
+            switch (row.everything() ? 0 : tile_size(group - g)) {
+                case 0: std::fill_n(alpha + g, tile_size(group - g), 1.f); break;
+                case 1: attended_mass<1>(row, s, g, alpha + g); break;
+                case 2: attended_mass<2>(row, s, g, alpha + g); break;
+                case 3: attended_mass<3>(row, s, g, alpha + g); break;
+                default: attended_mass<4>(row, s, g, alpha + g); break;
             }
         }
+        for (int64_t g = 0; g < group; g++) merge_query(head, row, s, g, alpha[g]);
+    }
+
+    // Joins the chunks of query g and writes its output.
+    void merge_query(int64_t head, const Row& row, const Scratch& s, int64_t g, float alpha) const {
+        float out[MAX_HEAD_DIM] = {};
+        int64_t chunks = (row.budget + CHUNK - 1) / CHUNK;
+        float highest = LOWEST, z = 0;
+        for (int64_t c = 0; c < chunks; c++) highest = std::max(highest, s.partial_max[c * group + g]);
+        for (int64_t c = 0; c < chunks; c++)
+            z += s.partial_sum[c * group + g] * power_of_two_or_zero(splat(s.partial_max[c * group + g] - highest))[0];
+        bool blend = a.mean_value && !row.everything();
+        float attended = blend ? alpha : 1.f;
+        for (int64_t c = 0; c < chunks; c++) {
+            const float* partial = s.partial + (c * group + g) * padded_dim;
+            float share = power_of_two_or_zero(splat(s.partial_max[c * group + g] - highest))[0] / z * attended;
+            for (int64_t i = 0; i < padded_dim; i += W) store(out + i, load(out + i) + load(partial + i) * share);
+        }
+        if (blend) {
+            const float* value_sum = head_of<float>(a.value_sum, head, a.sum_batch, a.sum_head);
+            float share = (1 - attended) / static_cast<float>(row.n);
+            for (int64_t i = 0; i < dim; i++) out[i] += share * value_sum[i];
+        }
+        T* output = static_cast<T*>(a.output) + (head * group + g) * dim;
+        for (int64_t i = 0; i < dim; i++) narrow(out[i], output + i);
     }
 };
 
@@ -596,8 +691,7 @@ void decode(const Arguments& a) {
     bool whole_heads = heads >= 4 * a.threads || a.threads == 1;
     Decoder<T> decoder(a, arena, !whole_heads);
     std::atomic<int64_t> next[7] = {};
-    int64_t parts = std::min(decoder.max_blocks(), (4 * a.threads + heads - 1) / heads), chunks = decoder.max_chunks();
-    auto boundary = [&](int64_t part) { return decoder.max_blocks() * part / parts; };
+    int64_t parts = (4 * a.threads + heads - 1) / heads, chunks = decoder.max_chunks();
 
 #pragma omp parallel num_threads(static_cast<int>(a.threads))
     {
@@ -610,10 +704,10 @@ void decode(const Arguments& a) {
             share(next[1], heads, [&](int64_t head) { decoder.prepare(head); });
 #pragma omp barrier
             share(next[2], heads * parts,
-                  [&](int64_t i) { decoder.score(i / parts, boundary(i % parts), boundary(i % parts + 1)); });
+                  [&](int64_t i) { decoder.score(i / parts, decoder.part_begin(i % parts, parts), decoder.part_begin(i % parts + 1, parts)); });
 #pragma omp barrier
             share(next[3], heads * parts,
-                  [&](int64_t i) { decoder.combine(i / parts, boundary(i % parts), boundary(i % parts + 1)); });
+                  [&](int64_t i) { decoder.combine(i / parts, decoder.part_begin(i % parts, parts), decoder.part_begin(i % parts + 1, parts)); });
 #pragma omp barrier
             share(next[4], heads, [&](int64_t head) { decoder.select(head); });
 #pragma omp barrier

@@ -11,9 +11,11 @@ namespace sparq {
 inline int64_t count_at_least(const int32_t* keys, int64_t n, int32_t threshold) {
     Ints found = {};
     for (int64_t i = 0; i < n; i += W) found -= load_ints(keys + i) >= threshold;
-    int64_t count = 0;
-    for (int lane = 0; lane < W; lane++) count += found[lane];
-    return count;
+    int32_t lane[W];
+    memcpy(lane, &found, sizeof found);
+    for (int half = W / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+    return lane[0];
 }
 
 inline void pad_keys(int32_t* keys, int64_t n) {
@@ -22,8 +24,23 @@ inline void pad_keys(int32_t* keys, int64_t n) {
 
 // The `wanted`-th largest of n padded keys, 1 <= wanted <= n: bisection on the key's value.
 inline int32_t kth_largest(const int32_t* keys, int64_t n, int64_t wanted) {
-    auto [least, most] = std::minmax_element(keys, keys + n);
-    int64_t low = *least, high = *most;  // count_at_least(low) >= wanted > count_at_least(high + 1)
+    int64_t low = keys[0], high = keys[0];  // count_at_least(low) >= wanted > count_at_least(high + 1)
+    if (n >= W) {
+        Ints least = load_ints(keys), most = least;
+        for (int64_t i = W; i + W <= n; i += W) {
+            Ints key = load_ints(keys + i);
+            least = key < least ? key : least;
+            most = key > most ? key : most;
+        }
+        for (int lane = 0; lane < W; lane++) {
+            low = std::min<int64_t>(low, least[lane]);
+            high = std::max<int64_t>(high, most[lane]);
+        }
+    }
+    for (int64_t i = n / W * W; i < n; i++) {
+        low = std::min<int64_t>(low, keys[i]);
+        high = std::max<int64_t>(high, keys[i]);
+    }
     while (low < high) {
         int64_t middle = low + (high - low + 1) / 2;
         if (count_at_least(keys, n, static_cast<int32_t>(middle)) >= wanted) low = middle;

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -35,6 +37,7 @@ constexpr float LOWEST = std::numeric_limits<float>::lowest();
 #define SPARQ_INLINE inline __attribute__((always_inline))
 
 SPARQ_INLINE Floats splat(float x) { return x - Floats{}; }
+SPARQ_INLINE Floats absolute(Floats x) { return x > 0.f ? x : -x; }
 SPARQ_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
 SPARQ_INLINE Bits as_bits(Floats x) { Bits b; memcpy(&b, &x, sizeof b); return b; }
@@ -43,12 +46,6 @@ SPARQ_INLINE Floats as_floats(Bits b) { Floats x; memcpy(&x, &b, sizeof x); retu
 SPARQ_INLINE Ints load_ints(const int32_t* p) { Ints v; memcpy(&v, p, sizeof v); return v; }
 SPARQ_INLINE Floats load(const float* p) { Floats v; memcpy(&v, p, sizeof v); return v; }
 SPARQ_INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
-
-SPARQ_INLINE Floats load(const BFloat16* p) {
-    Halves h;
-    memcpy(&h, p, sizeof h);
-    return as_floats(__builtin_convertvector(h, Bits) << 16);
-}
 
 #if defined(__AVX512FP16__) || defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
 SPARQ_INLINE Floats load(const Float16* p) {
@@ -68,17 +65,68 @@ SPARQ_INLINE Floats load(const Float16* p) {
 }
 #endif
 
-// The first n < W elements, zeros behind them; nothing past them is read.
-template <class T>
-SPARQ_INLINE Floats load_part(const T* p, int64_t n) {
-    T padded[W] = {};
-    memcpy(padded, p, n * sizeof(T));
-    return load(padded);
+#if defined(__clang__) || __GNUC__ >= 12
+#define SPARQ_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, (index)...)
+#else
+#define SPARQ_SHUFFLE(a, b, index) __builtin_shuffle(a, b, Ints{(index)...})
+#endif
+
+template <int from, int... lane>
+SPARQ_INLINE Floats interleave(Floats a, Floats b, std::integer_sequence<int, lane...>) {
+    return SPARQ_SHUFFLE(a, b, lane % 2 * W + (lane + from) / 2);
 }
 
-SPARQ_INLINE float widen(float x) { return x; }
+template <int distance, int... lane>
+SPARQ_INLINE Floats rotate(Floats v, std::integer_sequence<int, lane...>) {
+    return SPARQ_SHUFFLE(v, v, (lane + distance) % W);
+}
+
+// The lanes a, b, a, b, ... of the lower or the upper halves.
+SPARQ_INLINE Floats interleave_low(Floats a, Floats b) { return interleave<0>(a, b, std::make_integer_sequence<int, W>()); }
+SPARQ_INLINE Floats interleave_high(Floats a, Floats b) { return interleave<W>(a, b, std::make_integer_sequence<int, W>()); }
+
+// Loads of 2 W elements at a time.  bfloat16 is cheapest to widen where it lies: elements of even index into `a`, of odd index
+// into `b`.  The other types come in their own order.  `store_pair` undoes it; `slot` says where element i of a row of
+// pairs ends up when the two vectors are stored one after the other.
+constexpr int64_t PAIR = 2 * W;
+
 template <class T>
-SPARQ_INLINE float widen(T x) { return load_part(&x, 1)[0]; }
+SPARQ_INLINE void load_pair(const T* p, Floats& a, Floats& b) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        Bits bits;
+        memcpy(&bits, p, sizeof bits);
+        a = as_floats(bits << 16);
+        b = as_floats(bits & 0xffff0000u);
+    } else {
+        a = load(p);
+        b = load(p + W);
+    }
+}
+
+// The first n < 2 W elements, zeros behind them; nothing past them is read.
+template <class T>
+SPARQ_INLINE void load_pair_part(const T* p, int64_t n, Floats& a, Floats& b) {
+    T padded[PAIR] = {};
+    memcpy(padded, p, n * sizeof(T));
+    load_pair(padded, a, b);
+}
+
+template <class T>
+SPARQ_INLINE void store_pair(float* p, Floats a, Floats b) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        store(p, interleave_low(a, b));
+        store(p + W, interleave_high(a, b));
+    } else {
+        store(p, a);
+        store(p + W, b);
+    }
+}
+
+template <class T>
+SPARQ_INLINE int64_t slot(int64_t i) {
+    if constexpr (!std::is_same_v<T, BFloat16>) return i;
+    return i / PAIR * PAIR + i % 2 * W + i % PAIR / 2;
+}
 
 SPARQ_INLINE uint32_t float_bits(float x) { uint32_t b; memcpy(&b, &x, sizeof b); return b; }
 
@@ -105,26 +153,38 @@ inline void narrow(float x, Float16* out) {
     out->bits = static_cast<uint16_t>(sign | half);
 }
 
-SPARQ_INLINE float horizontal_sum(Floats v) {
-    float lane[W];
-    memcpy(lane, &v, sizeof v);
+// Lane i becomes the sum of v[i].  Every round halves the vectors and doubles the number of sums in each.
+SPARQ_INLINE Floats horizontal_sums(Floats (&v)[W]) {
     for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-    return lane[0];
+        for (int i = 0; i < half; i++)
+            v[i] = interleave_low(v[i], v[i + half]) + interleave_high(v[i], v[i + half]);
+    return v[0];
+}
+
+// Folding a vector onto itself leaves the result in every lane.
+template <int distance>
+SPARQ_INLINE Floats rotate(Floats v) { return rotate<distance>(v, std::make_integer_sequence<int, W>()); }
+
+SPARQ_INLINE float horizontal_sum(Floats v) {
+    if constexpr (W > 8) v += rotate<W / 2>(v);
+    if constexpr (W > 4) v += rotate<4>(v);
+    v += rotate<2>(v);
+    v += rotate<1>(v);
+    return v[0];
 }
 
 SPARQ_INLINE float horizontal_max(Floats v) {
-    float lane[W];
-    memcpy(lane, &v, sizeof v);
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-    return lane[0];
+    if constexpr (W > 8) v = max(v, rotate<W / 2>(v));
+    if constexpr (W > 4) v = max(v, rotate<4>(v));
+    v = max(v, rotate<2>(v));
+    v = max(v, rotate<1>(v));
+    return v[0];
 }
 
 constexpr float ROUNDER = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
 
 SPARQ_INLINE Floats round_to_int(Floats x) {
-    Floats magnitude = x > 0.f ? x : -x;
+    Floats magnitude = absolute(x);
     return magnitude < 0x1p22f ? (x + ROUNDER) - ROUNDER : x;  // above that, x is its own integer (or Inf, or NaN)
 }
 
@@ -135,30 +195,40 @@ SPARQ_INLINE Floats power_of_two(Floats n) {
     return as_floats((as_bits(n + ROUNDER) - float_bits(ROUNDER) + 127u) << 23);
 }
 
-// 2^(n - reference) for integers n <= reference, and 0 once that is no normal number.
-SPARQ_INLINE float power_of_two(float n, float reference) {
-    float exponent = n - reference;
-    return exponent >= -126.f ? power_of_two(splat(exponent))[0] : 0.f;
-}
+// The same for any n <= 127, and 0 where that is no normal number.
+SPARQ_INLINE Floats power_of_two_or_zero(Floats n) { return n < -126.f ? Floats{} : power_of_two(n); }
 
-// 2^x / 2^reference for an integer reference no less than round(x).  The fraction of x alone decides the mantissa and the scaling
-// is exact, so equal x give equal mantissas whatever the reference.  0 for -Inf, NaN for NaN and +Inf.
-SPARQ_INLINE Floats exp2_scaled(Floats x, float reference) {
-    Floats n = round_to_int(x), f = x - n;
+// 2^f for |f| <= 1/2.
+SPARQ_INLINE Floats exp2_fraction(Floats f) {
     Floats p = splat(1.535336188319500e-4f);
     p = p * f + 1.339887440266574e-3f;
     p = p * f + 9.618437357674640e-3f;
     p = p * f + 5.550332471162809e-2f;
     p = p * f + 2.402264791363012e-1f;
     p = p * f + 6.931472028550421e-1f;
-    p = p * f + 1.f;
-    Floats exponent = n - reference;
-    Floats scaled = p * power_of_two(exponent > -126.f ? exponent : splat(-126.f));
-    return exponent < -126.f ? Floats{} : scaled;
+    return p * f + 1.f;
+}
+
+constexpr float DEEPEST = -125.f;  // powers of two below 2^DEEPEST times the reference count as 0
+
+// 2^x / 2^reference for an integer reference no less than round(x).  The fraction of x alone decides the mantissa and the
+// scaling is exact, so equal x give equal mantissas whatever the reference.  0 for -Inf, NaN for NaN and +Inf.
+SPARQ_INLINE Floats exp2_scaled(Floats x, float reference) {
+    Floats n = round_to_int(x), exponent = n - reference;
+    Floats scaled = exp2_fraction(x - n) * power_of_two(exponent > DEEPEST ? exponent : splat(DEEPEST));
+    return exponent < DEEPEST ? Floats{} : scaled;
+}
+
+// The same bits in fewer steps, where no x is NaN and |reference| < 2^21.
+SPARQ_INLINE Floats exp2_scaled_fast(Floats x, float reference) {
+    Floats shifted = x + ROUNDER, n = shifted - ROUNDER;
+    Bits exponent = as_bits(shifted) - float_bits(reference + ROUNDER);
+    Bits scaled = as_bits(exp2_fraction(x - n)) + (exponent << 23);
+    return n < reference + DEEPEST ? Floats{} : as_floats(scaled);
 }
 
 SPARQ_INLINE Floats tanh(Floats x) {
-    Floats magnitude = x > 0.f ? x : -x, square = x * x;
+    Floats magnitude = absolute(x), square = x * x;
     Floats t = exp2_scaled(magnitude * (-2.f * LOG2E), 0.f);
     Floats large = (1.f - t) / (1.f + t);
     Floats series = x + x * square * (-1.f / 3.f + square * (2.f / 15.f - square * (17.f / 315.f)));
