@@ -85,7 +85,8 @@ def sparq_attention(
         k_divisor=config.k_divisor,
         local=config.local,
         scale=scaling,
-        softcap=kwargs.get("softcap"),
+        # Under SDPA the model's dense steps know no cap: older versions of transformers allow that, newer refuse it.
+        softcap=kwargs.get("softcap") if base == "eager" else None,
         mean_value=config.mean_value,
     )
     per_position = kv_heads * key.element_size()

@@ -180,9 +180,11 @@ class SparqLayer(DynamicLayer):
         return values.masked_fill(~valid[:, None, :, None], 0).sum(2, dtype=torch.float32)
 
     def crop(self, tokens_to_remove: int) -> None:
+        if self._key_storage is None:
+            return
         # What the argument means differs between versions of transformers: its own layer says what is left.
         plain = DynamicLayer()
-        plain.keys, plain.values, plain.is_initialized = self.keys, self.values, self._key_storage is not None
+        plain.keys, plain.values, plain.is_initialized = self.keys, self.values, True
         plain.crop(tokens_to_remove)
         self._length = length = plain.get_seq_length()
         self.indexed = min(self.indexed, length)

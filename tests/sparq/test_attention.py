@@ -84,6 +84,20 @@ def test_softcap_and_sliding_layers() -> None:
     assert [layers[i].sparse_steps for i in range(3)] == [0, 12, 0]
 
 
+def test_a_softcap_that_sdpa_does_not_know() -> None:
+    """Some versions of transformers ignore it under SDPA, others refuse it: sparse steps do as the model does."""
+    inputs, tokens = prompt(), next_tokens()
+    try:
+        model = build("gemma2", attn_implementation="sdpa")
+    except ValueError:
+        assert sparq.patch(build("gemma2")).config._attn_implementation == "sparq_eager"
+        return
+    sparq.patch(model, r=4, k=12, min_length=0)
+    uncapped = Slow(r=4, k=12).install(build("gemma2", attn_logit_softcapping=None))
+    expected = teacher_forced(uncapped, inputs, tokens)
+    torch.testing.assert_close(teacher_forced(model, inputs, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_full_budget_generates_what_the_stock_model_does(family: str) -> None:
     inputs = prompt()

@@ -44,6 +44,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             head_dim=16,
             sliding_window=16,
             layer_types=ALTERNATING,
+            attn_implementation="eager",  # the one that knows a softcap; older transformers choose another by default
             attn_logit_softcapping=2.0,
             query_pre_attn_scalar=16,
         ),
