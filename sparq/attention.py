@@ -119,8 +119,9 @@ def _dense_reason(
         return _unreadable(step, kind)
     if layer.keys is None or layer.keys.device != key.device:
         return _unreadable(step, "an offloaded cache")
-    if (key.shape, key.data_ptr()) != (layer.keys.shape, layer.keys.data_ptr()):
-        return "the keys given to attention are not those of the cache"
+    for given, cached in ((key, layer.keys), (value, layer.values)):
+        if cached is None or (given.shape, given.data_ptr()) != (cached.shape, cached.data_ptr()):
+            return _unreadable(step, "attention to other keys and values than the cached ones")
     if not query.dtype == key.dtype == value.dtype:
         return "query, key and value differ in dtype"  # autocast
     if key.shape != value.shape:

@@ -102,7 +102,7 @@ def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Mode
         raise TypeError(f"unknown knob {unknown[0]!r}; the knobs are {names}")
     config = SparqConfig(**knobs) if config is None else dataclasses.replace(config, **knobs)
     decoder = _decoder(model)
-    _check_served(decoder, config)
+    _check_served(model, decoder, config)
 
     current = _patch_of(decoder)
     if current is not None:
@@ -156,7 +156,18 @@ def report(model: PreTrainedModel) -> Report:
 def _decoder(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    return model.base_model  # type: ignore[return-value]
+    decoder: PreTrainedModel = model.base_model  # type: ignore[assignment]
+    # The innermost model that holds all attention layers: a language model head may call it past its base model (OPT).
+    layers = set(_causal_layers(decoder))
+    if layers:
+        for module in decoder.modules():
+            if isinstance(module, PreTrainedModel) and layers.issubset(module.modules()):
+                decoder = module
+    return decoder
+
+
+def _causal_layers(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if hasattr(m, "layer_idx") and getattr(m, "is_causal", False)]
 
 
 def _patch_of(decoder: PreTrainedModel) -> Patch | None:
@@ -181,14 +192,14 @@ def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
     return own
 
 
-def _check_served(decoder: PreTrainedModel, config: SparqConfig) -> None:
+def _check_served(model: PreTrainedModel, decoder: PreTrainedModel, config: SparqConfig) -> None:
     """Raise a ValueError that says why SparQ cannot serve this model, if it cannot."""
-    name, text = type(decoder).__name__, decoder.config.get_text_config(decoder=True)
+    name, text = type(model).__name__, decoder.config.get_text_config(decoder=True)
 
     def refuse(why: str) -> ValueError:
         return ValueError(f"sparq cannot serve {name}: {why}")
 
-    if decoder.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
         raise refuse("it is an encoder-decoder model, and SparQ serves decoder-only models")
     if getattr(text, "kv_lora_rank", None) is not None:
         raise refuse("its attention is multi-head latent attention (MLA), which caches no keys to take components of")
@@ -198,11 +209,13 @@ def _check_served(decoder: PreTrainedModel, config: SparqConfig) -> None:
         raise refuse(f"it has layers with no cache of keys and values ({', '.join(strange) or 'recurrent state'})")
     if not decoder._supports_attention_backend or not decoder._can_set_attn_implementation():
         raise refuse("its code does not use transformers' attention interface")
-    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(decoder.forward).parameters.values()):
-        raise refuse("its forward method takes no further keyword arguments, so attention cannot be told of the cache")
-    layers = [module for module in decoder.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
-    if not any(layer.is_causal for layer in layers):
+    layers = _causal_layers(decoder)
+    if not layers:
         raise refuse("it has no causal attention layer")
+    way_down = {type(module) for module in decoder.modules() if not set(layers).isdisjoint(module.modules())}
+    for cls in way_down - {nn.ModuleList}:
+        if not _hands_down(cls):
+            raise refuse(f"{cls.__name__} does not hand its keyword arguments down to the attention function")
     if any(hasattr(layer, "sinks") for layer in layers):
         raise refuse("its attention has learned sinks, which SparQ does not know")
     if layer_types and "full_attention" not in layer_types:
@@ -213,4 +226,15 @@ def _check_served(decoder: PreTrainedModel, config: SparqConfig) -> None:
         raise refuse(f"all its layers have a sliding window of {text.sliding_window}")
     if decoder.config._attn_implementation.startswith("paged"):
         raise refuse("it uses paged attention (continuous batching), whose cache SparQ does not read yet")
-    config.components(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    for layer in layers:
+        head_dim = getattr(layer, "head_dim", None) or getattr(layer, "head_size", None)
+        config.components(head_dim or text.hidden_size // text.num_attention_heads)
+
+
+def _hands_down(cls: type[nn.Module]) -> bool:
+    """Whether `forward` takes any keyword arguments and, as far as its source tells, passes them on."""
+    names = [p.name for p in inspect.signature(cls.forward).parameters.values() if p.kind is p.VAR_KEYWORD]
+    try:
+        return bool(names) and inspect.getsource(cls.forward).count(f"**{names[0]}") > 1
+    except (OSError, TypeError):
+        return bool(names)

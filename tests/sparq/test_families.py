@@ -44,6 +44,59 @@ def test_qwen2_with_windows_in_some_layers() -> None:
     assert [sparq.report(model).layers[i].sparse_steps for i in range(3)] == [0, 4, 0]
 
 
+def test_a_head_that_goes_past_its_base_model() -> None:
+    """OPTForCausalLM calls the decoder inside its base model: what is put on the base model never runs."""
+    torch.manual_seed(0)
+    size = dict(ffn_dim=96, word_embed_proj_dim=64, init_std=0.2)
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(**(COMMON | size))).eval()
+    before, inputs, tokens = snapshot(model), prompt(), next_tokens(steps=4)
+    for part in (model, model.model, model.model.decoder):
+        sparq.patch(part, r=4, k=12, min_length=0)
+        actual = teacher_forced(model, inputs, tokens)
+        assert sparq.report(part).total.sparse_steps == 3 * 4
+    sparq.unpatch(model)
+    assert snapshot(model) == before
+    expected = teacher_forced(Slow(r=4, k=12).install(model), inputs, tokens)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_language_model_of_a_multimodal_one() -> None:
+    torch.manual_seed(0)
+    text = COMMON | FAMILIES["gemma3"][2]
+    vision = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(**text),
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        initializer_range=0.2,
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    before, inputs, tokens = snapshot(model), prompt(), next_tokens(steps=4)
+    sparq.patch(model, r=4, k=12, min_length=0)
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    actual = teacher_forced(model, inputs, tokens)
+    assert [sparq.report(model).layers[i].sparse_steps for i in range(3)] == [0, 4, 0]
+    assert snapshot(sparq.unpatch(model)) == before
+    assert (teacher_forced(model, inputs, tokens) - actual).abs().max() > 0.01
+    expected = teacher_forced(Slow(r=4, k=12).install(model), inputs, tokens)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_to_other_values_than_the_cached_is_dense() -> None:
+    """DiffLlama attends twice, to halves of V: the sum over the cached V is of no use to it."""
+    torch.manual_seed(0)
+    model = transformers.DiffLlamaForCausalLM(transformers.DiffLlamaConfig(**(COMMON | GQA))).eval()
+    inputs, tokens = prompt(), next_tokens(steps=2)
+    expected = teacher_forced(model, inputs, tokens)
+    sparq.patch(model, r=4, k=12, min_length=0)
+    with pytest.warns(UserWarning, match="other keys and values") as caught:
+        actual = teacher_forced(model, inputs, tokens)
+    assert len(caught) == 1 and sparq.report(model).total.sparse_steps == 0
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 REFUSED = {
     "MambaForCausalLM": ("MambaConfig", dict(state_size=4), "recurrent state|no cache of keys and values"),
     "Qwen3NextForCausalLM": (
@@ -99,6 +152,7 @@ REFUSED = {
         GQA | dict(head_dim=16, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 3),
         "sinks",
     ),
+    "NemotronForCausalLM": ("NemotronConfig", GQA, "NemotronDecoderLayer does not hand"),
     "BloomForCausalLM": ("BloomConfig", dict(n_layer=2, n_head=4), "attention interface"),
 }
 

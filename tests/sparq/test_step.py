@@ -1,0 +1,112 @@
+"""The plan that the layers of one forward pass share: what a mask says about lengths, padding and k."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparq.config import SparqConfig
+from sparq.counters import Counters
+from sparq.step import Plan, Step
+
+CPU = torch.device("cpu")
+
+
+def plan(mask: Tensor | None, length: int = 6, batch: int = 2, **knobs) -> Plan:
+    return Step(None, SparqConfig(**({"k": 2} | knobs)), Counters()).plan(mask, length, batch, CPU)
+
+
+def rows(*texts: str) -> Tensor:
+    """[B, 1, 1, S] from texts of 1 (valid) and 0."""
+    return torch.tensor([[int(c) for c in text] for text in texts], dtype=torch.bool)[:, None, None]
+
+
+def as_bias(mask: Tensor, masked_out: float) -> Tensor:
+    return torch.where(mask, 0.0, masked_out)
+
+
+def test_no_mask() -> None:
+    result = plan(None)
+    assert result.length.tolist() == [6, 6] and result.start is None and result.mask is None
+    assert (result.valid, result.read, result.dense_reason) == (12, 4, None)
+
+
+def test_a_mask_of_ones_is_no_mask() -> None:
+    result = plan(rows("111111", "111111"))
+    assert result.start is None and result.mask is None
+
+
+@pytest.mark.parametrize("masked_out", [None, -torch.inf, torch.finfo(torch.float32).min])
+def test_left_padding_is_a_start(masked_out: float | None) -> None:
+    mask = rows("111111", "000111")
+    result = plan(mask if masked_out is None else as_bias(mask, masked_out))
+    assert result.start is not None and result.start.tolist() == [0, 3] and result.mask is None
+    assert (result.valid, result.read, result.dense_reason) == (9, 4, None)
+
+
+@pytest.mark.parametrize("masked_out", [None, -torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("second", ["001011", "111110", "000000"])
+def test_holes_are_a_mask(second: str, masked_out: float | None) -> None:
+    mask = rows("111111", second)
+    result = plan(mask if masked_out is None else as_bias(mask, masked_out))
+    assert result.start is None and result.mask is not None
+    assert result.mask.tolist() == mask[:, 0, 0].tolist() and result.mask.dtype == torch.bool
+    assert result.valid == 6 + second.count("1") and result.read == 2 + min(2, second.count("1"))
+
+
+def test_one_mask_for_all_rows() -> None:
+    result = plan(rows("000111"))
+    assert result.start is not None and result.start.tolist() == [3, 3] and result.valid == 6
+    result = plan(rows("010111"))
+    assert result.mask is not None and result.mask.shape == (2, 6)
+
+
+def test_what_lies_beyond_the_length_does_not_count() -> None:
+    assert plan(rows("11111100", "00011100")).valid == 9
+
+
+def test_k_covers_the_context_only_if_it_does_in_all_rows() -> None:
+    mask = rows("111111", "000111")
+    assert plan(mask, k=6).dense_reason == "k covers the context"
+    assert plan(mask, k=5).dense_reason is None
+    assert plan(mask, k=5).read == 5 + 3
+
+
+def test_k_of_each_row_follows_from_the_ratio() -> None:
+    mask = torch.ones(2, 1, 1, 600, dtype=torch.bool)
+    mask[1, ..., :300] = False
+    assert plan(mask, length=600, k=None, ratio=1).read == 300 + 150
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        rows("111111", "000111").expand(-1, 4, -1, -1),  # a row for each head
+        rows("11111", "00011"),  # too short
+        rows("111111", "000111")[:, 0],
+        as_bias(rows("111111", "000111"), -1.0),
+        torch.linspace(-1, 0, 6).expand(2, 1, 1, 6),
+    ],
+    ids=["heads", "short", "three dimensions", "bias", "slope"],
+)
+def test_other_masks_are_dense(mask: Tensor) -> None:
+    reason = plan(mask).dense_reason
+    assert reason is not None and reason.startswith("attention mask")
+
+
+def test_made_once_for_all_layers_that_share_a_mask() -> None:
+    step = Step(None, SparqConfig(k=2), Counters())
+    one, other = rows("111111", "000111"), rows("111111", "011111")
+    first = step.plan(one, 6, 2, CPU)
+    assert step.plan(one, 6, 2, CPU) is first
+    second = step.plan(other, 6, 2, CPU)
+    assert second.start is not None and second.start.tolist() == [0, 1]
+    assert step.plan(one, 5, 2, CPU).length.tolist() == [5, 5]
+
+
+def test_does_not_hold_on_to_the_mask_of_the_caller() -> None:
+    mask = rows("111111", "010111")
+    result = plan(mask)
+    mask[:] = False
+    assert result.mask is not None and result.mask.tolist() == rows("111111", "010111")[:, 0, 0].tolist()
