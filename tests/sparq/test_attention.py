@@ -520,3 +520,21 @@ def test_one_prompt_cache_for_several_continuations() -> None:
     first = generate(model, longer, past_key_values=copies[0])
     assert generate(model, longer, past_key_values=copies[1]) == first
     assert generate(model, longer, past_key_values=cache) == first
+
+
+@pytest.mark.parametrize("how", ["assistant", "prompt lookup"])
+def test_assisted_generation(how: str) -> None:
+    """Drafts are checked several tokens at once, dense, and those rejected are cropped from the cache."""
+    inputs, model = prompt(batch=1, padding=0), build()
+    expected = generate(model, inputs, tokens=24)
+    assistant = sparq.patch(build(num_hidden_layers=1), r=2, k=4, min_length=0)
+    helped = dict(assistant_model=assistant) if how == "assistant" else dict(prompt_lookup_num_tokens=3)
+    for knobs in (dict(r=16, k=1000), dict(r=4, k=12)):
+        sparq.patch(model, min_length=0, **knobs)
+        tokens = generate(model, inputs, tokens=24, **helped)
+        if knobs["k"] == 1000:
+            assert tokens == expected
+        dense = sparq.report(model).total.dense_steps
+        assert dense["several new tokens at once"] > 0
+    if how == "assistant":
+        assert sparq.report(assistant).total.sparse_steps > 0
