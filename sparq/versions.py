@@ -18,7 +18,7 @@ def check_versions() -> None:
             if name not in OPTIONAL:
                 wrong.append(f"{name} {supported} is needed and not installed")
             continue
-        if not SpecifierSet(supported).contains(installed.split("+")[0], prereleases=True):
+        if not SpecifierSet(supported).contains(installed, prereleases=True):
             wrong.append(f"{name} {installed} is installed, supported is {supported}")
     if wrong:
         raise ImportError("sparq: " + "; ".join(wrong))

@@ -102,7 +102,7 @@ def test_made_once_for_all_layers_that_share_a_mask() -> None:
     assert step.plan(one, 6, 2, CPU) is first
     second = step.plan(other, 6, 2, CPU)
     assert second.start is not None and second.start.tolist() == [0, 1]
-    assert step.plan(one, 5, 2, CPU).length.tolist() == [5, 5]
+    assert step.plan(other, 5, 2, CPU).length.tolist() == [5, 5]
 
 
 def test_does_not_hold_on_to_the_mask_of_the_caller() -> None:
