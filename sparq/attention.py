@@ -17,8 +17,8 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from sparq.cache import SparqLayer
 from sparq.step import Step
 
-# Where sparsity begins to pay: bytes of K and V that a dense step of one layer reads, by device (measured; see
-# benchmarks/README.md). Below it the fixed cost of a sparse step is larger than what it saves.
+# Where sparsity begins to pay: bytes of K and V that a dense step of one layer reads, by device. Below it the fixed cost
+# of a sparse step is larger than what it saves (measured with benchmarks/crossover.py).
 PAYS_FROM_BYTES = {"cpu": 2 << 20}
 
 
@@ -159,15 +159,11 @@ def _dense(
     if query.shape[2] == 1 and query.device.type == "cpu" and plain:
         # On the CPU SDPA is several times faster with the group packed into the query axis than with enable_gqa.
         batch, heads, _, head_dim = query.shape
+        mask = attention_mask
+        if mask is not None and mask.shape[1] > 1:  # one for each query head
+            mask = mask.reshape(mask.shape[0], key.shape[1], -1, mask.shape[3])
         output = nn.functional.scaled_dot_product_attention(
-            query.reshape(batch, key.shape[1], -1, head_dim),
-            key,
-            value,
-            attn_mask=attention_mask
-            if attention_mask is None or attention_mask.shape[1] == 1
-            else attention_mask.reshape(batch, key.shape[1], -1, key.shape[2]),
-            dropout_p=dropout,
-            scale=scaling,
+            query.reshape(batch, key.shape[1], -1, head_dim), key, value, mask, dropout, scale=scaling
         )
         return output.reshape(batch, 1, heads, -1), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)

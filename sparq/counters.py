@@ -83,9 +83,7 @@ class LayerReport:
     decode_steps: int
     sparse_steps: int
     dense_steps: dict[str, int]
-    mean_alpha: (
-        float | None
-    )  # share of the (approximate) attention that fell on the positions read; None: no sparse step
+    mean_alpha: float | None  # share of the approximate attention that the positions read had; None: no sparse step
     positions_cached: int
     positions_read: int
     bytes_read: int
@@ -123,24 +121,16 @@ class Report:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title="SparQ: decode steps, layer by layer", caption=f"{self.config}\noperator: {self.backend}")
-        for column in (
-            "layer",
-            "sparse steps",
-            "dense steps",
-            "mean α",
-            "positions read",
-            "MB read",
-            "MB dense",
-            "ratio",
-        ):
+        table = Table(title=f"SparQ: decode steps, layer by layer (operator: {self.backend})")
+        for column in ("layer", "sparse", "dense", "mean α", "positions read", "MB read", "MB dense", "ratio"):
             table.add_column(column, justify="right")
         for index, layer in self.layers.items():
             table.add_row(str(index), *_cells(layer))
         table.add_section()
         table.add_row("all", *_cells(self.total))
         out = io.StringIO()
-        Console(file=out, width=110).print(table)
+        Console(file=out, width=100).print(table)
+        print(self.config, file=out)
         for reason, steps in sorted(self.total.dense_steps.items(), key=lambda item: -item[1]):
             print(f"dense, {steps} layer steps: {reason}", file=out)
         return out.getvalue().rstrip()
