@@ -27,13 +27,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).parent / "csrc"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ARGUMENTS = struct.Struct("@11P29q2d")  # csrc/arguments.h
+# csrc/arguments.h in two parts: what changes with every call, and what does not.
+POINTERS = struct.Struct("@11Pq")
+LAYOUT = struct.Struct("@28q2d")
 
 
 class CompilerError(Exception):
@@ -53,7 +56,7 @@ def kernel() -> Callable[[bytes], int] | None:
     try:
         library = ctypes.CDLL(str(build()))
         library.sparq_arguments_size.restype = ctypes.c_int64
-        if library.sparq_arguments_size() != ARGUMENTS.size:
+        if library.sparq_arguments_size() != POINTERS.size + LAYOUT.size:
             raise CompilerError("the kernel's arguments do not have the size cpu.py expects")
     except (CompilerError, OSError) as error:
         warnings.warn(
@@ -68,7 +71,15 @@ def kernel() -> Callable[[bytes], int] | None:
     return function
 
 
-def decode(
+class Plan(NamedTuple):
+    """What one layout of arguments needs at every call."""
+
+    layout: bytes  # csrc/arguments.h behind its pointers
+    output_shape: tuple[int, int, int, int]
+    positions_shape: tuple[int, int, int, int]
+
+
+def plan(
     query: Tensor,
     key: Tensor,
     key_components: Tensor,
@@ -86,45 +97,20 @@ def decode(
     softcap: float | None,
     mean_value: bool,
     return_positions: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.decode_reference`, for float32, bfloat16 and float16 arguments that have been checked."""
-    function = kernel()
-    assert function is not None, "callers ask kernel() first"
+) -> Plan:
+    """For arguments that have been checked and are float32, bfloat16 or float16."""
     batch, num_heads, _, head_dim = query.shape
     _, num_kv_heads, cached, _ = key.shape
     k_max = min(cached, k if k_divisor is None else max(k, cached // k_divisor))
-    if query.stride(3) != 1:
-        query = query.contiguous()
-    if value_sum.stride(2) != 1:
-        value_sum = value_sum.contiguous()
-    if mask is not None and mask.stride(1) != 1:
-        mask = mask.contiguous()
-
-    output = torch.empty((batch, num_heads, 1, head_dim), dtype=query.dtype)
-    alpha = torch.empty((batch, num_heads, 1), dtype=torch.float32)
-    positions = torch.empty((batch, num_kv_heads, 1, k_max if return_positions else 0), dtype=torch.int64)
-    query_strides, component_strides = query.stride(), key_components.stride()
-    arguments = ARGUMENTS.pack(
-        query.data_ptr(),
-        key.data_ptr(),
-        key_components.data_ptr(),
-        value.data_ptr(),
-        value_sum.data_ptr(),
-        length.data_ptr(),
-        0 if start is None else start.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
-        output.data_ptr(),
-        alpha.data_ptr(),
-        positions.data_ptr() if return_positions else 0,
+    layout = LAYOUT.pack(
         batch,
         num_kv_heads,
         num_heads // num_kv_heads,
         head_dim,
         cached,
-        query_strides[0],
-        query_strides[1],
+        *query.stride()[:2],
         *key.stride()[:3],
-        *component_strides[:3],
+        *key_components.stride()[:3],
         *value.stride()[:3],
         *value_sum.stride()[:2],
         length.stride(0),
@@ -137,16 +123,52 @@ def decode(
         -1 if local is None else local,
         k_max,
         mean_value,
-        torch.get_num_threads(),
         scale,
         softcap or 0.0,
     )
-    status = function(arguments)
+    positions_shape = (batch, num_kv_heads, 1, k_max if return_positions else 0)
+    return Plan(layout, (batch, num_heads, 1, head_dim), positions_shape)
+
+
+def run(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    key_components: Tensor,
+    value: Tensor,
+    value_sum: Tensor,
+    length: Tensor,
+    start: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Results as `reference.decode_reference` gives them; None when a value of `length` or `start` is out of range."""
+    function = kernel()
+    assert function is not None, "callers ask kernel() first"
+    output = torch.empty(plan.output_shape, dtype=query.dtype)
+    alpha = torch.empty(plan.output_shape[:3], dtype=torch.float32)
+    positions = torch.empty(plan.positions_shape, dtype=torch.int64)
+    pointers = POINTERS.pack(
+        query.data_ptr(),
+        key.data_ptr(),
+        key_components.data_ptr(),
+        value.data_ptr(),
+        value_sum.data_ptr(),
+        length.data_ptr(),
+        0 if start is None else start.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        output.data_ptr(),
+        alpha.data_ptr(),
+        positions.data_ptr(),  # null when empty
+        torch.get_num_threads(),
+    )
+    status = function(pointers + plan.layout)
+    if status == 0:
+        return output, alpha, positions
     if status == 2:
         raise MemoryError("sparq_kernels: not enough memory for the CPU kernel's scratch")
-    if status:
-        raise RuntimeError(f"sparq_kernels: the CPU kernel refused its arguments (status {status})")
-    return output, alpha, positions
+    if status == 3:
+        return None
+    raise RuntimeError(f"sparq_kernels: the CPU kernel refused its arguments (status {status})")
 
 
 def build() -> Path:

@@ -13,7 +13,11 @@ from .layout import BLOCK, num_blocks
 from .reference import decode_reference
 
 MAX_HEAD_DIM = 512
+MAX_PLANS = 4096  # a growing cache brings a new layout with every token
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+_plans: dict[tuple[object, ...], cpu.Plan] = {}
 
 
 class DecodeOutput(NamedTuple):
@@ -117,6 +121,8 @@ def decode_default(
     check_arguments(
         query, key, key_components, value, value_sum, length, start, mask, r, k, k_divisor, local, scale, softcap
     )
+    if query.device.type == "cpu":
+        check_rows(length, start, key)
     return decode_reference(
         query,
         key,
@@ -156,28 +162,71 @@ def decode_cpu(
     return_positions: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The C++ kernel, or the reference where it does not serve: float64, or no compiler."""
-    check_arguments(
-        query, key, key_components, value, value_sum, length, start, mask, r, k, k_divisor, local, scale, softcap
+    if query.dtype == torch.float64 or cpu.kernel() is None:
+        return decode_default(
+            query,
+            key,
+            key_components,
+            value,
+            value_sum,
+            length,
+            start,
+            mask,
+            r,
+            k,
+            k_divisor,
+            local,
+            scale,
+            softcap,
+            mean_value,
+            return_positions,
+        )
+    # The kernel reads rows of these three; elsewhere any strides will do.
+    if query.dim() == 4 and query.stride(3) != 1:
+        query = query.contiguous()
+    if value_sum.dim() == 3 and value_sum.stride(2) != 1:
+        value_sum = value_sum.contiguous()
+    if mask is not None and mask.dim() == 2 and mask.stride(1) != 1:
+        mask = mask.contiguous()
+
+    # Every layer, and every token of a static cache, repeats a layout: it is checked once.
+    signature = (
+        *((x.shape, x.stride(), x.dtype, x.device) for x in (query, key, key_components, value, value_sum, length)),
+        None if start is None else (start.shape, start.stride(), start.dtype, start.device),
+        None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device),
+        (r, k, k_divisor, local, scale, softcap, mean_value, return_positions),
     )
-    implementation = decode_reference if query.dtype == torch.float64 or cpu.kernel() is None else cpu.decode
-    return implementation(
-        query,
-        key,
-        key_components,
-        value,
-        value_sum,
-        length,
-        start,
-        mask,
-        r=r,
-        k=k,
-        k_divisor=k_divisor,
-        local=local,
-        scale=query.shape[3] ** -0.5 if scale is None else scale,
-        softcap=softcap,
-        mean_value=mean_value,
-        return_positions=return_positions,
-    )
+    plan = _plans.get(signature)
+    if plan is None:
+        check_arguments(
+            query, key, key_components, value, value_sum, length, start, mask, r, k, k_divisor, local, scale, softcap
+        )
+        plan = cpu.plan(
+            query,
+            key,
+            key_components,
+            value,
+            value_sum,
+            length,
+            start,
+            mask,
+            r=r,
+            k=k,
+            k_divisor=k_divisor,
+            local=local,
+            scale=query.shape[3] ** -0.5 if scale is None else scale,
+            softcap=softcap,
+            mean_value=mean_value,
+            return_positions=return_positions,
+        )
+        if len(_plans) >= MAX_PLANS:
+            _plans.clear()
+        _plans[signature] = plan
+    result = cpu.run(plan, query, key, key_components, value, value_sum, length, start, mask)
+    if result is None:
+        check_rows(length, start, key)
+        raise RuntimeError("length or start changed while the operator ran")
+    return result
 
 
 def decode_fake(
@@ -239,8 +288,7 @@ def check_arguments(
     scale: float | None,
     softcap: float | None,
 ) -> None:
-    """Raise for anything that a kernel could not survive.  What `length` and `start` hold is checked on the CPU only:
-    elsewhere reading them would stall the device, and implementations clamp instead."""
+    """Raise for a shape, dtype, device, stride or option that an implementation could not survive."""
     if query.dim() != 4:
         raise ValueError(f"query must be [B, Hq, 1, d], got {list(query.shape)}")
     if key.dim() != 4:
@@ -293,12 +341,6 @@ def check_arguments(
             raise TypeError(f"{name} must be int64, got {per_row.dtype}")
         if per_row.device != device:
             raise ValueError(f"{name} must be on query's device {device}, got {per_row.device}")
-        if device.type == "cpu":
-            values = per_row.tolist()
-            if min(values) < 0:
-                raise ValueError(f"{name} must not be negative, got {values}")
-            if name == "length" and max(values) > cached:
-                raise ValueError(f"length must be at most the {cached} cached positions, got {values}")
     if mask is not None:
         if mask.shape != (batch, cached):
             raise ValueError(f"mask must be [{batch}, {cached}], got {list(mask.shape)}")
@@ -319,6 +361,15 @@ def check_arguments(
         raise ValueError(f"scale must be finite or None, got {scale}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+
+
+def check_rows(length: Tensor, start: Tensor | None, key: Tensor) -> None:
+    """Raise for values no row can have.  On the CPU only: elsewhere reading them would stall the device, and
+    implementations clamp instead."""
+    if min(length.tolist()) < 0 or max(length.tolist()) > key.shape[2]:
+        raise ValueError(f"length must be 0 to the {key.shape[2]} cached positions, got {length.tolist()}")
+    if start is not None and min(start.tolist()) < 0:
+        raise ValueError(f"start must not be negative, got {start.tolist()}")
 
 
 def backend(device: torch.device | str) -> str:

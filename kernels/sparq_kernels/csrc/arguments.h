@@ -20,6 +20,7 @@ struct Arguments {
     void* output;                // [B, Hq, d], contiguous
     float* alpha;                // [B, Hq], contiguous
     int64_t* positions;          // [B, Hkv, k_max], contiguous, or null
+    int64_t threads;
 
     int64_t batch, num_kv_heads, group, head_dim, cached;
     // In elements.
@@ -36,7 +37,6 @@ struct Arguments {
     int64_t local;      // -1: a quarter of the budget
     int64_t k_max;
     int64_t mean_value;
-    int64_t threads;
     double scale;
     double softcap;     // 0: none
 };

@@ -684,6 +684,14 @@ void share(std::atomic<int64_t>& next, int64_t count, const Task& task) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
 }
 
+bool rows_in_range(const Arguments& a) {
+    for (int64_t b = 0; b < a.batch; b++) {
+        int64_t length = a.length[b * a.length_batch];
+        if (length < 0 || length > a.cached || (a.start && a.start[b * a.start_batch] < 0)) return false;
+    }
+    return true;
+}
+
 template <class T>
 void decode(const Arguments& a) {
     static thread_local Arena arena;
@@ -723,9 +731,10 @@ void decode(const Arguments& a) {
 
 extern "C" int64_t sparq_arguments_size() { return sizeof(sparq::Arguments); }
 
-// 0 when done, 1 for a dtype it does not know, 2 when memory ran out.
+// 0 when done, 1 for a dtype it does not know, 2 when memory ran out, 3 when a row's length or start is out of range.
 extern "C" int64_t sparq_decode(const sparq::Arguments* arguments) {
     using namespace sparq;
+    if (!rows_in_range(*arguments)) return 3;
     try {
         switch (arguments->dtype) {
             case 0: decode<float>(*arguments); return 0;
