@@ -11,9 +11,9 @@ BOS, EOS, PAD, VOCAB_SIZE = 256, 257, 258, 260  # a byte is its own token id
 HEAD_DIM = 64
 
 # OFFSETS[layer][head]: so many bytes back the head looks at the start of training; the other heads start random.
-# Layer 0 gathers the last 4 bytes, layer 1 the last 12, layer 2 the last 24: a long enough key to find a passage by.
-OFFSETS = ((1, 2, 3, 4), (4, 8), (12,))
-OFFSET_LOGIT = 5.0  # what one pair of rotated components adds to the logit of the position that is looked at
+# After layer 0 a position knows its last 5 bytes, after layer 1 the last 15: a long enough key to find a passage by.
+OFFSETS = ((1, 2, 3, 4), (5, 10))
+OFFSET_LOGIT = 8.0  # what one pair of rotated components adds to the logit of the position that is looked at
 OFFSET_MIN_FREQUENCY = 0.002  # radians a byte; the slower components are left to content
 
 

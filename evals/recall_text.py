@@ -38,6 +38,7 @@ class Role(IntEnum):
 
 RANDOM_CUE = 3  # so many bytes of a returning segment of random bytes reveal which one it is
 PASSAGE_CUE = 12  # natural text has many short coincidences, so a returning passage reveals itself later
+WORDS_CUE = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,17 @@ class RecallText:
                 fresh = self.plain(int(rng.integers(8, max(16, length // 10))))
                 data = np.append(data, fresh)
                 roles = np.append(roles, np.full(len(fresh), Role.RANDOM, np.uint8))
+        return Text(data[:length], roles[:length])
+
+    def word_repeats(self, length: int) -> Text:
+        """A few words in random order, then passages of this come back: only a long look back tells how they go on."""
+        rng = self.rng
+        words = re.findall(rb"\S+\s*", self.plain(int(rng.integers(40, 200))).tobytes()) or [b" "]
+        start = b"".join(words[i] for i in rng.integers(0, len(words), length))[: int(length * rng.uniform(0.2, 0.6))]
+        data, roles = np.frombuffer(start, np.uint8), np.full(len(start), Role.RANDOM, np.uint8)
+        while len(data) < length:
+            segment = min(int(np.exp(rng.uniform(np.log(48), np.log(512)))), len(data) - 1)
+            data, roles = self._append_repeat(data, roles, segment, WORDS_CUE)
         return Text(data[:length], roles[:length])
 
     def _append_repeat(

@@ -1,4 +1,4 @@
-"""Train a byte-level Llama of 1.9 M parameters that finds what it read thousands of bytes ago.
+"""Train a byte-level Llama of 1.6 M parameters that finds what it read thousands of bytes ago.
 
     python evals/train_recall.py
 
@@ -23,22 +23,24 @@ import torch.nn.functional as F
 import transformers
 from byte_tokenizer import save_byte_tokenizer
 from muon import Muon
-from recall_model import BOS, PAD, build, forward
+from recall_model import BOS, OFFSETS, PAD, build, forward
 from recall_text import RecallText, Role
 from transformers import LlamaForCausalLM
 
-# glibc must keep the step's buffers, not return and fault them in anew: training is several times faster.
-MALLOC = {
+ENVIRONMENT = {
+    # glibc must keep the step's buffers, not return and fault them in anew: training is several times faster.
     "MALLOC_MMAP_THRESHOLD_": "4000000000",
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
     "MALLOC_TOP_PAD_": "1000000000",
+    # On a machine in use, a thread that waits for the others must not keep them from its core by spinning.
+    "GOMP_SPINCOUNT": "2000",
 }
 
-LAYERS = 5
+LAYERS = 4
 MUON_LR, ADAMW_LR = 0.01, 2e-3
 WARMUP_STEPS = 50
 WEIGHTS = {Role.RANDOM: 0.0, Role.TEXT: 0.2, Role.REPEATED: 1.0, Role.ANSWER: 6.0}
-LOG_STEPS, SAVE_STEPS = 50, 250
+LOG_STEPS, SAVE_STEPS = 50, 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +49,15 @@ class Stage:
     batch: int
     steps: int
     position_span: int  # random jumps spread a text over so many positions: short texts teach long distances too
-    mix: tuple[float, float, float]  # shares of random repeats, passage repeats, facts
-    learning_rate: tuple[float, float] = (1.0, 1.0)  # shares of the full rates at the stage's start and end
+    mix: tuple[float, float, float, float]  # shares of random repeats, word repeats, passage repeats, facts
+    learning_rate: tuple[float, float]  # shares of the full rates at the stage's start and end
 
 
 STAGES = (
-    Stage(length=256, batch=8, steps=1600, position_span=2048, mix=(0.2, 0.4, 0.4)),
-    Stage(length=512, batch=8, steps=800, position_span=4096, mix=(0.1, 0.5, 0.4)),
-    Stage(length=1024, batch=4, steps=1200, position_span=4096, mix=(0.1, 0.55, 0.35), learning_rate=(1.0, 0.5)),
-    Stage(length=4096, batch=2, steps=180, position_span=8192, mix=(0.05, 0.6, 0.35), learning_rate=(0.5, 0.02)),
+    Stage(256, batch=8, steps=1100, position_span=2048, mix=(0.1, 0.25, 0.3, 0.35), learning_rate=(1.0, 1.0)),
+    Stage(512, batch=8, steps=350, position_span=4096, mix=(0.05, 0.2, 0.4, 0.35), learning_rate=(1.0, 0.6)),
+    Stage(1024, batch=4, steps=300, position_span=4096, mix=(0.0, 0.15, 0.5, 0.35), learning_rate=(0.6, 0.2)),
+    Stage(4096, batch=1, steps=70, position_span=8192, mix=(0.0, 0.1, 0.5, 0.4), learning_rate=(0.2, 0.02)),
 )
 
 
@@ -67,7 +69,7 @@ def draw_batch(text: RecallText, stage: Stage) -> tuple[torch.Tensor, torch.Tens
     positions = np.arange(length)[None].repeat(stage.batch, 0)
     ids[:, 0] = BOS
     for row in range(stage.batch):
-        draw = (text.random_repeats, text.passage_repeats, text.facts)[rng.choice(3, p=stage.mix)]
+        draw = (text.random_repeats, text.word_repeats, text.passage_repeats, text.facts)[rng.choice(4, p=stage.mix)]
         sample = draw(length)
         ids[row, 1 : len(sample.data) + 1] = sample.data
         roles[row, 1 : len(sample.roles) + 1] = sample.roles
@@ -87,10 +89,11 @@ def loss_function(
 
 
 def make_optimizers(model: LlamaForCausalLM) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon for the matrices, AdamW for the rest and for layer 0's queries and keys, whose offsets must move gently."""
-    offset_heads = {id(p) for p in model.model.layers[0].self_attn.q_proj.parameters()}
-    offset_heads |= {id(p) for p in model.model.layers[0].self_attn.k_proj.parameters()}
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2 and id(p) not in offset_heads]
+    """Muon for the matrices, AdamW for the rest and for queries and keys with offsets, which Muon would wipe out."""
+    layers = model.model.layers
+    attentions = [layer.self_attn for layer in layers[: len(OFFSETS)]]
+    with_offsets = {id(projection.weight) for attn in attentions for projection in (attn.q_proj, attn.k_proj)}
+    matrices = [p for p in layers.parameters() if p.ndim == 2 and id(p) not in with_offsets]
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     return Muon(matrices, lr=MUON_LR), torch.optim.AdamW(rest, lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.0)
@@ -198,8 +201,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+    if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ENVIRONMENT)
     torch.set_num_threads(arguments.threads)
     log_path = arguments.output / "training-log.jsonl"
     model = train(STAGES, arguments.seed, arguments.checkpoint, log_path, arguments.resume)

@@ -10,7 +10,7 @@ def role_bytes(text, role):
 
 
 @pytest.mark.parametrize("length", [256, 1024, 4096])
-@pytest.mark.parametrize("kind", ["random_repeats", "passage_repeats", "facts"])
+@pytest.mark.parametrize("kind", ["random_repeats", "word_repeats", "passage_repeats", "facts"])
 def test_every_byte_has_a_role(kind, length):
     source = RecallText(seed=1)
     for _ in range(10):
