@@ -2,9 +2,10 @@
 
     python benchmarks/crossover.py
 
-Small models with the attention heads of real ones decode with the patch kept dense and with it sparse, turn by turn, at growing
-contexts, through the whole path of a real step: hooks, cache, operator. For each shape the table shows the microseconds of both
-per layer, and the first context from which sparse stays faster, also in bytes of K and V that a dense step reads.
+Small models with the attention heads of real ones decode with the patch kept dense and with it sparse, turn by turn, at
+growing contexts, through the whole path of a real step: hooks, cache, operator. For each shape the table shows the
+microseconds of both per layer, and the first context from which sparse stays faster, also in bytes of K and V that a
+dense step reads.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/generation.py --contexts 512 16384 65536 --dtypes float32 bfloat16
 
-The model has the true layers of Llama-3.2-1B (hidden 2048, MLP 8192, 32 query and 8 KV heads of 64) with random weights,
-only two of them, and a vocabulary of 256 so that nothing but the layers costs time. The cache is filled with random keys and
-values instead of an hour of prefill; greedy `generate` then decodes from it, as a user would. Four ways take turns, round
-after round, so that a drifting machine favours none:
+The model has the true layers of Llama-3.2-1B (hidden 2048, MLP 8192, 32 query and 8 KV heads of 64) with random
+weights, only two of them, and a vocabulary of 256 so that nothing but the layers costs time. The cache is filled with
+random keys and values instead of an hour of prefill; greedy `generate` then decodes from it, as a user would. Four ways
+take turns, round after round, so that a drifting machine favours none:
 
     stock dynamic   transformers' `generate` as it is: DynamicCache, which copies the whole cache at every token
     stock static    the same with a preallocated StaticCache
@@ -230,7 +230,7 @@ def main() -> None:
                 )
     console.print(table_of(rows))
     console.print(
-        "vs dynamic = cache x sparsity: SparQ's cache, kept dense, against stock's; then the same cache read sparsely.\n"
+        "vs dynamic = cache x sparsity: SparQ's cache kept dense against stock's, then the same cache read sparsely.\n"
         "'layers alone' is the step with 16 cached positions: linear layers and Python, which SparQ does not touch."
     )
     if args.json:

@@ -156,15 +156,13 @@ class RecallText:
 
     def repetition(self, length: int, cue: int = 128, continuation: int = 128) -> Task:
         """Text, then the first `cue` bytes of a passage that stands in it; the answer is how the passage went on."""
-        text = self.plain(length - cue - continuation).tobytes()
         passage = cue + continuation
-        start = 0
-        for _ in range(50):
+        while True:
+            text = self.plain(length - passage).tobytes()
             start = int(self.rng.integers(0, len(text) - passage + 1))
             # A ruler or a deep indent cannot be continued: nothing in it says how long it already is.
             if not re.search(rb"(.)\1{7}", text[start : start + passage], re.DOTALL):
-                break
-        return Task(text + text[start : start + cue], text[start + cue : start + passage])
+                return Task(text + text[start : start + cue], text[start + cue : start + passage])
 
     def _name(self) -> str:
         rng, names = self.rng, _fact_names()

@@ -56,8 +56,8 @@ class Stage:
 STAGES = (
     Stage(256, batch=8, steps=1100, position_span=2048, mix=(0.1, 0.25, 0.3, 0.35), learning_rate=(1.0, 1.0)),
     Stage(512, batch=8, steps=350, position_span=4096, mix=(0.05, 0.2, 0.4, 0.35), learning_rate=(1.0, 0.6)),
-    Stage(1024, batch=4, steps=300, position_span=4096, mix=(0.0, 0.15, 0.5, 0.35), learning_rate=(0.6, 0.2)),
-    Stage(4096, batch=1, steps=70, position_span=8192, mix=(0.0, 0.1, 0.5, 0.4), learning_rate=(0.2, 0.02)),
+    Stage(1024, batch=4, steps=600, position_span=4096, mix=(0.0, 0.15, 0.5, 0.35), learning_rate=(0.6, 0.2)),
+    Stage(4096, batch=1, steps=140, position_span=8192, mix=(0.0, 0.1, 0.5, 0.4), learning_rate=(0.2, 0.02)),
 )
 
 

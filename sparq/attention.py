@@ -17,8 +17,8 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from sparq.cache import SparqLayer
 from sparq.step import Step
 
-# Where sparsity begins to pay: bytes of K and V that a dense step of one layer reads, by device. Below it the fixed cost
-# of a sparse step is larger than what it saves (measured with benchmarks/crossover.py).
+# Where sparsity begins to pay: bytes of K and V that a dense step of one layer reads, by device. Below it the fixed
+# cost of a sparse step is larger than what it saves (measured with benchmarks/crossover.py).
 PAYS_FROM_BYTES = {"cpu": 2 << 20}
 
 
