@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -162,7 +163,8 @@ def decode_cpu(
     return_positions: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The C++ kernel, or the reference where it does not serve: float64, or no compiler."""
-    if query.dtype == torch.float64 or cpu.kernel() is None:
+    required = (query, key, key_components, value, value_sum, length)
+    if NoneType in map(type, required) or query.dtype == torch.float64 or cpu.kernel() is None:
         return decode_default(
             query,
             key,
@@ -191,7 +193,7 @@ def decode_cpu(
 
     # Every layer, and every token of a static cache, repeats a layout: it is checked once.
     signature = (
-        *((x.shape, x.stride(), x.dtype, x.device) for x in (query, key, key_components, value, value_sum, length)),
+        *((x.shape, x.stride(), x.dtype, x.device) for x in required),
         None if start is None else (start.shape, start.stride(), start.dtype, start.device),
         None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device),
         (r, k, k_divisor, local, scale, softcap, mean_value, return_positions),
@@ -289,6 +291,10 @@ def check_arguments(
     softcap: float | None,
 ) -> None:
     """Raise for a shape, dtype, device, stride or option that an implementation could not survive."""
+    required = {"query": query, "key": key, "key_components": key_components, "value": value, "value_sum": value_sum}
+    for name, tensor in {**required, "length": length}.items():
+        if tensor is None:  # the dispatcher lets that pass
+            raise TypeError(f"{name} must be a tensor, got None")
     if query.dim() != 4:
         raise ValueError(f"query must be [B, Hq, 1, d], got {list(query.shape)}")
     if key.dim() != 4:

@@ -1,0 +1,176 @@
+"""Inputs for the operator with every byte that must not matter poisoned, and the checks that its results must pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sparq_kernels
+import torch
+from sparq_kernels.reference import decode_reference, valid_positions
+from torch import Tensor
+
+from tests.kernels.equations import Head
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+SPARE = 37  # storage behind the visible positions
+
+
+@dataclass
+class Case:
+    """Tensors of one call.  `key` and `value` are views into larger storage, NaN wherever a position is not valid."""
+
+    query: Tensor
+    key: Tensor
+    key_components: Tensor
+    value: Tensor
+    value_sum: Tensor
+    length: Tensor
+    start: Tensor | None = None
+    mask: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        return (
+            self.query,
+            self.key,
+            self.key_components,
+            self.value,
+            self.value_sum,
+            self.length,
+            self.start,
+            self.mask,
+        )
+
+    @property
+    def valid(self) -> Tensor:
+        return valid_positions(self.length, self.start, self.mask, self.key.shape[2])
+
+    def head(self, b: int, h: int) -> Head:
+        """One KV head for the equations, with the poison replaced by something a mistake would show in."""
+        group = self.query.shape[1] // self.key.shape[1]
+        scale = self.options.get("scale")
+        return Head(
+            self.query[b, h * group : (h + 1) * group, 0].double().tolist(),
+            self.key[b, h].double().nan_to_num(nan=1e3).tolist(),
+            self.value[b, h].double().nan_to_num(nan=1e3).tolist(),
+            self.valid[b].tolist(),
+            self.query.shape[3] ** -0.5 if scale is None else scale,
+            self.options.get("softcap"),
+        )
+
+
+def make_case(
+    batch: int = 1,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    cached: int = 300,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    *,
+    lengths: list[int] | None = None,
+    starts: list[int] | None = None,
+    holes: float = 0.0,
+    seed: int = 0,
+    draw: Callable[..., Tensor] = torch.randn,
+    **options: Any,
+) -> Case:
+    """Random inputs; `holes` is the share of positions that a mask takes out, `draw` what fills the tensors."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def fill(*shape: int) -> Tensor:
+        return draw(shape, generator=generator).to(dtype)
+
+    length = torch.tensor([cached] * batch if lengths is None else lengths)
+    start = None if starts is None else torch.tensor(starts)
+    mask = torch.rand(batch, cached, generator=generator) >= holes if holes else None
+    valid = valid_positions(length, start, mask, cached)
+
+    def storage() -> tuple[Tensor, Tensor]:
+        """[B, positions, Hkv, d] as a projection leaves it, seen as [B, Hkv, S, d]."""
+        whole = torch.full((batch, cached + SPARE, num_kv_heads, head_dim), torch.nan, dtype=dtype)
+        view = whole.transpose(1, 2)[:, :, :cached]
+        view.copy_(fill(batch, num_kv_heads, cached, head_dim).masked_fill(~valid[:, None, :, None], torch.nan))
+        return whole, view
+
+    _, key = storage()
+    _, value = storage()
+    components = sparq_kernels.allocate_components(batch, num_kv_heads, cached + SPARE, head_dim, dtype, "cpu")
+    components.fill_(torch.nan)
+    sparq_kernels.write_components(components, key, 0)
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    value_sum = value.double().masked_fill(~valid[:, None, :, None], 0.0).sum(2).to(precise)
+    query = (2 * fill(batch, 1, num_heads, head_dim)).transpose(1, 2)
+    return Case(query, key, components, value, value_sum, length, start, mask, options)
+
+
+def run_operator(case: Case) -> sparq_kernels.DecodeOutput:
+    return sparq_kernels.decode(
+        case.query,
+        case.key,
+        case.key_components,
+        case.value,
+        case.value_sum,
+        length=case.length,
+        start=case.start,
+        mask=case.mask,
+        return_positions=True,
+        **case.options,
+    )
+
+
+def run_reference(case: Case) -> sparq_kernels.DecodeOutput:
+    options = {"k_divisor": None, "local": None, "softcap": None, "mean_value": True, **case.options}
+    options["scale"] = case.query.shape[3] ** -0.5 if options.get("scale") is None else options["scale"]
+    return sparq_kernels.DecodeOutput(*decode_reference(*case.tensors, return_positions=True, **options))
+
+
+def check_against_equations(case: Case, result: sparq_kernels.DecodeOutput) -> None:
+    """Every row and head: positions allowed, sufficient and best up to rounding; output and alpha right for them."""
+    r, k = case.options["r"], case.options["k"]
+    k_divisor, local = case.options.get("k_divisor"), case.options.get("local")
+    tolerance, num_kv_heads = TOLERANCE[case.query.dtype], case.key.shape[1]
+    group = case.query.shape[1] // num_kv_heads
+    assert result.positions is not None
+    assert result.output.dtype == case.query.dtype and result.alpha.dtype == torch.float32
+    for b in range(case.query.shape[0]):
+        for h in range(num_kv_heads):
+            head = case.head(b, h)
+            slots = result.positions[b, h, 0].tolist()
+            chosen = [s for s in slots if s >= 0]
+            assert slots == sorted(set(chosen)) + [-1] * (len(slots) - len(chosen))
+            assert len(chosen) == head.budget(k, k_divisor)
+            assert set(chosen) <= set(head.valid_positions)
+            window = set(head.window(k, k_divisor, local))
+            assert window <= set(chosen)
+            check_best(head, r, set(chosen), window)
+
+            output, alpha = head.output(r, chosen, case.options.get("mean_value", True))
+            heads = slice(h * group, (h + 1) * group)
+            actual = result.output[b, heads, 0].double()
+            expected = torch.tensor(output, dtype=torch.float64)
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+            expected = torch.tensor(alpha, dtype=torch.float64)
+            torch.testing.assert_close(result.alpha[b, heads, 0].double(), expected, rtol=2e-5, atol=1e-6)
+
+
+def check_best(head: Head, r: int, chosen: set[int], window: set[int]) -> None:
+    """No position left out scores more than one chosen on merit, beyond rounding."""
+    scores = head.scores(r)
+    total = {s: math.fsum(row[s] for row in scores) for s in head.valid_positions}
+    on_merit = [total[s] for s in chosen - window]
+    left_out = [total[s] for s in set(total) - chosen]
+    if on_merit and left_out:
+        assert min(on_merit) >= max(left_out) * (1 - 1e-4) - 1e-29
+
+
+def check_same(case: Case, actual: sparq_kernels.DecodeOutput, expected: sparq_kernels.DecodeOutput) -> None:
+    """Kernel and reference agree, positions included: for scores that differ by more than rounding, or exactly tie."""
+    tolerance = TOLERANCE[case.query.dtype]
+    assert actual.positions is not None and expected.positions is not None
+    assert torch.equal(actual.positions, expected.positions)
+    torch.testing.assert_close(actual.output, expected.output, rtol=tolerance, atol=tolerance, equal_nan=True)
+    torch.testing.assert_close(actual.alpha, expected.alpha, rtol=2e-5, atol=1e-6, equal_nan=True)

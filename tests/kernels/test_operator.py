@@ -1,0 +1,187 @@
+"""The operator as PyTorch sees it: schema, fake implementation, compilation, and every mistake answered in words."""
+
+from __future__ import annotations
+
+import doctest
+from typing import Any
+
+import pytest
+import sparq_kernels
+import torch
+from sparq_kernels import operator
+
+from tests.kernels.cases import Case, make_case
+
+OP = torch.ops.sparq_kernels.decode
+
+
+def arguments(case: Case, **changes: Any) -> tuple[Any, ...]:
+    """Positional arguments of the raw operator."""
+    names = ("query", "key", "key_components", "value", "value_sum", "length", "start", "mask")
+    options = {
+        "r": 4,
+        "k": 20,
+        "k_divisor": None,
+        "local": None,
+        "scale": None,
+        "softcap": None,
+        "mean_value": True,
+        "return_positions": True,
+    }
+    return tuple({**dict(zip(names, case.tensors, strict=True)), **options, **case.options, **changes}.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"k_divisor": 3, "return_positions": False}, {"k": 900, "local": 5, "softcap": 3.0, "scale": 0.2}]
+)
+def test_opcheck(dtype: torch.dtype, changes: dict) -> None:
+    case = make_case(2, dtype=dtype, lengths=[300, 20], starts=[0, 3], holes=0.1)
+    torch.library.opcheck(OP.default, arguments(case, **changes))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_into_one_graph_with_dynamic_lengths(backend: str) -> None:
+    def step(case: Case, cached: int) -> torch.Tensor:
+        key, value = case.key[:, :, :cached], case.value[:, :, :cached]
+        value_sum = value.float().sum(2)
+        out = sparq_kernels.decode(
+            case.query, key, case.key_components, value, value_sum, length=case.length, r=4, k=20, k_divisor=8
+        )
+        return out.output * 2 + out.alpha[..., None]
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=True)
+    case = make_case(2, cached=300)
+    for cached in (300, 290, 257):
+        case.length.fill_(cached)
+        torch.testing.assert_close(compiled(case, cached), step(case, cached))
+
+
+def test_fake_shapes() -> None:
+    with torch._subclasses.FakeTensorMode() as mode:
+        case = make_case(2, cached=300, dtype=torch.bfloat16)
+        fakes = [x if x is None else mode.from_tensor(x) for x in case.tensors]
+        knobs = (4, 20, 3, None, None, None, True)
+        output, alpha, positions = OP(*fakes, *knobs, True)
+        assert output.shape == (2, 4, 1, 16) and output.dtype == torch.bfloat16
+        assert alpha.shape == (2, 4, 1) and alpha.dtype == torch.float32
+        assert positions.shape == (2, 2, 1, 100) and positions.dtype == torch.int64
+        assert OP(*fakes, *knobs, False)[2].shape == (2, 2, 1, 0)
+
+
+def test_positions_only_when_asked_for() -> None:
+    case = make_case()
+    tensors = (case.query, case.key, case.key_components, case.value, case.value_sum)
+    assert sparq_kernels.decode(*tensors, length=case.length, r=4, k=20).positions is None
+    positions = sparq_kernels.decode(*tensors, length=case.length, r=4, k=20, return_positions=True).positions
+    assert positions is not None and positions.shape == (1, 2, 1, 20)
+
+
+def test_backend_names() -> None:
+    assert sparq_kernels.backend("cpu") == sparq_kernels.backend(torch.device("cpu")) == "cpp"
+    assert sparq_kernels.backend("cuda") == "reference"
+
+
+def test_example_in_the_docstring() -> None:
+    assert doctest.testmod(operator).failed == 0
+
+
+def tensors(**shapes: Any) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+
+MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
+    (tensors(query=(1, 4, 16)), ValueError, r"query must be \[B, Hq, 1, d\], got \[1, 4, 16\]"),
+    (tensors(query=(1, 4, 2, 16)), ValueError, "query must hold one new token per row, got 2"),
+    (tensors(query=(1, 5, 1, 16)), ValueError, r"query heads \(5\) must be a multiple of key heads \(2\)"),
+    (tensors(query=(1, 0, 1, 16)), ValueError, r"query heads \(0\)"),
+    (tensors(query=(1, 4, 1, 600)), ValueError, "head_dim of 1 to 512, got 600"),
+    (tensors(query=(1, 4, 1, 0)), ValueError, "head_dim of 1 to 512, got 0"),
+    (tensors(query=(0, 4, 1, 16), key=(0, 2, 300, 16)), ValueError, "key must hold at least one row"),
+    (tensors(query=(2, 4, 1, 16)), ValueError, r"key must be \[2, Hkv, S, 16\] to match query"),
+    (tensors(key=(1, 300, 16)), ValueError, r"key must be \[B, Hkv, S, d\], got \[1, 300, 16\]"),
+    (tensors(key=(1, 2, 300, 8)), ValueError, r"key must be \[1, Hkv, S, 16\]"),
+    (tensors(key=(1, 2, 0, 16)), ValueError, "at least one row and one position"),
+    (tensors(key=(1, 0, 300, 16)), ValueError, r"multiple of key heads \(0\)"),
+    (
+        tensors(value=(1, 2, 299, 16)),
+        ValueError,
+        r"value must have key's shape \[1, 2, 300, 16\], got \[1, 2, 299, 16\]",
+    ),
+    (tensors(key_components=(1, 2, 1, 16, 256)), ValueError, r"key_components must be \[1, 2, at least 2, 16, 256\]"),
+    (tensors(key_components=(1, 1, 2, 16, 256)), ValueError, "key_components must be"),
+    (tensors(key_components=(1, 2, 2, 15, 256)), ValueError, "key_components must be"),
+    (tensors(key_components=(1, 2, 2, 16, 128)), ValueError, "key_components must be"),
+    (tensors(key_components=(2, 2, 16, 256)), ValueError, "key_components must be"),
+    (tensors(value_sum=(1, 2, 15)), ValueError, r"value_sum must be \[1, 2, 16\], got \[1, 2, 15\]"),
+    ({"query": torch.zeros(1, 4, 1, 16, dtype=torch.int32)}, TypeError, "query must be float32, bfloat16, float16 or"),
+    (
+        {"key": torch.zeros(1, 2, 300, 16).half()},
+        TypeError,
+        "key must have query's dtype torch.float32, got torch.float16",
+    ),
+    ({"value": torch.zeros(1, 2, 300, 16).double()}, TypeError, "value must have query's dtype"),
+    ({"key_components": torch.zeros(1, 2, 2, 16, 256).half()}, TypeError, "key_components must have query's dtype"),
+    ({"value_sum": torch.zeros(1, 2, 16).double()}, TypeError, "value_sum must be float32"),
+    ({"key": torch.zeros(1, 2, 16, 300).transpose(2, 3)}, ValueError, "key must be contiguous in its last axis"),
+    ({"value": torch.zeros(1, 2, 16, 300).transpose(2, 3)}, ValueError, "value must be contiguous in its last axis"),
+    ({"key_components": torch.zeros(1, 2, 2, 256, 16).mT}, ValueError, "key_components must be contiguous in its last"),
+    ({"key_components": torch.zeros(1, 2, 16, 2, 256).transpose(2, 3)}, ValueError, "must have contiguous blocks"),
+    ({"length": torch.tensor([300, 300])}, ValueError, r"length must be \[1\], got \[2\]"),
+    ({"length": torch.tensor(300)}, ValueError, r"length must be \[1\], got \[\]"),
+    ({"length": torch.tensor([300], dtype=torch.int32)}, TypeError, "length must be int64, got torch.int32"),
+    ({"length": torch.tensor([301])}, ValueError, r"length must be 0 to the 300 cached positions, got \[301\]"),
+    ({"length": torch.tensor([-1])}, ValueError, "length must be 0 to the 300"),
+    ({"start": torch.tensor([-1])}, ValueError, r"start must not be negative, got \[-1\]"),
+    ({"start": torch.tensor([[0]])}, ValueError, r"start must be \[1\]"),
+    ({"start": torch.tensor([0.0])}, TypeError, "start must be int64"),
+    ({"mask": torch.ones(1, 299, dtype=torch.bool)}, ValueError, r"mask must be \[1, 300\], got \[1, 299\]"),
+    ({"mask": torch.ones(1, 300)}, TypeError, "mask must be bool, got torch.float32"),
+    ({"r": 0}, ValueError, r"r must be 1 to head_dim \(16\), got 0"),
+    ({"r": 17}, ValueError, r"r must be 1 to head_dim \(16\), got 17"),
+    ({"k": 0}, ValueError, "k must be at least 1, got 0"),
+    ({"k_divisor": 0}, ValueError, "k_divisor must be at least 1 or None, got 0"),
+    ({"local": -1}, ValueError, r"local must be 0 to k \(20\) or None, got -1"),
+    ({"local": 21}, ValueError, r"local must be 0 to k \(20\) or None, got 21"),
+    ({"scale": float("nan")}, ValueError, "scale must be finite or None, got nan"),
+    ({"softcap": 0.0}, ValueError, "softcap must be a positive number or None, got 0.0"),
+    ({"softcap": float("inf")}, ValueError, "softcap must be a positive number"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), MISTAKES)
+def test_mistakes_are_named(changes: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        OP(*arguments(make_case(), **changes))
+
+
+@pytest.mark.parametrize("name", ["key", "key_components", "value", "value_sum", "length", "start", "mask"])
+def test_a_tensor_on_another_device_is_named(name: str) -> None:
+    """Asked of the check itself: in a machine with no second device the dispatcher would answer for `meta`."""
+    case = make_case(starts=[0], holes=0.1)
+    setattr(case, name, getattr(case, name).to("meta"))
+    with pytest.raises(ValueError, match=f"{name} must be on query's device cpu, got meta"):
+        operator.check_arguments(*case.tensors, 4, 20, None, None, None, None)
+
+
+def test_a_mistake_after_a_right_call_is_still_found() -> None:
+    """A layout that has passed is remembered: nothing but exactly that layout may profit."""
+    case = make_case()
+    OP(*arguments(case))
+    for changes, error, message in MISTAKES:
+        with pytest.raises(error, match=message):
+            OP(*arguments(case, **changes))
+    OP(*arguments(case))
+
+
+@pytest.mark.parametrize("name", ["query", "key", "key_components", "value", "value_sum", "length"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_none_for_a_tensor(name: str, dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got None"):
+        OP(*arguments(make_case(dtype=dtype), **{name: None}))
+
+
+def test_options_of_the_wrong_kind() -> None:
+    for changes in ({"r": 4.5}, {"k": "20"}, {"scale": "1"}):
+        with pytest.raises((TypeError, RuntimeError)):
+            OP(*arguments(make_case(), **changes))
