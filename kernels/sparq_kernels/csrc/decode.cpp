@@ -30,6 +30,9 @@ extern "C" int omp_get_thread_num(void);  // the one function needed: omp.h is n
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace sparq {
 namespace {
@@ -75,7 +78,15 @@ struct Layout {
     template <class T>
     void place(T*& array, size_t count) {
         array = base ? reinterpret_cast<T*>(base + used) : nullptr;
-        used += (count * sizeof(T) + LINE - 1) / LINE * LINE;
+        size_t bytes = count * sizeof(T), room = (bytes + LINE - 1) / LINE * LINE;
+#if defined(__SANITIZE_ADDRESS__)
+        room += LINE;  // a fence that nothing may touch
+        if (base) {
+            ASAN_UNPOISON_MEMORY_REGION(base + used, bytes);
+            ASAN_POISON_MEMORY_REGION(base + used + bytes, room - bytes);
+        }
+#endif
+        used += room;
     }
 };
 
