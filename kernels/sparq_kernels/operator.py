@@ -79,7 +79,7 @@ def decode(
     >>> decode(query, key, components, key, key.sum(2), length=length, r=2, k=1).output.shape
     torch.Size([1, 2, 1, 4])
     """
-    output, alpha, positions = torch.ops.sparq_kernels.decode(
+    output, alpha, positions = _decode_op(
         query,
         key,
         key_components,
@@ -272,6 +272,7 @@ torch.library.define(
 torch.library.impl("sparq_kernels::decode", "default", decode_default)
 torch.library.impl("sparq_kernels::decode", "cpu", decode_cpu)
 torch.library.register_fake("sparq_kernels::decode", decode_fake)
+_decode_op = torch.ops.sparq_kernels.decode.default  # the overload itself: resolving it costs as much as the checks
 
 
 def check_arguments(

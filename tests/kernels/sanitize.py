@@ -45,7 +45,8 @@ def main() -> int:
         }
         build = "import sparq_kernels.cpu as cpu; print(cpu.build())"  # the compiler itself runs without the preload
         subprocess.run([sys.executable, "-c", build], env=environment, check=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(sys.argv[1:] or TESTS)]
+        # -s: a sanitizer ends the process, and pytest would take its report along
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *(sys.argv[1:] or TESTS)]
         return subprocess.run(command, env={**environment, **instrumented}, cwd=ROOT).returncode
 
 
