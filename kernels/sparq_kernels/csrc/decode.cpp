@@ -42,7 +42,8 @@ constexpr int64_t CHUNK = 128;       // chosen positions per attend task
 constexpr int64_t UNIT = 64;         // neighbouring positions whose scores share a reference exponent
 constexpr int64_t UNITS = BLOCK / UNIT;
 constexpr int64_t LINE = 64;         // bytes
-constexpr int64_t ROWS_AHEAD = 8;    // rows between a prefetch and its use
+constexpr int64_t UNITS_AHEAD = 2;   // units between a prefetch and its use: what is on its way fits the first-level cache
+constexpr int64_t ROWS_AHEAD = 8;    // the same for rows of K
 constexpr float FAINTEST = 0x1p-100f;  // scores below count as 0: the same for a position whatever its block's reference
 constexpr float EXCLUDED = -1;       // score of a position that does not compete; scores are at least 0
 
@@ -302,7 +303,12 @@ class Decoder {
         else load_pair_part(row + i, dim - i, x, y);
     }
 
-    // Logits of one unit for G queries: out[g][UNIT].  The same lines of the block `ahead` elements further are prefetched.
+    static SPARQ_INLINE void prefetch(const T* p, int64_t count) {
+        const char* bytes = reinterpret_cast<const char*>(p);
+        for (int64_t i = 0; i < int64_t(count * sizeof(T)); i += LINE) __builtin_prefetch(bytes + i);
+    }
+
+    // Logits of one unit for G queries: out[g][UNIT].  What lies `ahead` elements further is prefetched.
     template <int G>
     static SPARQ_INLINE void unit_logits(const T* unit, int64_t ahead, const int32_t* components, int64_t r,
                                          const float* queries, float* out, int64_t out_stride) {
@@ -311,8 +317,7 @@ class Decoder {
             Floats sum[G][V] = {};
             for (int64_t c = 0; c < r; c++) {
                 const T* run = unit + components[c] * BLOCK + i;
-                for (int64_t byte = 0; byte < int64_t(V * W * sizeof(T)); byte += LINE)
-                    __builtin_prefetch(reinterpret_cast<const char*>(run + ahead) + byte, 0, 2);
+                prefetch(run + ahead, V * W);
                 Floats x[V];
                 for (int v = 0; v < V; v += 2) load_pair(run + v * W, x[v], x[v + 1]);
                 for (int g = 0; g < G; g++)
@@ -361,11 +366,15 @@ class Decoder {
     }
 
     template <int G>
-    void score_block(const T* block, int64_t ahead, const int32_t* keep, Scratch& s, int64_t g, int64_t index) const {
+    void score_block(const T* block, int64_t next_block, const int32_t* keep, Scratch& s, int64_t g,
+                     int64_t index) const {
+        bool fetch = g == 0;  // the first queries of the group fetch for all
         int64_t positions = blocks * BLOCK;
         float* weights = s.weights + g * positions + index * BLOCK;
         for (int64_t u = 0; u < UNITS; u++) {
-            unit_logits<G>(block + u * UNIT, ahead, s.components, a.r, s.scored_queries + g * a.r, weights + u * UNIT,
+            int64_t target = u + UNITS_AHEAD;
+            int64_t distance = target < UNITS ? UNITS_AHEAD * UNIT : next_block + (target - UNITS - u) * UNIT;
+            unit_logits<G>(block + u * UNIT, fetch ? distance : 0, s.components, a.r, s.scored_queries + g * a.r, weights + u * UNIT,
                            positions);
             for (int64_t i = 0; i < G; i++) {
                 float* x = weights + i * positions + u * UNIT;
@@ -403,7 +412,7 @@ class Decoder {
             }
             const T* block = components + j * a.components_block;
             for (int64_t g = 0; g < group; g += 4) {
-                int64_t ahead = g == 0 && j + 1 < to ? a.components_block : 0;
+                int64_t ahead = j + 1 < to ? a.components_block : 0;
                 switch (tile_size(group - g)) {
                     case 1: score_block<1>(block, ahead, keep, s, g, j); break;
                     case 2: score_block<2>(block, ahead, keep, s, g, j); break;
@@ -519,11 +528,6 @@ class Decoder {
         }
     }
 
-    static void prefetch_row(const T* row, int64_t dim) {
-        const char* p = reinterpret_cast<const char*>(row);
-        for (int64_t byte = 0; byte < int64_t(dim * sizeof(T)); byte += LINE) __builtin_prefetch(p + byte, 0, 3);
-    }
-
     // out[g][i] = query g . key of chosen[i], in base 2 (capped before that).  W dot products at a time end in one vector.
     template <int G>
     void row_logits(const T* keys, const T* values, const int32_t* chosen, int64_t count, const float* queries,
@@ -535,8 +539,8 @@ class Decoder {
             for (int j = 0; j < rows; j++) {
                 const T* row = keys + chosen[i + j] * a.key_position;
                 if (values) {  // the first queries of the group fetch the rows for all
-                    if (i + j + ROWS_AHEAD < count) prefetch_row(keys + chosen[i + j + ROWS_AHEAD] * a.key_position, dim);
-                    prefetch_row(values + chosen[i + j] * a.value_position, dim);
+                    if (i + j + ROWS_AHEAD < count) prefetch(keys + chosen[i + j + ROWS_AHEAD] * a.key_position, dim);
+                    prefetch(values + chosen[i + j] * a.value_position, dim);
                 }
                 Floats dot[G] = {};
                 for (int64_t c = 0; c < padded_dim; c += PAIR) {
@@ -565,7 +569,7 @@ class Decoder {
         float* weights = s.row_weights + chunk * group * CHUNK;
         const T* keys = head_of<T>(a.key, head, a.key_batch, a.key_head);
         const T* values = head_of<T>(a.value, head, a.value_batch, a.value_head);
-        for (int64_t i = 0; i < std::min(count, ROWS_AHEAD); i++) prefetch_row(keys + chosen[i] * a.key_position, dim);
+        for (int64_t i = 0; i < std::min(count, ROWS_AHEAD); i++) prefetch(keys + chosen[i] * a.key_position, dim);
         for (int64_t g = 0; g < group; g += 4) {
             const float* queries = s.queries + g * padded_dim;
             const T* ahead = g == 0 ? values : nullptr;
