@@ -2,16 +2,17 @@
 //
 // Phases, each a function over a range so that work can be split over positions as well as over heads:
 //   prepare   top-r components of the group's summed |q|, queries scaled for scoring in base 2
-//   score     per block of 256 positions: logits from the r component runs, turned into 2^x at once while the next block's runs
-//             are on their way; each block keeps its own integer reference exponent and sum
-//   combine   the group's summed softmax per position, and the maximum of every 16th position of a block
-//   select    the wanted-th largest of those maxima bounds the wanted-th largest score from below, so only positions at least
-//             that good compete; the local window is appended
+//   score     per unit of 64 positions: logits from the r component runs, turned into 2^x at once while the next units' runs
+//             are on their way; each unit keeps its own integer reference exponent and sum
+//   combine   the group's summed softmax per position, and the maximum of every 16th position of a tile of 256
+//   select    the wanted-th largest of those maxima bounds the wanted-th largest score from below, so only positions at
+//             least that good compete; the local window is appended
 //   attend    exact attention over chunks of the chosen rows
 //   merge     chunks joined, alpha, blend with the mean value
-// With many heads one task does all phases of a head, so that its scratch stays in the core's cache.  With few, each phase is
-// split over blocks or chunks and a barrier follows.  Results do not depend on the split or the number of threads: block and chunk
-// boundaries are fixed, and references are integers, so rescaling is exact and equal logits give equal scores anywhere.
+// With many heads one task does all phases of a head, so that its scratch stays in the core's cache.  With few, each
+// phase is split over tiles or chunks and a barrier follows.  Results do not depend on the split or the number of threads:
+// the boundaries of units and chunks are fixed, and references are integers, so rescaling is exact and equal logits give
+// equal scores anywhere.
 
 #include <atomic>
 #include <cmath>
@@ -37,14 +38,16 @@ extern "C" int omp_get_thread_num(void);  // the one function needed: omp.h is n
 namespace sparq {
 namespace {
 
-constexpr int LANES = 16;            // maxima kept per block: one for every 16th position
+constexpr int LANES = 16;            // maxima kept per tile: one for every 16th position
 constexpr int64_t CHUNK = 128;       // chosen positions per attend task
 constexpr int64_t UNIT = 64;         // neighbouring positions whose scores share a reference exponent
-constexpr int64_t UNITS = BLOCK / UNIT;
+constexpr int64_t TILE = 256;        // positions scored and combined in one go
+static_assert(BLOCK % TILE == 0, "a tile lies within one block of storage");
+constexpr int64_t UNITS = TILE / UNIT;
 constexpr int64_t LINE = 64;         // bytes
 constexpr int64_t UNITS_AHEAD = 2;   // units between a prefetch and its use: what is on its way fits the first-level cache
 constexpr int64_t ROWS_AHEAD = 8;    // the same for rows of K
-constexpr float FAINTEST = 0x1p-100f;  // scores below count as 0: the same for a position whatever its block's reference
+constexpr float FAINTEST = 0x1p-100f;  // scores below count as 0: the same for a position whatever its unit's reference
 constexpr float EXCLUDED = -1;       // score of a position that does not compete; scores are at least 0
 
 // Memory that grows, is reused between calls, and is never initialised.
@@ -91,8 +94,8 @@ struct Layout {
     }
 };
 
-// Units of that many blocks, and room for a vector to end in.
-constexpr int64_t padded_units(int64_t blocks) { return (blocks * UNITS + W - 1) / W * W; }
+// Units of that many tiles, and room for a vector to end in.
+constexpr int64_t padded_units(int64_t tiles) { return (tiles * UNITS + W - 1) / W * W; }
 
 struct Row {
     int64_t first = 0, end = 0;    // valid positions lie in [first, end)
@@ -105,9 +108,9 @@ struct Row {
     bool everything() const { return budget == n; }
 };
 
-// Everything a head needs between its phases.  Positions are relative to the first block that holds a valid one.
+// Everything a head needs between its phases.
 struct Scratch {
-    float* scored_queries;   // [components, group tile] per tile of the group
+    float* scored_queries;   // [r, 4] for every four queries of the group
     float* queries;          // [G, d padded], times scale (and log2 e without softcap)
     int32_t* components;     // [r]
     float* weights;          // [G, positions]: 2^(x - reference)
@@ -115,7 +118,7 @@ struct Scratch {
     float* sum;              // [G, units]
     float* unit_weight;      // [G, units]: 2^(reference - maximum) / z
     float* score;            // [positions]
-    float* maxima;           // [blocks, LANES]
+    float* maxima;           // [tiles, LANES]
     int32_t* keys;           // [positions + W]
     int32_t* candidates;     // [positions + W]
     int32_t* picks;          // [k_max + W]
@@ -125,9 +128,9 @@ struct Scratch {
     float* partial_max;      // [chunks, G]
     float* partial_sum;      // [chunks, G]
 
-    size_t place(char* base, const Arguments& a, int64_t blocks, int64_t padded_dim) {
+    size_t place(char* base, const Arguments& a, int64_t tiles, int64_t padded_dim) {
         Layout layout{base};
-        int64_t positions = blocks * BLOCK, chunks = (a.k_max + CHUNK - 1) / CHUNK, units = padded_units(blocks);
+        int64_t positions = tiles * TILE, chunks = (a.k_max + CHUNK - 1) / CHUNK, units = padded_units(tiles);
         layout.place(scored_queries, a.r * a.group);
         layout.place(queries, a.group * padded_dim);
         layout.place(components, a.head_dim + W);
@@ -136,7 +139,7 @@ struct Scratch {
         layout.place(sum, a.group * units);
         layout.place(unit_weight, a.group * units);
         layout.place(score, positions);
-        layout.place(maxima, blocks * LANES);
+        layout.place(maxima, tiles * LANES);
         layout.place(keys, positions + W);
         layout.place(candidates, positions + W);
         layout.place(picks, positions + W);
@@ -169,11 +172,11 @@ Row make_row(const Arguments& a, int64_t b) {
     return row;
 }
 
-// Which lanes of a block lie in [first, end) and are allowed by the mask: -1 or 0 each.  Returns how many do.
-int64_t block_lanes(const Row& row, int64_t block, int64_t end, int32_t* keep) {
+// Which lanes of a tile lie in [first, end) and are allowed by the mask: -1 or 0 each.  Returns how many do.
+int64_t tile_lanes(const Row& row, int64_t tile, int64_t end, int32_t* keep) {
     int64_t count = 0;
-    for (int64_t i = 0; i < BLOCK; i++) {
-        int64_t s = block * BLOCK + i;
+    for (int64_t i = 0; i < TILE; i++) {
+        int64_t s = tile * TILE + i;
         bool valid = s >= row.first && s < end && (!row.mask || row.mask[s]);
         keep[i] = -static_cast<int32_t>(valid);
         count += valid;
@@ -181,18 +184,18 @@ int64_t block_lanes(const Row& row, int64_t block, int64_t end, int32_t* keep) {
     return count;
 }
 
-bool whole_block(const Row& row, int64_t block, int64_t end) {
-    if (block * BLOCK < row.first || (block + 1) * BLOCK > end) return false;
+bool whole_tile(const Row& row, int64_t tile, int64_t end) {
+    if (tile * TILE < row.first || (tile + 1) * TILE > end) return false;
     if (!row.mask) return true;
     uint8_t all = 1;
-    for (int64_t i = 0; i < BLOCK; i++) all &= row.mask[block * BLOCK + i] != 0;
+    for (int64_t i = 0; i < TILE; i++) all &= row.mask[tile * TILE + i] != 0;
     return all;
 }
 
 template <class T>
 class Decoder {
     const Arguments& a;
-    const int64_t group, dim, padded_dim, blocks, units;
+    const int64_t group, dim, padded_dim, tiles, units;
     const bool capped;
     std::vector<Row> rows;
     std::vector<Scratch> scratch;
@@ -203,14 +206,14 @@ class Decoder {
           group(a.group),
           dim(a.head_dim),
           padded_dim((a.head_dim + PAIR - 1) / PAIR * PAIR),
-          blocks((a.cached + BLOCK - 1) / BLOCK),
-          units(padded_units(blocks)),
+          tiles((a.cached + TILE - 1) / TILE),
+          units(padded_units(tiles)),
           capped(a.softcap > 0),
           rows(a.batch),
           scratch(per_head ? heads() : a.threads) {
-        size_t each = Scratch().place(nullptr, a, blocks, padded_dim);
+        size_t each = Scratch().place(nullptr, a, tiles, padded_dim);
         char* memory = arena.reserve(each * scratch.size());
-        for (size_t i = 0; i < scratch.size(); i++) scratch[i].place(memory + i * each, a, blocks, padded_dim);
+        for (size_t i = 0; i < scratch.size(); i++) scratch[i].place(memory + i * each, a, tiles, padded_dim);
     }
 
     int64_t heads() const { return a.batch * a.num_kv_heads; }
@@ -218,7 +221,7 @@ class Decoder {
     // Where part i of n begins: whole vectors of units never belong to two parts.
     int64_t part_begin(int64_t i, int64_t n) const {
         constexpr int64_t together = std::max<int64_t>(W / UNITS, 1);
-        return std::min((blocks + together - 1) / together * i / n * together, blocks);
+        return std::min((tiles + together - 1) / together * i / n * together, tiles);
     }
     void read_row(int64_t b) { rows[b] = make_row(a, b); }
 
@@ -226,8 +229,8 @@ class Decoder {
     void whole_head(int64_t head, int64_t slot) {
         Scratch& s = scratch[slot];
         prepare(head, s);
-        score(head, s, 0, blocks);
-        combine(head, s, 0, blocks);
+        score(head, s, 0, tiles);
+        combine(head, s, 0, tiles);
         select(head, s);
         for (int64_t chunk = 0; chunk < max_chunks(); chunk++) attend(head, s, chunk);
         merge(head, s);
@@ -250,11 +253,11 @@ class Decoder {
     }
 
     // The row's units, widened to whole vectors.
-    static int64_t first_unit(const Row& row) { return row.first / BLOCK * UNITS / W * W; }
-    static int64_t end_unit(const Row& row) { return ((row.end + BLOCK - 1) / BLOCK * UNITS + W - 1) / W * W; }
+    static int64_t first_unit(const Row& row) { return row.first / TILE * UNITS / W * W; }
+    static int64_t end_unit(const Row& row) { return ((row.end + TILE - 1) / TILE * UNITS + W - 1) / W * W; }
 
-    // Queries of one tile share each component they load: up to four at a time.
-    static int64_t tile_size(int64_t left) { return std::min<int64_t>(left, 4); }
+    // Queries share each component they load: up to four at a time.
+    static int64_t queries_at_once(int64_t left) { return std::min<int64_t>(left, 4); }
 
     void prepare(int64_t head, Scratch& s) const {
         const Row& row = row_of(head);
@@ -276,7 +279,7 @@ class Decoder {
         if (row.everything()) return;
 
         for (int64_t g = 0; g < group; g++) {  // vectors of units begin before and end behind the row's
-            int64_t begin = row.first / BLOCK * UNITS, end = (row.end + BLOCK - 1) / BLOCK * UNITS;
+            int64_t begin = row.first / TILE * UNITS, end = (row.end + TILE - 1) / TILE * UNITS;
             for (int64_t u = first_unit(row); u < begin; u++) s.reference[g * units + u] = LOWEST, s.sum[g * units + u] = 0;
             for (int64_t u = end; u < end_unit(row); u++) s.reference[g * units + u] = LOWEST, s.sum[g * units + u] = 0;
         }
@@ -291,9 +294,9 @@ class Decoder {
             for (int64_t c = 0; c < a.r; c++) some += std::fabs(query[slot<T>(s.components[c])]);
             float tau = std::sqrt(some / horizontal_sum(all));
             if (!(tau > 0)) tau = 1;
-            int64_t tile_begin = g / 4 * 4, tile = tile_size(group - tile_begin);
-            float* out = s.scored_queries + tile_begin * a.r + g % 4;
-            for (int64_t c = 0; c < a.r; c++) out[c * tile] = query[slot<T>(s.components[c])] / tau;
+            int64_t together = queries_at_once(group - g / 4 * 4);
+            float* out = s.scored_queries + g / 4 * 4 * a.r + g % 4;
+            for (int64_t c = 0; c < a.r; c++) out[c * together] = query[slot<T>(s.components[c])] / tau;
         }
     }
 
@@ -366,15 +369,15 @@ class Decoder {
     }
 
     template <int G>
-    void score_block(const T* block, int64_t next_block, const int32_t* keep, Scratch& s, int64_t g,
+    void score_tile(const T* tile, int64_t next_tile, const int32_t* keep, Scratch& s, int64_t g,
                      int64_t index) const {
         bool fetch = g == 0;  // the first queries of the group fetch for all
-        int64_t positions = blocks * BLOCK;
-        float* weights = s.weights + g * positions + index * BLOCK;
+        int64_t positions = tiles * TILE;
+        float* weights = s.weights + g * positions + index * TILE;
         for (int64_t u = 0; u < UNITS; u++) {
             int64_t target = u + UNITS_AHEAD;
-            int64_t distance = target < UNITS ? UNITS_AHEAD * UNIT : next_block + (target - UNITS - u) * UNIT;
-            unit_logits<G>(block + u * UNIT, fetch ? distance : 0, s.components, a.r, s.scored_queries + g * a.r, weights + u * UNIT,
+            int64_t distance = target < UNITS ? UNITS_AHEAD * UNIT : next_tile + (target - UNITS - u) * UNIT;
+            unit_logits<G>(tile + u * UNIT, fetch ? distance : 0, s.components, a.r, s.scored_queries + g * a.r, weights + u * UNIT,
                            positions);
             for (int64_t i = 0; i < G; i++) {
                 float* x = weights + i * positions + u * UNIT;
@@ -385,39 +388,45 @@ class Decoder {
         }
     }
 
-    void skip_block(Scratch& s, int64_t block) const {
+    void skip_tile(Scratch& s, int64_t tile) const {
         for (int64_t g = 0; g < group; g++) {
-            int64_t unit = g * units + block * UNITS;
-            std::fill_n(s.weights + (g * blocks + block) * BLOCK, BLOCK, 0.f);
+            int64_t unit = g * units + tile * UNITS;
+            std::fill_n(s.weights + (g * tiles + tile) * TILE, TILE, 0.f);
             std::fill_n(s.reference + unit, UNITS, LOWEST);
             std::fill_n(s.sum + unit, UNITS, 0.f);
         }
     }
 
+    // Component 0 of a tile: a block of storage holds several tiles.
+    const T* tile_at(const T* components, int64_t tile) const {
+        int64_t position = tile * TILE;
+        return components + position / BLOCK * a.components_block + position % BLOCK;
+    }
+
     void score(int64_t head, Scratch& s, int64_t from, int64_t to) const {
         const Row& row = row_of(head);
         if (row.everything()) return;
-        from = std::max(from, row.first / BLOCK);
-        to = std::min(to, (row.end + BLOCK - 1) / BLOCK);
+        from = std::max(from, row.first / TILE);
+        to = std::min(to, (row.end + TILE - 1) / TILE);
         const T* components = head_of<T>(a.key_components, head, a.components_batch, a.components_head);
-        int32_t lanes[BLOCK];
+        int32_t lanes[TILE];
         for (int64_t j = from; j < to; j++) {
             const int32_t* keep = nullptr;
-            if (!whole_block(row, j, row.end)) {
-                if (block_lanes(row, j, row.end, lanes) == 0) {
-                    skip_block(s, j);
+            if (!whole_tile(row, j, row.end)) {
+                if (tile_lanes(row, j, row.end, lanes) == 0) {
+                    skip_tile(s, j);
                     continue;
                 }
                 keep = lanes;
             }
-            const T* block = components + j * a.components_block;
+            const T* tile = tile_at(components, j);
             for (int64_t g = 0; g < group; g += 4) {
-                int64_t ahead = j + 1 < to ? a.components_block : 0;
-                switch (tile_size(group - g)) {
-                    case 1: score_block<1>(block, ahead, keep, s, g, j); break;
-                    case 2: score_block<2>(block, ahead, keep, s, g, j); break;
-                    case 3: score_block<3>(block, ahead, keep, s, g, j); break;
-                    default: score_block<4>(block, ahead, keep, s, g, j); break;
+                int64_t ahead = j + 1 < to ? tile_at(components, j + 1) - tile : 0;
+                switch (queries_at_once(group - g)) {
+                    case 1: score_tile<1>(tile, ahead, keep, s, g, j); break;
+                    case 2: score_tile<2>(tile, ahead, keep, s, g, j); break;
+                    case 3: score_tile<3>(tile, ahead, keep, s, g, j); break;
+                    default: score_tile<4>(tile, ahead, keep, s, g, j); break;
                 }
             }
         }
@@ -441,30 +450,30 @@ class Decoder {
     void combine(int64_t head, Scratch& s, int64_t from, int64_t to) const {
         const Row& row = row_of(head);
         if (row.everything()) return;
-        from = std::max(from, row.first / BLOCK);
-        to = std::min(to, (row.end + BLOCK - 1) / BLOCK);
+        from = std::max(from, row.first / TILE);
+        to = std::min(to, (row.end + TILE - 1) / TILE);
         if (from >= to) return;
         bool sound = true;  // otherwise no score means anything, and all count as 0
         for (int64_t g = 0; g < group; g++)
             sound &= weigh_units(row, s, g, from * UNITS / W * W, to * UNITS);
-        int32_t keep[BLOCK];
+        int32_t keep[TILE];
         for (int64_t j = from; j < to; j++) {
-            bool whole = whole_block(row, j, row.window_begin);
-            if (!whole) block_lanes(row, j, row.window_begin, keep);
-            combine_block(s, j, whole ? nullptr : keep, sound);
+            bool whole = whole_tile(row, j, row.window_begin);
+            if (!whole) tile_lanes(row, j, row.window_begin, keep);
+            combine_tile(s, j, whole ? nullptr : keep, sound);
         }
     }
 
-    void combine_block(Scratch& s, int64_t block, const int32_t* keep, bool sound) const {
+    void combine_tile(Scratch& s, int64_t tile, const int32_t* keep, bool sound) const {
         constexpr int M = LANES / W;
         Floats maxima[M];
         for (int m = 0; m < M; m++) maxima[m] = splat(EXCLUDED);
-        for (int64_t i = 0; i < BLOCK; i += LANES) {
+        for (int64_t i = 0; i < TILE; i += LANES) {
             for (int m = 0; m < M; m++) {
-                int64_t lane = i + m * W, position = block * BLOCK + lane, unit = position / UNIT;
+                int64_t lane = i + m * W, position = tile * TILE + lane, unit = position / UNIT;
                 Floats total = {};
                 for (int64_t g = 0; g < group; g++) {
-                    Floats share = load(s.weights + g * blocks * BLOCK + position) * s.unit_weight[g * units + unit];
+                    Floats share = load(s.weights + g * tiles * TILE + position) * s.unit_weight[g * units + unit];
                     total += share >= FAINTEST ? share : Floats{};
                 }
                 if (!sound) total = Floats{};
@@ -473,7 +482,7 @@ class Decoder {
                 maxima[m] = max(total, maxima[m]);
             }
         }
-        for (int m = 0; m < M; m++) store(s.maxima + block * LANES + m * W, maxima[m]);
+        for (int m = 0; m < M; m++) store(s.maxima + tile * LANES + m * W, maxima[m]);
     }
 
     // Positions scoring at least `bound`, ascending, and their keys.  Returns how many.
@@ -493,10 +502,10 @@ class Decoder {
             }
             if (hit == 0) continue;
             if (hit > 12) {
-                for (int64_t i = 0; i < BLOCK; i++) add(j * BLOCK + i);
+                for (int64_t i = 0; i < TILE; i++) add(j * TILE + i);
             } else {
-                for (int64_t i = 0; i < BLOCK; i += LANES)
-                    for (int h = 0; h < hit; h++) add(j * BLOCK + i + lanes[h]);
+                for (int64_t i = 0; i < TILE; i += LANES)
+                    for (int h = 0; h < hit; h++) add(j * TILE + i + lanes[h]);
             }
         }
         return count;
@@ -506,7 +515,7 @@ class Decoder {
         const Row& row = row_of(head);
         int64_t wanted = row.everything() ? 0 : row.budget - row.window, taken = std::max<int64_t>(wanted, 0);
         if (wanted > 0) {
-            int64_t from = row.first / BLOCK, to = (row.window_begin + BLOCK - 1) / BLOCK;
+            int64_t from = row.first / TILE, to = (row.window_begin + TILE - 1) / TILE;
             int64_t lanes = (to - from) * LANES;
             float bound = 0;
             if (lanes > wanted) {
@@ -574,7 +583,7 @@ class Decoder {
             const float* queries = s.queries + g * padded_dim;
             const T* ahead = g == 0 ? values : nullptr;
             float* w = weights + g * CHUNK;
-            switch (tile_size(group - g)) {
+            switch (queries_at_once(group - g)) {
                 case 1: row_logits<1>(keys, ahead, chosen, count, queries, w); break;
                 case 2: row_logits<2>(keys, ahead, chosen, count, queries, w); break;
                 case 3: row_logits<3>(keys, ahead, chosen, count, queries, w); break;
@@ -592,7 +601,7 @@ class Decoder {
         for (int64_t g = 0; g < group; g += 4) {
             const float* w = weights + g * CHUNK;
             float* out = partial + g * padded_dim;
-            switch (tile_size(group - g)) {
+            switch (queries_at_once(group - g)) {
                 case 1: weighted_rows<1>(values, chosen, count, w, out); break;
                 case 2: weighted_rows<2>(values, chosen, count, w, out); break;
                 case 3: weighted_rows<3>(values, chosen, count, w, out); break;
@@ -640,7 +649,7 @@ class Decoder {
         for (int64_t i = 0; i < row.budget; i++) {
             int64_t position = s.chosen[i], unit = position / UNIT;
             for (int j = 0; j < G; j++)
-                sum[j] += s.weights[(g + j) * blocks * BLOCK + position] * s.unit_weight[(g + j) * units + unit];
+                sum[j] += s.weights[(g + j) * tiles * TILE + position] * s.unit_weight[(g + j) * units + unit];
         }
         for (int j = 0; j < G; j++) mass[j] = sum[j];
     }
@@ -649,8 +658,8 @@ class Decoder {
         const Row& row = row_of(head);
         float* alpha = a.alpha + head * group;
         for (int64_t g = 0; g < group; g += 4) {
-            switch (row.everything() ? 0 : tile_size(group - g)) {
-                case 0: std::fill_n(alpha + g, tile_size(group - g), 1.f); break;
+            switch (row.everything() ? 0 : queries_at_once(group - g)) {
+                case 0: std::fill_n(alpha + g, queries_at_once(group - g), 1.f); break;
                 case 1: attended_mass<1>(row, s, g, alpha + g); break;
                 case 2: attended_mass<2>(row, s, g, alpha + g); break;
                 case 3: attended_mass<3>(row, s, g, alpha + g); break;
@@ -727,10 +736,12 @@ void decode(const Arguments& a) {
             share(next[1], heads, [&](int64_t head) { decoder.prepare(head); });
 #pragma omp barrier
             share(next[2], heads * parts,
-                  [&](int64_t i) { decoder.score(i / parts, decoder.part_begin(i % parts, parts), decoder.part_begin(i % parts + 1, parts)); });
+                  [&](int64_t i) { decoder.score(i / parts, decoder.part_begin(i % parts, parts),
+                                                 decoder.part_begin(i % parts + 1, parts)); });
 #pragma omp barrier
             share(next[3], heads * parts,
-                  [&](int64_t i) { decoder.combine(i / parts, decoder.part_begin(i % parts, parts), decoder.part_begin(i % parts + 1, parts)); });
+                  [&](int64_t i) { decoder.combine(i / parts, decoder.part_begin(i % parts, parts),
+                                                   decoder.part_begin(i % parts + 1, parts)); });
 #pragma omp barrier
             share(next[4], heads, [&](int64_t head) { decoder.select(head); });
 #pragma omp barrier
