@@ -58,6 +58,7 @@ STAGES = (
     Stage(512, batch=8, steps=350, position_span=4096, mix=(0.05, 0.2, 0.4, 0.35), learning_rate=(1.0, 0.6)),
     Stage(1024, batch=4, steps=600, position_span=4096, mix=(0.0, 0.15, 0.5, 0.35), learning_rate=(0.6, 0.2)),
     Stage(4096, batch=1, steps=140, position_span=8192, mix=(0.0, 0.1, 0.5, 0.4), learning_rate=(0.2, 0.02)),
+    Stage(1024, batch=4, steps=250, position_span=8192, mix=(0.0, 0.2, 0.6, 0.2), learning_rate=(0.3, 0.02)),
 )
 
 
