@@ -2,17 +2,17 @@
 //
 // Phases, each a function over a range so that work can be split over positions as well as over heads:
 //   prepare   top-r components of the group's summed |q|, queries scaled for scoring in base 2
-//   score     per unit of 64 positions: logits from the r component runs, turned into 2^x at once while the next units' runs
-//             are on their way; each unit keeps its own integer reference exponent and sum
+//   score     per unit of 64 positions: logits from the r component runs, turned into 2^x at once while the next units'
+//             runs are on their way; each unit keeps its own integer reference exponent and sum
 //   combine   the group's summed softmax per position, and the maximum of every 16th position of a tile of 256
 //   select    the wanted-th largest of those maxima bounds the wanted-th largest score from below, so only positions at
 //             least that good compete; the local window is appended
 //   attend    exact attention over chunks of the chosen rows
 //   merge     chunks joined, alpha, blend with the mean value
 // With many heads one task does all phases of a head, so that its scratch stays in the core's cache.  With few, each
-// phase is split over tiles or chunks and a barrier follows.  Results do not depend on the split or the number of threads:
-// the boundaries of units and chunks are fixed, and references are integers, so rescaling is exact and equal logits give
-// equal scores anywhere.
+// phase is split over tiles or chunks and a barrier follows.  Results do not depend on the split or the number of
+// threads: the boundaries of units and chunks are fixed, and references are integers, so rescaling is exact and equal
+// logits give equal scores anywhere.
 
 #include <atomic>
 #include <cmath>
@@ -45,7 +45,7 @@ constexpr int64_t TILE = 256;        // positions scored and combined in one go
 static_assert(BLOCK % TILE == 0, "a tile lies within one block of storage");
 constexpr int64_t UNITS = TILE / UNIT;
 constexpr int64_t LINE = 64;         // bytes
-constexpr int64_t UNITS_AHEAD = 2;   // units between a prefetch and its use: what is on its way fits the first-level cache
+constexpr int64_t UNITS_AHEAD = 2;   // units between a prefetch and its use: what is on its way fits the L1 cache
 constexpr int64_t ROWS_AHEAD = 8;    // the same for rows of K
 constexpr float FAINTEST = 0x1p-100f;  // scores below count as 0: the same for a position whatever its unit's reference
 constexpr float EXCLUDED = -1;       // score of a position that does not compete; scores are at least 0
@@ -280,11 +280,13 @@ class Decoder {
 
         for (int64_t g = 0; g < group; g++) {  // vectors of units begin before and end behind the row's
             int64_t begin = row.first / TILE * UNITS, end = (row.end + TILE - 1) / TILE * UNITS;
-            for (int64_t u = first_unit(row); u < begin; u++) s.reference[g * units + u] = LOWEST, s.sum[g * units + u] = 0;
-            for (int64_t u = end; u < end_unit(row); u++) s.reference[g * units + u] = LOWEST, s.sum[g * units + u] = 0;
+            std::fill(s.reference + g * units + first_unit(row), s.reference + g * units + begin, LOWEST);
+            std::fill(s.reference + g * units + end, s.reference + g * units + end_unit(row), LOWEST);
+            std::fill(s.sum + g * units + first_unit(row), s.sum + g * units + begin, 0.f);
+            std::fill(s.sum + g * units + end, s.sum + g * units + end_unit(row), 0.f);
         }
         int32_t keys[MAX_HEAD_DIM + W];
-        for (int64_t i = 0; i < dim; i++) memcpy(keys + i, magnitude + slot<T>(i), sizeof(float));  // ordered as floats are
+        for (int64_t i = 0; i < dim; i++) memcpy(keys + i, magnitude + slot<T>(i), sizeof(float));  // bits order alike
         select_largest(keys, dim, a.r, s.components);
         for (int64_t g = 0; g < group; g++) {
             const float* query = s.queries + g * padded_dim;
@@ -377,8 +379,8 @@ class Decoder {
         for (int64_t u = 0; u < UNITS; u++) {
             int64_t target = u + UNITS_AHEAD;
             int64_t distance = target < UNITS ? UNITS_AHEAD * UNIT : next_tile + (target - UNITS - u) * UNIT;
-            unit_logits<G>(tile + u * UNIT, fetch ? distance : 0, s.components, a.r, s.scored_queries + g * a.r, weights + u * UNIT,
-                           positions);
+            unit_logits<G>(tile + u * UNIT, fetch ? distance : 0, s.components, a.r, s.scored_queries + g * a.r,
+                           weights + u * UNIT, positions);
             for (int64_t i = 0; i < G; i++) {
                 float* x = weights + i * positions + u * UNIT;
                 if (capped || keep) finish_logits(x, keep ? keep + u * UNIT : nullptr);
@@ -537,7 +539,8 @@ class Decoder {
         }
     }
 
-    // out[g][i] = query g . key of chosen[i], in base 2 (capped before that).  W dot products at a time end in one vector.
+    // out[g][i] = query g . key of chosen[i], in base 2 (capped before that).  W dot products at a time end in one
+    // vector.
     template <int G>
     void row_logits(const T* keys, const T* values, const int32_t* chosen, int64_t count, const float* queries,
                     float* out) const {

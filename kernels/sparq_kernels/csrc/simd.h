@@ -1,5 +1,5 @@
-// Vectors of floats as wide as the target's registers, through the GCC/Clang vector extension: no intrinsics, so the same
-// source serves x86 and Arm.  Storage types are widened to float32 on load; all arithmetic is float32.
+// Vectors of floats as wide as the target's registers, through the GCC/Clang vector extension: no intrinsics, so the
+// same source serves x86 and Arm.  Storage types are widened to float32 on load; all arithmetic is float32.
 #pragma once
 
 #include <cstdint>
@@ -55,7 +55,8 @@ SPARQ_INLINE Floats load(const Float16* p) {
     return __builtin_convertvector(h, Floats);
 }
 #else
-// Shift exponent and mantissa into place and multiply by 2^112: right for subnormals too.  Inf and NaN need their exponent.
+// Shift exponent and mantissa into place and multiply by 2^112: right for subnormals too.  Inf and NaN need their
+// exponent.
 SPARQ_INLINE Floats load(const Float16* p) {
     Halves h;
     memcpy(&h, p, sizeof h);
@@ -82,12 +83,13 @@ SPARQ_INLINE Floats rotate(Floats v, std::integer_sequence<int, lane...>) {
 }
 
 // The lanes a, b, a, b, ... of the lower or the upper halves.
-SPARQ_INLINE Floats interleave_low(Floats a, Floats b) { return interleave<0>(a, b, std::make_integer_sequence<int, W>()); }
-SPARQ_INLINE Floats interleave_high(Floats a, Floats b) { return interleave<W>(a, b, std::make_integer_sequence<int, W>()); }
+using Lanes = std::make_integer_sequence<int, W>;
+SPARQ_INLINE Floats interleave_low(Floats a, Floats b) { return interleave<0>(a, b, Lanes()); }
+SPARQ_INLINE Floats interleave_high(Floats a, Floats b) { return interleave<W>(a, b, Lanes()); }
 
-// Loads of 2 W elements at a time.  bfloat16 is cheapest to widen where it lies: elements of even index into `a`, of odd index
-// into `b`.  The other types come in their own order.  `store_pair` undoes it; `slot` says where element i of a row of
-// pairs ends up when the two vectors are stored one after the other.
+// Loads of 2 W elements at a time.  bfloat16 is cheapest to widen where it lies: elements of even index into `a`, of odd
+// index into `b`.  The other types come in their own order.  `store_pair` undoes it; `slot` says where element i of a row
+// of pairs ends up when the two vectors are stored one after the other.
 constexpr int64_t PAIR = 2 * W;
 
 template <class T>
@@ -163,7 +165,7 @@ SPARQ_INLINE Floats horizontal_sums(Floats (&v)[W]) {
 
 // Folding a vector onto itself leaves the result in every lane.
 template <int distance>
-SPARQ_INLINE Floats rotate(Floats v) { return rotate<distance>(v, std::make_integer_sequence<int, W>()); }
+SPARQ_INLINE Floats rotate(Floats v) { return rotate<distance>(v, Lanes()); }
 
 SPARQ_INLINE float horizontal_sum(Floats v) {
     if constexpr (W > 8) v += rotate<W / 2>(v);
@@ -211,8 +213,8 @@ SPARQ_INLINE Floats exp2_fraction(Floats f) {
 
 constexpr float DEEPEST = -125.f;  // powers of two below 2^DEEPEST times the reference count as 0
 
-// 2^x / 2^reference for an integer reference no less than round(x).  The fraction of x alone decides the mantissa and the
-// scaling is exact, so equal x give equal mantissas whatever the reference.  0 for -Inf, NaN for NaN and +Inf.
+// 2^x / 2^reference for an integer reference no less than round(x).  The fraction of x alone decides the mantissa and
+// the scaling is exact, so equal x give equal mantissas whatever the reference.  0 for -Inf, NaN for NaN and +Inf.
 SPARQ_INLINE Floats exp2_scaled(Floats x, float reference) {
     Floats n = round_to_int(x), exponent = n - reference;
     Floats scaled = exp2_fraction(x - n) * power_of_two(exponent > DEEPEST ? exponent : splat(DEEPEST));
