@@ -2,8 +2,8 @@
 
     python evals/train_recall.py
 
-runs the whole recipe (about an hour on 2 CPU cores) and writes evals/models/recall-llama. Stages and learning rates
-count steps, so the machine's speed does not change the recipe. `--resume` continues after an interruption.
+runs the whole recipe (about half an hour on 2 CPU cores) and writes evals/models/recall-llama. Stages and learning
+rates count steps, so the machine's speed does not change the recipe. `--resume` continues after an interruption.
 """
 
 import argparse

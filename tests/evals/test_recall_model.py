@@ -23,7 +23,7 @@ def test_size(model):
 
 def test_recalls_with_dense_attention_but_not_with_a_window(model):
     dense, window = measure(model, 1024, texts=10, windows=(None, 128))
-    assert dense.pass_keys >= 0.9
+    assert dense.pass_keys >= 0.8
     assert dense.repetition >= 0.3
     assert window.pass_keys <= 0.4
     assert window.repetition <= 0.3
