@@ -4,6 +4,13 @@ Step 2 of the algorithm reads r components of every cached key.  Out of rows [S,
 memory sector, so K is kept a second time as ``[batch, num_kv_heads, blocks, head_dim, BLOCK]``: inside a block each
 component is one contiguous run of BLOCK positions.  A block never moves when the cache grows, strides do not depend on
 the capacity, and a table of blocks is all that paging would need.
+
+What that costs, measured on 2 cores of a Sapphire Rapids (GB/s, 32 of 128 components, float32 / bfloat16, 64 positions
+at a time with prefetch and nothing computed, where a plain linear read does 29.6): flat [d, S] 31.0 / 31.0, blocks of
+128 18.6 / 15.8, of 256 21.1 / 18.1, of 512 22.8 / 19.7, of 1024 26.9 / 22.4; with 2 MB pages 256 reaches 24.0 / 21.7.
+Within a whole decode step little of it is left: against blocks of 256, 1024 saves 0 to 4 % in float32 and 8 to 9 % in
+bfloat16, 4096, nearly flat, 3 to 5 % and 12 to 15 %.  So the layout with the better properties stays.  The CPU kernel
+serves any multiple of 256 (csrc/arguments.h has the same constant).
 """
 
 from __future__ import annotations
