@@ -19,7 +19,7 @@ from sparq.step import Step
 
 # Where sparsity begins to pay: bytes of K and V that a dense step of one layer reads, by device. Below it the fixed
 # cost of a sparse step is larger than what it saves (measured with benchmarks/crossover.py).
-PAYS_FROM_BYTES = {"cpu": 2 << 20}
+PAYS_FROM_BYTES = {"cpu": 4 << 20}
 
 
 def sparq_attention(
