@@ -60,6 +60,8 @@ def prefer_huge_pages(tensor: Tensor) -> None:
     Reading a few runs of every block, or a few rows of a cache, touches a new 4 KB page almost every time, and finding
     each page's address costs as much as the read.
     """
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+        return  # no memory yet
     if tensor.device.type != "cpu" or not sys.platform.startswith("linux"):
         return
     begin = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE

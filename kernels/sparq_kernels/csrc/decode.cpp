@@ -316,8 +316,9 @@ class Decoder {
     // Logits of one unit for G queries: out[g][UNIT].  What lies `ahead` elements further is prefetched.
     // Not inlined: its accumulators need the registers that the caller's constants would take.
     template <int G>
-    static __attribute__((noinline)) void unit_logits(const T* unit, int64_t ahead, const int32_t* components, int64_t r,
-                                         const float* queries, float* out, int64_t out_stride) {
+    static __attribute__((noinline)) void unit_logits(const T* unit, int64_t ahead, const int32_t* components,
+                                                      int64_t r, const float* queries, float* out,
+                                                      int64_t out_stride) {
         constexpr int V = W == 8 ? 2 : 4;  // vectors of positions in flight: G * V accumulators fit the registers
         for (int64_t i = 0; i < UNIT; i += V * W) {
             Floats sum[G][V] = {};

@@ -88,8 +88,8 @@ SPARQ_INLINE Floats interleave_low(Floats a, Floats b) { return interleave<0>(a,
 SPARQ_INLINE Floats interleave_high(Floats a, Floats b) { return interleave<W>(a, b, Lanes()); }
 
 // Loads of 2 W elements at a time.  bfloat16 is cheapest to widen where it lies: elements of even index into `a`, of
-// odd index into `b`.  The other types come in their own order.  `store_pair` undoes it; `slot` says where element i of a
-// row of pairs ends up when the two vectors are stored one after the other.
+// odd index into `b`.  The other types come in their own order.  `store_pair` undoes it; `slot` says where element i of
+// a row of pairs ends up when the two vectors are stored one after the other.
 constexpr int64_t PAIR = 2 * W;
 
 template <class T>
