@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
 import sparq
 from sparq.clock import DecodeClock
@@ -124,9 +124,7 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(
-    console: Console, name: str, model: PreTrainedModel, tokenizer: Any, inputs: Any, options: dict[str, Any]
-) -> Run:
+def _run(console: Console, name: str, model: Any, tokenizer: Any, inputs: Any, options: dict[str, Any]) -> Run:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(SpinnerColumn(), *columns, console=console, transient=True) as progress:
         task = progress.add_task(f"{name}: prompt", total=options["max_new_tokens"])

@@ -17,7 +17,8 @@ class SparqConfig:
         r: components of the query used to score positions, 1..head_dim. None: head_dim / ratio, at least 8.
         k: positions attended in full, the local window and the current token included, at least 1. None: the number of
             valid cached positions of each batch row / (2 * ratio), at least 128, growing with the context.
-        ratio: the compression wanted of the bytes read, at least 1; fills in `r` and `k` where they are None.
+        ratio: the compression wanted of the bytes read, 1, 1.5, 2, ...; fills in `r` and `k` where they are None. Half
+            steps only: k is then the same integer division on every device.
         local: the most recent positions, the current one included, that are always among the k. None: k / 4.
         mean_value: whether the mean value stands in for the positions that were not attended.
         dense_layers: the first layers of the model that stay dense.
@@ -49,6 +50,8 @@ class SparqConfig:
             raise TypeError(f"ratio must be a number, got {self.ratio!r} of type {type(self.ratio).__name__}")
         if not (math.isfinite(self.ratio) and self.ratio >= 1):
             raise ValueError(f"ratio must be a finite number of at least 1, got {self.ratio!r}")
+        if 2 * self.ratio != int(2 * self.ratio):
+            raise ValueError(f"ratio must be a multiple of 0.5, got {self.ratio!r}; r and k can be given instead")
         if not isinstance(self.mean_value, bool):
             raise TypeError(f"mean_value must be True or False, got {self.mean_value!r}")
         if self.local is not None and self.local > self.min_k:
@@ -63,9 +66,9 @@ class SparqConfig:
         return MIN_POSITIONS if self.k is None else self.k
 
     @property
-    def k_divisor(self) -> float | None:
-        """k is at least the number of valid positions divided by this; None where k was given."""
-        return 2 * self.ratio if self.k is None else None
+    def k_divisor(self) -> int | None:
+        """k is at least the number of valid positions divided by this, rounded down; None where k was given."""
+        return int(2 * self.ratio) if self.k is None else None
 
     def components(self, head_dim: int) -> int:
         """r for heads of `head_dim` components.
@@ -81,7 +84,7 @@ class SparqConfig:
 
     def positions(self, valid: int) -> int:
         """k for a batch row of `valid` cached positions (never more than these)."""
-        grown = 0 if self.k_divisor is None else int(valid / self.k_divisor)
+        grown = 0 if self.k_divisor is None else valid // self.k_divisor
         return min(valid, max(self.min_k, grown))
 
 

@@ -16,7 +16,7 @@ def test_generation_benchmark_writes_every_way(tmp_path):
     assert "vs dynamic" in run.stdout
     result = json.loads(out.read_text())
     (row,) = result["rows"]
-    assert set(row["milliseconds"]) == {"stock dynamic", "stock static", "SparQ's cache", "SparQ"}
+    assert set(row["milliseconds"]) == {"layers alone", "stock dynamic", "stock static", "SparQ's cache", "SparQ"}
     assert all(value > 0 for value in row["milliseconds"].values())
     # 8 KV heads, K and V of 64 components in 2 bytes; the context grows by one at each of the 3 steps
     assert 300 * 8 * 2 * 64 * 2 < row["bytes_dense"] < 310 * 8 * 2 * 64 * 2

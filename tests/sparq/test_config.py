@@ -17,6 +17,7 @@ WRONG = [
     (dict(k="128"), TypeError, "k must be an integer or None"),
     (dict(ratio=0.5), ValueError, "ratio must be"),
     (dict(ratio=float("nan")), ValueError, "ratio must be"),
+    (dict(ratio=6.4), ValueError, "ratio must be a multiple of 0.5, got 6.4"),
     (dict(ratio=float("inf")), ValueError, "ratio must be"),
     (dict(ratio=None), TypeError, "ratio must be a number"),
     (dict(ratio=True), TypeError, "ratio must be a number"),
@@ -66,9 +67,19 @@ def test_r_beside_the_head_dim() -> None:
 
 
 @pytest.mark.parametrize(
-    "ratio, valid, k", [(8, 100, 100), (8, 128, 128), (8, 2048, 128), (8, 2064, 129), (8, 32768, 2048), (1, 1000, 500)]
+    "ratio, valid, k",
+    [
+        (8.0, 4096, 256),
+        (2.5, 1003, 200),
+        (8, 100, 100),
+        (8, 128, 128),
+        (8, 2048, 128),
+        (8, 2064, 129),
+        (8, 32768, 2048),
+        (1, 1000, 500),
+    ],
 )
-def test_k_follows_from_the_ratio(ratio: int, valid: int, k: int) -> None:
+def test_k_follows_from_the_ratio(ratio: float, valid: int, k: int) -> None:
     assert SparqConfig(ratio=ratio).positions(valid) == k
 
 
