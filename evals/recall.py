@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--decode", action="store_true", help="generate the answers in one-token steps")
     parser.add_argument("--sparq-r", type=int, help="decode sparsely: query components that score the positions")
     parser.add_argument("--sparq-k", type=int, help="decode sparsely: positions attended to")
-    parser.add_argument("--sparq-ratio", type=float, help="decode sparsely: data read, as a share of the dense cache")
+    parser.add_argument("--sparq-ratio", type=float, help="decode sparsely: compression of the bytes read")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
