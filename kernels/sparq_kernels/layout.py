@@ -5,12 +5,16 @@ memory sector, so K is kept a second time as ``[batch, num_kv_heads, blocks, hea
 component is one contiguous run of BLOCK positions.  A block never moves when the cache grows, strides do not depend on
 the capacity, and a table of blocks is all that paging would need.
 
-What that costs, measured on 2 cores of a Sapphire Rapids (GB/s, 32 of 128 components, float32 / bfloat16, 64 positions
-at a time with prefetch and nothing computed, where a plain linear read does 29.6): flat [d, S] 31.0 / 31.0, blocks of
-128 18.6 / 15.8, of 256 21.1 / 18.1, of 512 22.8 / 19.7, of 1024 26.9 / 22.4; with 2 MB pages 256 reaches 24.0 / 21.7.
-Within a whole decode step little of it is left: against blocks of 256, 1024 saves 0 to 4 % in float32 and 8 to 9 % in
-bfloat16, 4096, nearly flat, 3 to 5 % and 12 to 15 %.  So the layout with the better properties stays.  The CPU kernel
-serves any multiple of 256 (csrc/arguments.h has the same constant).
+The size of a block, measured on 2 cores of a Sapphire Rapids with 2 MB pages (65536 positions, 8 KV heads, 32 of 128
+components; a plain linear read does 28 GB/s there): GB/s of the kernel's score phase, arithmetic included, and
+milliseconds of the whole decode step with k = 512, float32 / bfloat16:
+
+    block          256          512         1024         2048         4096
+    GB/s   20.9 / 15.6  22.6 / 17.7  24.0 / 19.2  24.6 / 20.7  25.2 / 21.2
+    ms     3.95 / 2.72  3.73 / 2.52  3.58 / 2.36  3.49 / 2.23  3.46 / 2.19
+
+A cache is up to one block longer than it need be, and beyond 2048 little is left to gain.  The CPU kernel serves any
+multiple of 256 (csrc/arguments.h has the same constant).
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import sys
 import torch
 from torch import Tensor
 
-BLOCK = 256
+BLOCK = 2048
 HUGE_PAGE = 2 << 20  # bytes
 MADV_HUGEPAGE = 14
 

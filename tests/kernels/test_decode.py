@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import sparq_kernels
 import torch
+from sparq_kernels import BLOCK
 from sparq_kernels.reference import decode_reference
 
 from tests.kernels.cases import Case, check_against_equations, check_same, make_case, run_operator, run_reference
@@ -25,8 +26,11 @@ CASES = {
     "local = 0": {"r": 4, "k": 20, "local": 0},
     "r = d": {"r": 16, "k": 20},
     "r = 1": {"r": 1, "k": 20},
-    "one block": {"cached": 256, "r": 4, "k": 20},
-    "one past a block": {"cached": 257, "r": 4, "k": 20},
+    "one tile": {"cached": 256, "r": 4, "k": 20},
+    "one past a tile": {"cached": 257, "r": 4, "k": 20},
+    "one block": {"cached": BLOCK, "r": 4, "k": 20},
+    "one past a block": {"cached": BLOCK + 1, "r": 4, "k": 20},
+    "components in groups of 8, 4 and 1": {"cached": BLOCK + 300, "head_dim": 40, "r": 30, "k": 20},
     "head_dim 1": {"head_dim": 1, "r": 1, "k": 20},
     "head_dim 7": {"head_dim": 7, "r": 3, "k": 20},
     "head_dim 80": {"head_dim": 80, "r": 20, "k": 20},

@@ -24,16 +24,17 @@ def test_keys_written_in_pieces_come_back(pieces: list[int], dtype: torch.dtype)
 
 
 def test_a_component_of_a_block_is_one_run() -> None:
-    components = allocate_components(1, 1, 300, 4, torch.float32, "cpu")
+    length = BLOCK + 44
+    components = allocate_components(1, 1, length, 4, torch.float32, "cpu")
     assert components.shape == (1, 1, 2, 4, BLOCK) and components.is_contiguous()
-    write_components(components, torch.arange(1200.0).reshape(1, 1, 300, 4), 0)
+    write_components(components, torch.arange(4.0 * length).reshape(1, 1, length, 4), 0)
     assert torch.equal(components[0, 0, 0, 3], torch.arange(BLOCK) * 4.0 + 3)
 
 
 def test_rewriting_replaces() -> None:
-    components = allocate_components(1, 1, 300, 4, torch.float32, "cpu").zero_()
-    write_components(components, torch.ones(1, 1, 20, 4), 250)
-    assert read_components(components, 300).sum() == 80
+    components = allocate_components(1, 1, BLOCK + 44, 4, torch.float32, "cpu").zero_()
+    write_components(components, torch.ones(1, 1, 20, 4), BLOCK - 6)
+    assert read_components(components, BLOCK + 44).sum() == 80
 
 
 @pytest.mark.parametrize(
@@ -42,12 +43,15 @@ def test_rewriting_replaces() -> None:
         (lambda c: allocate_components(1, 0, 3, 4, torch.float32, "cpu"), "num_kv_heads must be at least 1, got 0"),
         (lambda c: write_components(c, torch.zeros(1, 2, 1, 5), 0), r"key must be \[1, 2, n, 4\]"),
         (lambda c: write_components(c, torch.zeros(1, 2, 4), 0), r"key must be \[1, 2, n, 4\]"),
-        (lambda c: write_components(c, torch.zeros(1, 2, 1, 4), BLOCK), r"positions \[256, 257\) do not fit"),
+        (
+            lambda c: write_components(c, torch.zeros(1, 2, 1, 4), BLOCK),
+            rf"\[{BLOCK}, {BLOCK + 1}\) do not fit",
+        ),
         (lambda c: write_components(c, torch.zeros(1, 2, 1, 4), -1), r"positions \[-1, 0\) do not fit"),
         (lambda c: write_components(c, torch.zeros(1, 2, 1, 4).double(), 0), "key has dtype torch.float64"),
         (lambda c: write_components(c[0], torch.zeros(1, 2, 1, 4), 0), "components must be"),
         (lambda c: write_components(c[..., :8], torch.zeros(1, 2, 1, 4), 0), "components must be"),
-        (lambda c: read_components(c, BLOCK + 1), r"length must be in \[0, 256\], got 257"),
+        (lambda c: read_components(c, BLOCK + 1), rf"length must be in \[0, {BLOCK}\], got {BLOCK + 1}"),
     ],
 )
 def test_mistakes_are_named(call, message: str) -> None:

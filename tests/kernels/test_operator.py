@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import sparq_kernels
 import torch
-from sparq_kernels import operator
+from sparq_kernels import BLOCK, operator
 
 from tests.kernels.cases import Case, make_case
 
@@ -108,11 +108,11 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"value must have key's shape \[1, 2, 300, 16\], got \[1, 2, 299, 16\]",
     ),
-    (tensors(key_components=(1, 2, 1, 16, 256)), ValueError, r"key_components must be \[1, 2, at least 2, 16, 256\]"),
-    (tensors(key_components=(1, 1, 2, 16, 256)), ValueError, "key_components must be"),
-    (tensors(key_components=(1, 2, 2, 15, 256)), ValueError, "key_components must be"),
-    (tensors(key_components=(1, 2, 2, 16, 128)), ValueError, "key_components must be"),
-    (tensors(key_components=(2, 2, 16, 256)), ValueError, "key_components must be"),
+    (tensors(key_components=(1, 2, 0, 16, BLOCK)), ValueError, rf"must be \[1, 2, at least 1, 16, {BLOCK}\]"),
+    (tensors(key_components=(1, 1, 2, 16, BLOCK)), ValueError, "key_components must be"),
+    (tensors(key_components=(1, 2, 2, 15, BLOCK)), ValueError, "key_components must be"),
+    (tensors(key_components=(1, 2, 2, 16, BLOCK // 2)), ValueError, "key_components must be"),
+    (tensors(key_components=(2, 2, 16, BLOCK)), ValueError, "key_components must be"),
     (tensors(value_sum=(1, 2, 15)), ValueError, r"value_sum must be \[1, 2, 16\], got \[1, 2, 15\]"),
     ({"query": torch.zeros(1, 4, 1, 16, dtype=torch.int32)}, TypeError, "query must be float32, bfloat16, float16 or"),
     (
@@ -121,12 +121,16 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
         "key must have query's dtype torch.float32, got torch.float16",
     ),
     ({"value": torch.zeros(1, 2, 300, 16).double()}, TypeError, "value must have query's dtype"),
-    ({"key_components": torch.zeros(1, 2, 2, 16, 256).half()}, TypeError, "key_components must have query's dtype"),
+    ({"key_components": torch.zeros(1, 2, 2, 16, BLOCK).half()}, TypeError, "key_components must have query's dtype"),
     ({"value_sum": torch.zeros(1, 2, 16).double()}, TypeError, "value_sum must be float32"),
     ({"key": torch.zeros(1, 2, 16, 300).transpose(2, 3)}, ValueError, "key must be contiguous in its last axis"),
     ({"value": torch.zeros(1, 2, 16, 300).transpose(2, 3)}, ValueError, "value must be contiguous in its last axis"),
-    ({"key_components": torch.zeros(1, 2, 2, 256, 16).mT}, ValueError, "key_components must be contiguous in its last"),
-    ({"key_components": torch.zeros(1, 2, 16, 2, 256).transpose(2, 3)}, ValueError, "must have contiguous blocks"),
+    (
+        {"key_components": torch.zeros(1, 2, 2, BLOCK, 16).mT},
+        ValueError,
+        "key_components must be contiguous in its last",
+    ),
+    ({"key_components": torch.zeros(1, 2, 16, 2, BLOCK).transpose(2, 3)}, ValueError, "must have contiguous blocks"),
     ({"length": torch.tensor([300, 300])}, ValueError, r"length must be \[1\], got \[2\]"),
     ({"length": torch.tensor(300)}, ValueError, r"length must be \[1\], got \[\]"),
     ({"length": torch.tensor([300], dtype=torch.int32)}, TypeError, "length must be int64, got torch.int32"),

@@ -5,7 +5,7 @@
 
 namespace sparq {
 
-constexpr int64_t BLOCK = 256;         // layout.BLOCK
+constexpr int64_t BLOCK = 2048;        // layout.BLOCK
 constexpr int64_t MAX_HEAD_DIM = 512;  // operator.MAX_HEAD_DIM
 
 struct Arguments {

@@ -2,8 +2,8 @@
 //
 // Phases, each a function over a range so that work can be split over positions as well as over heads:
 //   prepare   top-r components of the group's summed |q|, queries scaled for scoring in base 2
-//   score     per unit of 64 positions: logits from the r component runs, turned into 2^x at once while the next units'
-//             runs are on their way; each unit keeps its own integer reference exponent and sum
+//   score     per tile of 256 positions: logits summed over the r component runs, a few at a time while the next few
+//             are on their way, then turned into 2^x; each unit of 64 keeps its own integer reference exponent and sum
 //   combine   the group's summed softmax per position, and the maximum of every 16th position of a tile of 256
 //   select    the wanted-th largest of those maxima bounds the wanted-th largest score from below, so only positions at
 //             least that good compete; the local window is appended
@@ -45,7 +45,7 @@ constexpr int64_t TILE = 256;        // positions scored and combined in one go
 static_assert(BLOCK % TILE == 0, "a tile lies within one block of storage");
 constexpr int64_t UNITS = TILE / UNIT;
 constexpr int64_t LINE = 64;         // bytes
-constexpr int64_t UNITS_AHEAD = 2;   // units between a prefetch and its use: what is on its way fits the L1 cache
+constexpr int RUNS = W == 16 ? 8 : 4;  // components added at a time; as many are fetched ahead, which fits the L1 cache
 constexpr int64_t ROWS_AHEAD = 8;    // the same for rows of K
 constexpr float FAINTEST = 0x1p-100f;  // scores below count as 0: the same for a position whatever its unit's reference
 constexpr float EXCLUDED = -1;       // score of a position that does not compete; scores are at least 0
@@ -313,27 +313,49 @@ class Decoder {
         for (int64_t i = 0; i < int64_t(count * sizeof(T)); i += LINE) __builtin_prefetch(bytes + i);
     }
 
-    // Logits of one unit for G queries: out[g][UNIT].  What lies `ahead` elements further is prefetched.
-    // Not inlined: its accumulators need the registers that the caller's constants would take.
-    template <int G>
-    static __attribute__((noinline)) void unit_logits(const T* unit, int64_t ahead, const int32_t* components,
-                                                      int64_t r, const float* queries, float* out,
-                                                      int64_t out_stride) {
-        constexpr int V = W == 8 ? 2 : 4;  // vectors of positions in flight: G * V accumulators fit the registers
-        for (int64_t i = 0; i < UNIT; i += V * W) {
-            Floats sum[G][V] = {};
-            for (int64_t c = 0; c < r; c++) {
-                const T* run = unit + components[c] * BLOCK + i;
-                prefetch(run + ahead, V * W);
-                Floats x[V];
-                for (int v = 0; v < V; v += 2) load_pair(run + v * W, x[v], x[v + 1]);
-                for (int g = 0; g < G; g++)
-                    for (int v = 0; v < V; v++) sum[g][v] += x[v] * queries[c * G + g];
-            }
-            for (int g = 0; g < G; g++)
-                for (int v = 0; v < V; v += 2)
-                    store_pair<T>(out + g * out_stride + i + v * W, sum[g][v], sum[g][v + 1]);
+    // Adds C components times their queries to the logits of a tile: sums[TILE / W][G][W], pairs of vectors as
+    // load_pair leaves them.  What `next` points to is prefetched.
+    // Not inlined: it needs the registers that the caller's constants would take.
+    template <int G, int C>
+    static __attribute__((noinline)) void add_components(const T* const* runs, const T* const* next,
+                                                         const float* queries, float* sums) {
+        for (int64_t i = 0; i < TILE; i += PAIR) {
+            for (int c = 0; c < C; c++) prefetch(next[c] + i, PAIR);
+            Floats x[C][2];
+            for (int c = 0; c < C; c++) load_pair(runs[c] + i, x[c][0], x[c][1]);
+            for (int h = 0; h < 2; h++)
+                for (int g = 0; g < G; g++) {
+                    float* out = sums + (i + h * W) * G + g * W;
+                    Floats sum = load(out);
+                    for (int c = 0; c < C; c++) sum += x[c][h] * queries[c * G + g];
+                    store(out, sum);
+                }
         }
+    }
+
+    // Logits of a tile for G queries, ordered as in add_components.  A few runs at a time, each read from end to end,
+    // are streams that the processor's own prefetcher follows; all r side by side are too many for it.
+    template <int G>
+    void tile_logits(const T* tile, const T* next_tile, const int32_t* components, const float* queries,
+                     float* sums) const {
+        std::fill_n(sums, TILE * G, 0.f);
+        int64_t done = 0;
+        auto add = [&](auto count) {
+            constexpr int C = decltype(count)::value;
+            for (; done + C <= a.r; done += C) {
+                const T *runs[C], *next[C];
+                for (int i = 0; i < C; i++) {
+                    int64_t ahead = done + i + RUNS;
+                    runs[i] = tile + components[done + i] * BLOCK;
+                    next[i] = ahead < a.r ? tile + components[ahead] * BLOCK
+                                          : next_tile + components[(ahead - a.r) % a.r] * BLOCK;
+                }
+                add_components<G, C>(runs, next, queries + done * G, sums);
+            }
+        };
+        add(std::integral_constant<int, RUNS>());
+        add(std::integral_constant<int, RUNS / 2>());
+        add(std::integral_constant<int, 1>());
     }
 
     // In place: logits become base-2 exponents (capped), and -Inf in lanes not kept.
@@ -373,18 +395,19 @@ class Decoder {
     }
 
     template <int G>
-    void score_tile(const T* tile, int64_t next_tile, const int32_t* keep, Scratch& s, int64_t g,
-                     int64_t index) const {
-        bool fetch = g == 0;  // the first queries of the group fetch for all
+    void score_tile(const T* tile, const T* next_tile, const int32_t* keep, Scratch& s, int64_t g,
+                    int64_t index) const {
+        alignas(LINE) float sums[TILE * G];
+        // The first queries of the group fetch for all.
+        tile_logits<G>(tile, g == 0 ? next_tile : tile, s.components, s.scored_queries + g * a.r, sums);
         int64_t positions = tiles * TILE;
-        float* weights = s.weights + g * positions + index * TILE;
         for (int64_t u = 0; u < UNITS; u++) {
-            int64_t target = u + UNITS_AHEAD;
-            int64_t distance = target < UNITS ? UNITS_AHEAD * UNIT : next_tile + (target - UNITS - u) * UNIT;
-            unit_logits<G>(tile + u * UNIT, fetch ? distance : 0, s.components, a.r, s.scored_queries + g * a.r,
-                           weights + u * UNIT, positions);
             for (int64_t i = 0; i < G; i++) {
-                float* x = weights + i * positions + u * UNIT;
+                float* x = s.weights + (g + i) * positions + index * TILE + u * UNIT;
+                for (int64_t p = 0; p < UNIT; p += PAIR) {
+                    const float* pair = sums + (u * UNIT + p) * G + i * W;
+                    store_pair<T>(x + p, load(pair), load(pair + G * W));
+                }
                 if (capped || keep) finish_logits(x, keep ? keep + u * UNIT : nullptr);
                 int64_t unit = (g + i) * units + index * UNITS + u;
                 exponentiate<UNIT>(x, s.reference + unit, s.sum + unit);
@@ -423,14 +446,13 @@ class Decoder {
                 }
                 keep = lanes;
             }
-            const T* tile = tile_at(components, j);
+            const T *tile = tile_at(components, j), *next = j + 1 < to ? tile_at(components, j + 1) : tile;
             for (int64_t g = 0; g < group; g += 4) {
-                int64_t ahead = j + 1 < to ? tile_at(components, j + 1) - tile : 0;
                 switch (queries_at_once(group - g)) {
-                    case 1: score_tile<1>(tile, ahead, keep, s, g, j); break;
-                    case 2: score_tile<2>(tile, ahead, keep, s, g, j); break;
-                    case 3: score_tile<3>(tile, ahead, keep, s, g, j); break;
-                    default: score_tile<4>(tile, ahead, keep, s, g, j); break;
+                    case 1: score_tile<1>(tile, next, keep, s, g, j); break;
+                    case 2: score_tile<2>(tile, next, keep, s, g, j); break;
+                    case 3: score_tile<3>(tile, next, keep, s, g, j); break;
+                    default: score_tile<4>(tile, next, keep, s, g, j); break;
                 }
             }
         }
