@@ -10,6 +10,8 @@ from sparq_kernels import BLOCK, layout
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+CAPACITY_STEP = 256  # positions: storage is made for a multiple of this
+
 
 class SparqLayer(DynamicLayer):
     """One attention layer's cache: a `DynamicLayer` whose storage grows by doubling, with an index for SparQ.
@@ -103,7 +105,7 @@ class SparqLayer(DynamicLayer):
             needed = max(needed, 2 * self._length)
         else:
             self._drop_index()  # the new tokens may be of another batch
-        capacity = -(-needed // BLOCK) * BLOCK
+        capacity = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
         self._key_storage = _grown(keys, key_states, self._length, capacity)
         self._value_storage = _grown(values, value_states, self._length, capacity)
         self._owned = True

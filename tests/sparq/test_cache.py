@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from sparq.cache import SparqLayer, upgrade
+from sparq.cache import CAPACITY_STEP, SparqLayer, upgrade
 from tests.sparq.tiny import build, prompt
 
 HEADS, HEAD_DIM = 2, 4
@@ -168,8 +168,8 @@ def test_growth_is_by_doubling() -> None:
         if not indices or components.data_ptr() != indices[-1][0].data_ptr():
             indices.append((components, step))
     assert torch.equal(layer.keys[0, 0, :, 0], torch.arange(float(tokens)))
-    for grown in (storages, indices):
-        assert 2 <= len(grown) <= 2 + math.log2(tokens / BLOCK)
+    for grown, step in ((storages, CAPACITY_STEP), (indices, BLOCK)):
+        assert 2 <= len(grown) <= 2 + math.log2(tokens / step)
         assert sum(copied for _, copied in grown) <= 2 * tokens
     held = (1 + 1 + 1) * 2 * 4 * 2 * tokens  # K, V, components; d = 2, four bytes, at most twice what is needed
     assert layer.allocated_bytes <= held
@@ -178,10 +178,11 @@ def test_growth_is_by_doubling() -> None:
 def test_a_long_prompt_takes_no_more_than_it_needs() -> None:
     layer = filled(1000)
     layer.index()
-    capacity = -(-1000 // BLOCK) * BLOCK
     per_position = 2 * HEADS * HEAD_DIM * 4
-    assert layer.allocated_bytes == 3 * capacity * per_position + per_position
-    assert filled(1000).allocated_bytes == 2 * capacity * per_position  # the index is made when it is asked for
+    rows = 2 * -(-1000 // CAPACITY_STEP) * CAPACITY_STEP * per_position
+    components = -(-1000 // BLOCK) * BLOCK * per_position
+    assert layer.allocated_bytes == rows + components + per_position
+    assert filled(1000).allocated_bytes == rows  # the index is made when it is asked for
 
 
 def test_index_reads_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
