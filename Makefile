@@ -11,7 +11,7 @@ demo: $(STAMP)
 	@$(BIN)/sparq generate evals/models/recall-llama --prompt-file evals/demo.txt $(QUESTIONS) --stop . \
 		--max-new-tokens 12 --compare
 	@echo "== Two layers of Llama-3.2-1B's shape with random weights; the cache is filled with random K and V =="
-	@$(BIN)/python benchmarks/generation.py --contexts 16384 65536 --dtypes bfloat16 --rounds 2 --tokens 8
+	@$(BIN)/python benchmarks/generation.py --contexts 16384 65536 --rounds 2 --tokens 8
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -41,5 +41,5 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	touch $@
