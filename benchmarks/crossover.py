@@ -14,10 +14,10 @@ import argparse
 import statistics
 
 import torch
-from generation import decode_times
+from generation import build_model, decode_times, filled_cache
 from rich.console import Console
 from rich.table import Table
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import sparq
 
@@ -30,32 +30,9 @@ SHAPES = {  # query heads, KV heads, head_dim
 }
 
 
-def build_model(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=64,
-        max_position_embeddings=1 << 20,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(dtype).eval()
-
-
 def microseconds(model: LlamaForCausalLM, context: int, rounds: int, tokens: int) -> tuple[float, float]:
     """Of a dense and a sparse step, per layer, everything but attention included in both."""
-    config = model.config
-    caches = [DynamicCache(config=config) for _ in range(2)]
-    for cache in caches:
-        for layer in range(LAYERS):
-            shape = (1, config.num_key_value_heads, context, config.head_dim)
-            cache.update(torch.randn(shape).to(model.dtype), torch.randn(shape).to(model.dtype), layer)
+    caches = [filled_cache(model, way, context, batch=1, room=0) for way in ("SparQ's cache", "SparQ")]
     seconds: list[list[float]] = [[], []]
     for round_ in range(rounds + 1):
         for min_length, cache, times in zip((1 << 30, 0), caches, seconds, strict=True):
@@ -80,7 +57,15 @@ def main() -> None:
         table.add_column(column, justify="right")
     for name, (heads, kv_heads, head_dim) in SHAPES.items():
         for dtype in args.dtypes:
-            model = build_model(heads, kv_heads, head_dim, getattr(torch, dtype))
+            shape = dict(
+                hidden_size=64,
+                intermediate_size=64,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=heads,
+                num_key_value_heads=kv_heads,
+                head_dim=head_dim,
+            )
+            model = build_model(getattr(torch, dtype), shape)
             pairs = [microseconds(model, context, args.rounds, args.tokens) for context in args.contexts]
             pays = None
             for context, (dense, sparse) in reversed(list(zip(args.contexts, pairs, strict=True))):

@@ -57,17 +57,22 @@ class Row:
     mean_alpha: float | None
 
 
-def build_model(dtype: torch.dtype, max_context: int) -> LlamaForCausalLM:
-    """Two layers of Llama-3.2-1B, random weights."""
+LLAMA_3_2_1B = dict(
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+)
+
+
+def build_model(dtype: torch.dtype, shape: dict[str, int]) -> LlamaForCausalLM:
+    """A Llama of this shape with random weights."""
     config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
+        **shape,
         vocab_size=256,
-        max_position_embeddings=2 * max_context,
+        max_position_embeddings=1 << 20,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         bos_token_id=None,
         eos_token_id=None,
@@ -127,7 +132,7 @@ def check_operator(model: LlamaForCausalLM, cache: Cache, config: sparq.SparqCon
 def measure(
     dtype: str, context: int, batch: int, knobs: dict, rounds: int, tokens: int, tick: Callable[[str], None]
 ) -> Row:
-    model = build_model(getattr(torch, dtype), context)
+    model = build_model(getattr(torch, dtype), LLAMA_3_2_1B)
     room = rounds * (tokens + 2) + 1
     caches = {way: filled_cache(model, way, context, batch, room) for way in WAYS}
     caches[LAYERS_ALONE] = filled_cache(model, LAYERS_ALONE, BARE_CONTEXT, batch, room)

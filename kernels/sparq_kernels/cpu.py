@@ -32,6 +32,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .reference import max_positions
+
 SOURCES = Path(__file__).parent / "csrc"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # csrc/arguments.h in two parts: what changes with every call, and what does not.
@@ -101,7 +103,7 @@ def plan(
     """For arguments that have been checked and are float32, bfloat16 or float16."""
     batch, num_heads, _, head_dim = query.shape
     _, num_kv_heads, cached, _ = key.shape
-    k_max = min(cached, k if k_divisor is None else max(k, cached // k_divisor))
+    k_max = max_positions(cached, k, k_divisor)
     layout = LAYOUT.pack(
         batch,
         num_kv_heads,

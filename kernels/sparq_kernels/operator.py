@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import cpu
 from .layout import BLOCK, num_blocks
-from .reference import decode_reference
+from .reference import decode_reference, max_positions
 
 MAX_HEAD_DIM = 512
 MAX_PLANS = 4096  # a growing cache brings a new layout with every token
@@ -249,10 +249,7 @@ def decode_fake(
     mean_value: bool,
     return_positions: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    cached = key.shape[2]
-    k_max: int | torch.SymInt = 0
-    if return_positions:
-        k_max = torch.sym_min(cached, k if k_divisor is None else torch.sym_max(k, cached // k_divisor))
+    k_max = max_positions(key.shape[2], k, k_divisor) if return_positions else 0
     return (
         torch.empty(query.shape, dtype=query.dtype, device=query.device),
         query.new_empty(query.shape[:3], dtype=torch.float32),

@@ -44,7 +44,7 @@ def decode_reference(
     n = valid.sum(-1)  # [B]
     budget = n.clamp(max=k) if k_divisor is None else torch.minimum(n, (n // k_divisor).clamp(min=k))
     window = budget // 4 if local is None else budget.clamp(max=local)
-    k_max = min(cached, max(k, cached // k_divisor if k_divisor else 0))
+    k_max = max_positions(cached, k, k_divisor)
 
     # 1. Components: the r largest of the group's summed magnitudes.
     magnitude = q.abs().sum(2)  # [B, Hkv, d]
@@ -96,6 +96,11 @@ def decode_reference(
         alpha.reshape(batch, num_heads, 1).float(),
         positions,
     )
+
+
+def max_positions(cached: int, k: int, k_divisor: int | None) -> int:
+    """The largest budget that a row can have, known from the shapes alone (they may be symbolic)."""
+    return torch.sym_min(cached, k if k_divisor is None else torch.sym_max(k, cached // k_divisor))
 
 
 def valid_positions(length: Tensor, start: Tensor | None, mask: Tensor | None, cached: int) -> Tensor:
