@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import max_positions
+from .arguments import Arguments
 
 SOURCES = Path(__file__).parent / "csrc"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -81,83 +81,54 @@ class Plan(NamedTuple):
     positions_shape: tuple[int, int, int, int]
 
 
-def plan(
-    query: Tensor,
-    key: Tensor,
-    key_components: Tensor,
-    value: Tensor,
-    value_sum: Tensor,
-    length: Tensor,
-    start: Tensor | None,
-    mask: Tensor | None,
-    *,
-    r: int,
-    k: int,
-    k_divisor: int | None,
-    local: int | None,
-    scale: float,
-    softcap: float | None,
-    mean_value: bool,
-    return_positions: bool,
-) -> Plan:
+def plan(call: Arguments) -> Plan:
     """For arguments that have been checked and are float32, bfloat16 or float16."""
-    batch, num_heads, _, head_dim = query.shape
-    _, num_kv_heads, cached, _ = key.shape
-    k_max = max_positions(cached, k, k_divisor)
+    batch, num_heads, _, head_dim = call.query.shape
+    _, num_kv_heads, cached, _ = call.key.shape
     layout = LAYOUT.pack(
         batch,
         num_kv_heads,
         num_heads // num_kv_heads,
         head_dim,
         cached,
-        *query.stride()[:2],
-        *key.stride()[:3],
-        *key_components.stride()[:3],
-        *value.stride()[:3],
-        *value_sum.stride()[:2],
-        length.stride(0),
-        0 if start is None else start.stride(0),
-        0 if mask is None else mask.stride(0),
-        DTYPE_CODES[query.dtype],
-        r,
-        k,
-        k_divisor or 0,
-        -1 if local is None else local,
-        k_max,
-        mean_value,
-        scale,
-        softcap or 0.0,
+        *call.query.stride()[:2],
+        *call.key.stride()[:3],
+        *call.key_components.stride()[:3],
+        *call.value.stride()[:3],
+        *call.value_sum.stride()[:2],
+        call.length.stride(0),
+        0 if call.start is None else call.start.stride(0),
+        0 if call.mask is None else call.mask.stride(0),
+        DTYPE_CODES[call.query.dtype],
+        call.r,
+        call.k,
+        call.k_divisor or 0,
+        -1 if call.local is None else call.local,
+        call.k_max,
+        call.mean_value,
+        call.softmax_scale,
+        call.softcap or 0.0,
     )
-    positions_shape = (batch, num_kv_heads, 1, k_max if return_positions else 0)
+    positions_shape = (batch, num_kv_heads, 1, call.k_max if call.return_positions else 0)
     return Plan(layout, (batch, num_heads, 1, head_dim), positions_shape)
 
 
-def run(
-    plan: Plan,
-    query: Tensor,
-    key: Tensor,
-    key_components: Tensor,
-    value: Tensor,
-    value_sum: Tensor,
-    length: Tensor,
-    start: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor] | None:
+def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor] | None:
     """Results as `reference.decode_reference` gives them; None when a value of `length` or `start` is out of range."""
     function = kernel()
     assert function is not None, "callers ask kernel() first"
-    output = torch.empty(plan.output_shape, dtype=query.dtype)
+    output = torch.empty(plan.output_shape, dtype=call.query.dtype)
     alpha = torch.empty(plan.output_shape[:3], dtype=torch.float32)
     positions = torch.empty(plan.positions_shape, dtype=torch.int64)
     pointers = POINTERS.pack(
-        query.data_ptr(),
-        key.data_ptr(),
-        key_components.data_ptr(),
-        value.data_ptr(),
-        value_sum.data_ptr(),
-        length.data_ptr(),
-        0 if start is None else start.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
+        call.query.data_ptr(),
+        call.key.data_ptr(),
+        call.key_components.data_ptr(),
+        call.value.data_ptr(),
+        call.value_sum.data_ptr(),
+        call.length.data_ptr(),
+        0 if call.start is None else call.start.data_ptr(),
+        0 if call.mask is None else call.mask.data_ptr(),
         output.data_ptr(),
         alpha.data_ptr(),
         positions.data_ptr(),  # null when empty

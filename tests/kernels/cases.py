@@ -9,6 +9,7 @@ from typing import Any
 
 import sparq_kernels
 import torch
+from sparq_kernels.arguments import Arguments
 from sparq_kernels.reference import decode_reference, valid_positions
 from torch import Tensor
 
@@ -105,6 +106,13 @@ def make_case(
     value_sum = value.double().masked_fill(~valid[:, None, :, None], 0.0).sum(2).to(precise)
     query = (2 * fill(batch, 1, num_heads, head_dim)).transpose(1, 2)
     return Case(query, key, components, value, value_sum, length, start, mask, options)
+
+
+def call_of(case: Case, **changes: Any) -> Arguments:
+    """The operator's arguments, positions asked for."""
+    tensors = dict(zip(Arguments._fields[:8], case.tensors, strict=True))
+    options = dict.fromkeys(Arguments._fields[8:]) | {"r": 4, "k": 20, "mean_value": True, "return_positions": True}
+    return Arguments(**{**tensors, **options, **case.options, **changes})
 
 
 def run_operator(case: Case) -> sparq_kernels.DecodeOutput:

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import doctest
+import sys
+import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import sparq_kernels
 import torch
 from sparq_kernels import BLOCK, operator
+from sparq_kernels.arguments import check_arguments
 
-from tests.kernels.cases import Case, make_case
+from tests.kernels.cases import Case, call_of, make_case
 
 OP = torch.ops.sparq_kernels.decode
-
-
-def arguments(case: Case, **changes: Any) -> tuple[Any, ...]:
-    """Positional arguments of the raw operator."""
-    names = ("query", "key", "key_components", "value", "value_sum", "length", "start", "mask")
-    options = {
-        "r": 4,
-        "k": 20,
-        "k_divisor": None,
-        "local": None,
-        "scale": None,
-        "softcap": None,
-        "mean_value": True,
-        "return_positions": True,
-    }
-    return tuple({**dict(zip(names, case.tensors, strict=True)), **options, **case.options, **changes}.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -37,7 +25,7 @@ def arguments(case: Case, **changes: Any) -> tuple[Any, ...]:
 )
 def test_opcheck(dtype: torch.dtype, changes: dict) -> None:
     case = make_case(2, dtype=dtype, lengths=[300, 20], starts=[0, 3], holes=0.1)
-    torch.library.opcheck(OP.default, arguments(case, **changes))
+    torch.library.opcheck(OP.default, call_of(case, **changes))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -79,7 +67,26 @@ def test_positions_only_when_asked_for() -> None:
 
 def test_backend_names() -> None:
     assert sparq_kernels.backend("cpu") == sparq_kernels.backend(torch.device("cpu")) == "cpp"
-    assert sparq_kernels.backend("cuda") == "reference"
+    assert sparq_kernels.backend("cuda") == ("triton" if find_spec("triton") else "reference")
+    assert sparq_kernels.backend("meta") == "reference"
+
+
+@pytest.mark.parametrize(("environment", "warned"), [({}, True), ({"SPARQ_BACKEND": "reference"}, False)])
+def test_without_triton_one_warning_says_what_it_costs(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], warned: bool
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("sparq_kernels.gpu")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(sparq_kernels, "gpu", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    operator.triton_kernels.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert sparq_kernels.backend("cuda") == sparq_kernels.backend("cuda") == "reference"
+    operator.triton_kernels.cache_clear()
+    assert [str(w.message).startswith("sparq_kernels: no GPU kernels") for w in caught] == [True] * warned
 
 
 def test_example_in_the_docstring() -> None:
@@ -156,7 +163,7 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize(("changes", "error", "message"), MISTAKES)
 def test_mistakes_are_named(changes: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        OP(*arguments(make_case(), **changes))
+        OP(*call_of(make_case(), **changes))
 
 
 @pytest.mark.parametrize("name", ["key", "key_components", "value", "value_sum", "length", "start", "mask"])
@@ -165,27 +172,27 @@ def test_a_tensor_on_another_device_is_named(name: str) -> None:
     case = make_case(starts=[0], holes=0.1)
     setattr(case, name, getattr(case, name).to("meta"))
     with pytest.raises(ValueError, match=f"{name} must be on query's device cpu, got meta"):
-        operator.check_arguments(*case.tensors, 4, 20, None, None, None, None)
+        check_arguments(call_of(case))
 
 
 def test_a_mistake_after_a_right_call_is_still_found() -> None:
     """A layout that has passed is remembered: nothing but exactly that layout may profit."""
     case = make_case()
-    OP(*arguments(case))
+    OP(*call_of(case))
     for changes, error, message in MISTAKES:
         with pytest.raises(error, match=message):
-            OP(*arguments(case, **changes))
-    OP(*arguments(case))
+            OP(*call_of(case, **changes))
+    OP(*call_of(case))
 
 
 @pytest.mark.parametrize("name", ["query", "key", "key_components", "value", "value_sum", "length"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_none_for_a_tensor(name: str, dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=f"{name} must be a tensor, got None"):
-        OP(*arguments(make_case(dtype=dtype), **{name: None}))
+        OP(*call_of(make_case(dtype=dtype), **{name: None}))
 
 
 def test_options_of_the_wrong_kind() -> None:
     for changes in ({"r": 4.5}, {"k": "20"}, {"scale": "1"}):
         with pytest.raises((TypeError, RuntimeError)):
-            OP(*arguments(make_case(), **changes))
+            OP(*call_of(make_case(), **changes))

@@ -1,0 +1,142 @@
+"""The operator's arguments as one value, and every mistake in them answered in words."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import BLOCK, num_blocks
+from .reference import max_positions
+
+MAX_HEAD_DIM = 512
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Arguments(NamedTuple):
+    """One call, in the order of the operator's schema; shapes and meaning as in `operator.decode`."""
+
+    query: Tensor
+    key: Tensor
+    key_components: Tensor
+    value: Tensor
+    value_sum: Tensor
+    length: Tensor
+    start: Tensor | None
+    mask: Tensor | None
+    r: int
+    k: int
+    k_divisor: int | None
+    local: int | None
+    scale: float | None
+    softcap: float | None
+    mean_value: bool
+    return_positions: bool
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.query.shape[3] ** -0.5 if self.scale is None else self.scale
+
+    @property
+    def k_max(self) -> int:
+        """The largest budget a row can have."""
+        return max_positions(self.key.shape[2], self.k, self.k_divisor)
+
+    def layout(self) -> tuple[object, ...]:
+        """All that checks and launch choices depend on: equal layouts need them once."""
+        tensors = self[:8]
+        described = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+        return (*described, *self[8:])
+
+
+def check_arguments(call: Arguments) -> None:
+    """Raise for a shape, dtype, device, stride or option that an implementation could not survive."""
+    query, key, key_components, value, value_sum, length, start, mask = call[:8]
+    r, k, k_divisor, local, scale, softcap = call[8:14]
+    required = {"query": query, "key": key, "key_components": key_components, "value": value, "value_sum": value_sum}
+    for name, tensor in {**required, "length": length}.items():
+        if tensor is None:  # the dispatcher lets that pass
+            raise TypeError(f"{name} must be a tensor, got None")
+    if query.dim() != 4:
+        raise ValueError(f"query must be [B, Hq, 1, d], got {list(query.shape)}")
+    if key.dim() != 4:
+        raise ValueError(f"key must be [B, Hkv, S, d], got {list(key.shape)}")
+    batch, num_heads, query_length, head_dim = query.shape
+    num_kv_heads, cached = key.shape[1], key.shape[2]
+    if query_length != 1:
+        raise ValueError(f"query must hold one new token per row, got {query_length}; prompts are dense attention")
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"query must have a head_dim of 1 to {MAX_HEAD_DIM}, got {head_dim}")
+    if batch < 1 or cached < 1:
+        raise ValueError(f"key must hold at least one row and one position, got {list(key.shape)}")
+    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"query heads ({num_heads}) must be a multiple of key heads ({num_kv_heads})")
+    if key.shape[0] != batch or key.shape[3] != head_dim:
+        raise ValueError(f"key must be [{batch}, Hkv, S, {head_dim}] to match query, got {list(key.shape)}")
+    if value.shape != key.shape:
+        raise ValueError(f"value must have key's shape {list(key.shape)}, got {list(value.shape)}")
+    blocks = num_blocks(cached)
+    stored = key_components.shape
+    if len(stored) != 5 or stored[:2] != key.shape[:2] or stored[2] < blocks or stored[3:] != (head_dim, BLOCK):
+        wanted = f"[{batch}, {num_kv_heads}, at least {blocks}, {head_dim}, {BLOCK}]"
+        raise ValueError(f"key_components must be {wanted}, got {list(stored)}")
+    if value_sum.shape != (batch, num_kv_heads, head_dim):
+        raise ValueError(f"value_sum must be [{batch}, {num_kv_heads}, {head_dim}], got {list(value_sum.shape)}")
+
+    dtype, device = query.dtype, query.device
+    if dtype not in DTYPES:
+        raise TypeError(f"query must be float32, bfloat16, float16 or float64, got {dtype}")
+    for name, tensor in (("key", key), ("key_components", key_components), ("value", value)):
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must have query's dtype {dtype}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on query's device {device}, got {tensor.device}")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(f"{name} must be contiguous in its last axis, got strides {tensor.stride()}")
+    if key_components.stride(3) != BLOCK and head_dim > 1:
+        raise ValueError(f"key_components must have contiguous blocks [d, {BLOCK}], got {key_components.stride()}")
+    if value_sum.dtype != torch.float32 and not (value_sum.dtype == dtype == torch.float64):
+        raise TypeError(f"value_sum must be float32 (or float64 with float64 inputs), got {value_sum.dtype}")
+    if value_sum.device != device:
+        raise ValueError(f"value_sum must be on query's device {device}, got {value_sum.device}")
+
+    for name, per_row in (("length", length), ("start", start)):
+        if per_row is None:
+            continue
+        if per_row.shape != (batch,):
+            raise ValueError(f"{name} must be [{batch}], got {list(per_row.shape)}")
+        if per_row.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {per_row.dtype}")
+        if per_row.device != device:
+            raise ValueError(f"{name} must be on query's device {device}, got {per_row.device}")
+    if mask is not None:
+        if mask.shape != (batch, cached):
+            raise ValueError(f"mask must be [{batch}, {cached}], got {list(mask.shape)}")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be bool, got {mask.dtype}")
+        if mask.device != device:
+            raise ValueError(f"mask must be on query's device {device}, got {mask.device}")
+
+    if not 1 <= r <= head_dim:
+        raise ValueError(f"r must be 1 to head_dim ({head_dim}), got {r}")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if k_divisor is not None and k_divisor < 1:
+        raise ValueError(f"k_divisor must be at least 1 or None, got {k_divisor}")
+    if local is not None and not 0 <= local <= k:
+        raise ValueError(f"local must be 0 to k ({k}) or None, got {local}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite or None, got {scale}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+
+
+def check_rows(length: Tensor, start: Tensor | None, key: Tensor) -> None:
+    """Raise for values no row can have.  On the CPU only: elsewhere reading them would stall the device, and
+    implementations clamp instead."""
+    if min(length.tolist()) < 0 or max(length.tolist()) > key.shape[2]:
+        raise ValueError(f"length must be 0 to the {key.shape[2]} cached positions, got {length.tolist()}")
+    if start is not None and min(start.tolist()) < 0:
+        raise ValueError(f"start must not be negative, got {start.tolist()}")

@@ -1,0 +1,62 @@
+"""A new token's key and value into all that the cache keeps of them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..layout import BLOCK
+
+BLOCK_SIZE = tl.constexpr(BLOCK)
+
+
+@triton.jit(do_not_specialize=["offset", "capacity"])
+def append(
+    new_key,
+    new_key_batch,
+    new_key_head,
+    new_value,
+    new_value_batch,
+    new_value_head,
+    keys,
+    keys_batch,
+    keys_head,
+    keys_position,
+    values,
+    values_batch,
+    values_head,
+    values_position,
+    components,
+    components_batch,
+    components_head,
+    components_block,
+    value_sum,
+    sum_batch,
+    sum_head,
+    position,
+    position_stride,
+    offset,
+    capacity,
+    Hkv,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    HAS_POSITION: tl.constexpr,
+    HAS_SUM: tl.constexpr,
+):
+    """Grid (B * Hkv,).  A position outside the storage writes nothing."""
+    n = tl.program_id(0).to(tl.int64)
+    b, h = n // Hkv, n % Hkv
+    s = n * 0 + offset
+    if HAS_POSITION:
+        s += tl.load(position + b * position_stride)
+    d = tl.arange(0, DP)
+    here = (d < D) & (s >= 0) & (s < capacity)
+    k = tl.load(new_key + b * new_key_batch + h * new_key_head + d, mask=d < D, other=0.0)
+    v = tl.load(new_value + b * new_value_batch + h * new_value_head + d, mask=d < D, other=0.0)
+    tl.store(keys + b * keys_batch + h * keys_head + s * keys_position + d, k, mask=here)
+    tl.store(values + b * values_batch + h * values_head + s * values_position + d, v, mask=here)
+    block = components + b * components_batch + h * components_head + (s // BLOCK_SIZE) * components_block
+    tl.store(block + d * BLOCK_SIZE + s % BLOCK_SIZE, k, mask=here)
+    if HAS_SUM:
+        total = value_sum + b * sum_batch + h * sum_head + d
+        tl.store(total, tl.load(total, mask=here, other=0.0) + v.to(tl.float32), mask=here)

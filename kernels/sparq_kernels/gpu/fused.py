@@ -1,0 +1,144 @@
+"""The whole step in one kernel, one program per KV head: for many heads and short rows.
+
+With more heads than multiprocessors nothing needs to be split, and while one program selects, another one on the same
+multiprocessor reads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .attention import attend, blend, store_output
+from .rows import CHUNK, bounds, row_info
+from .scoring import load_group, score_tiles
+from .selection import keys_of, store_top
+
+
+@triton.jit(do_not_specialize=["S", "k", "k_divisor", "local", "k_max", "logits_chunks"])
+def fused(
+    query,
+    query_batch,
+    query_head,
+    key,
+    key_batch,
+    key_head,
+    key_position,
+    components,
+    components_batch,
+    components_head,
+    components_block,
+    value,
+    value_batch,
+    value_head,
+    value_position,
+    value_sum,
+    sum_batch,
+    sum_head,
+    length,
+    length_stride,
+    start,
+    start_stride,
+    mask,
+    mask_stride,
+    counts,
+    logits,
+    positions,
+    output,
+    alpha_out,
+    Hkv,
+    S,
+    k,
+    k_divisor,
+    local,
+    k_max,
+    logits_chunks,
+    scale,
+    softcap,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    GP: tl.constexpr,
+    DP: tl.constexpr,
+    RP: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MEAN_VALUE: tl.constexpr,
+):
+    """Grid (N = B * Hkv,): rows of at most WIDTH positions."""
+    n = tl.program_id(0).to(tl.int64)
+    b, h = n // Hkv, n % Hkv
+    begin, end = bounds(b, length, length_stride, start, start_stride, S, HAS_START)
+    count, budget, window = row_info(b, counts, begin, end, k, k_divisor, local, HAS_MASK)
+    logits_stride = logits_chunks * CHUNK
+    logits += n * G * logits_stride
+    positions += n * k_max
+    mask += b * mask_stride
+    group = query + b * query_batch + h * (G * query_head)
+    q = load_group(group, query_head, G, D, GP, DP)
+    highest, total = score_tiles(
+        q,
+        group,
+        query_head,
+        components + b * components_batch + h * components_head,
+        components_block,
+        logits,
+        logits_stride,
+        mask,
+        begin,
+        end,
+        begin // TILE,
+        tl.cdiv(end, TILE),
+        scale,
+        softcap,
+        G,
+        D,
+        R,
+        GP,
+        DP,
+        RP,
+        TILE,
+        STAGES,
+        DOT,
+        HAS_MASK,
+        HAS_SOFTCAP,
+    )
+    M = tl.where(highest == float("-inf"), 0.0, highest)
+    inverse = 1 / total
+    tl.debug_barrier()  # logits are read by other threads than wrote them
+    s = tl.arange(0, WIDTH)
+    key_bits = keys_of(logits, logits_stride, s, begin, end, window, mask, M, inverse, G, GP, WIDTH, HAS_MASK)
+    store_top(key_bits, s, budget, positions)
+    tl.debug_barrier()
+    _, total, alpha, y = attend(
+        q,
+        key + b * key_batch + h * key_head,
+        key_position,
+        value + b * value_batch + h * value_head,
+        value_position,
+        logits,
+        logits_stride,
+        positions,
+        budget * 0,
+        budget,
+        M,
+        inverse,
+        scale,
+        softcap,
+        G,
+        D,
+        GP,
+        DP,
+        ROWS,
+        STAGES,
+        DOT,
+        HAS_SOFTCAP,
+    )
+    y, alpha = blend(y / total[:, None], alpha, value_sum + b * sum_batch + h * sum_head, count, budget, D, MEAN_VALUE)
+    store_output(output + n * (G * D), alpha_out + n * G, y, alpha, D, G)

@@ -1,0 +1,80 @@
+"""Exact top-k of a vector held in registers: no sort, no atomics, ties to the lower index.
+
+A key is the bit pattern of a float32 that is not negative, so keys are ordered as the floats are; -1 never enters.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NEVER = tl.constexpr(-1)
+ALWAYS = tl.constexpr(0x7FFFFFFF)
+FIELD = tl.constexpr((1 << 21) - 1)
+MAX_KEYS = FIELD.value  # what a field can count
+NAN_BITS = tl.constexpr(0x7FC00000)
+
+
+@triton.jit
+def kth_largest(key, k, rest, number, HAS_REST: tl.constexpr):
+    """The k-th largest of int32 keys (k >= 1, at least k of them are not NEVER).
+
+    key: [WIDTH], in registers.  With HAS_REST, `number` keys in all: those from WIDTH on are read from `rest`, which
+    points at the first of all, in every step.
+
+    It is found two bits at a time: the counts of three candidates share one reduction, 21 bits each.
+    """
+    kth = k * 0
+    for i in range(15):
+        digit = 1 << (29 - 2 * i)
+        one, two, three = kth | digit, kth | (digit + digit), kth | (3 * digit)
+        counts = _reached(key, one, two, three)
+        if HAS_REST:
+            counts = _rest_reached(counts, rest, number, one, two, three)
+        total = tl.sum(counts, 0)
+        at_one, at_two = (total & FIELD).to(tl.int32), ((total >> 21) & FIELD).to(tl.int32)
+        at_three = (total >> 42).to(tl.int32)
+        kth = tl.where(at_three >= k, three, tl.where(at_two >= k, two, tl.where(at_one >= k, one, kth)))
+    last = kth | 1
+    counts = _reached(key, last, ALWAYS, ALWAYS)
+    if HAS_REST:
+        counts = _rest_reached(counts, rest, number, last, ALWAYS, ALWAYS)
+    return tl.where((tl.sum(counts, 0) & FIELD).to(tl.int32) >= k, last, kth)
+
+
+@triton.jit
+def _reached(key, one, two, three):
+    """Which of three thresholds each key reaches, as counts in three fields of an int64."""
+    ones = (key >= one).to(tl.int64)
+    return ones + ((key >= two).to(tl.int64) << 21) + ((key >= three).to(tl.int64) << 42)
+
+
+@triton.jit
+def _rest_reached(counts, rest, number, one, two, three):
+    o = tl.arange(0, counts.shape[0])
+    for first in range(counts.shape[0], number, counts.shape[0]):
+        key = tl.load(rest + first + o, mask=first + o < number, other=NEVER)
+        counts += _reached(key, one, two, three)
+    return counts
+
+
+@triton.jit
+def split_by(key, kth, ties):
+    """Which keys are above `kth` or among its first `ties` equals, and how many such keys precede each.
+
+    Both counts share one scan, 16 bits each: at most 32767 keys.
+    """
+    above, equal = key > kth, key == kth
+    packed = (above.to(tl.int32) << 16) | equal.to(tl.int32)
+    before = tl.cumsum(packed, 0) - packed
+    equal_before = before & 0xFFFF
+    chosen = above | (equal & (equal_before < ties))
+    return chosen, (before >> 16) + tl.minimum(equal_before, ties)
+
+
+@triton.jit
+def top(key, k):
+    """The mask of the k largest keys, and each one's place among them in index order."""
+    kth = kth_largest(key, k, 0, 0, False)
+    ties = k - tl.sum((key > kth).to(tl.int32), 0)
+    return split_by(key, kth, ties)
