@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import sparq_kernels
 import torch
 from sparq_kernels import BLOCK, layout
 from torch import Tensor
@@ -85,10 +86,32 @@ class SparqLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start, end = self._length, self._length + key_states.shape[2]
         keys, values = self._make_room(key_states, value_states, end)
-        keys[:, :, start:end] = key_states
-        values[:, :, start:end] = value_states
+        if self._index_can_follow(key_states, value_states):
+            assert self.components is not None
+            sparq_kernels.append(
+                keys, values, self.components, self.value_sum, key_states, value_states, position=start
+            )
+            self.indexed = self.summed = end
+        else:
+            keys[:, :, start:end] = key_states
+            values[:, :, start:end] = value_states
         self._length = end
         return keys[:, :, :end], values[:, :, :end]
+
+    def _index_can_follow(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """One new token, and an index that is complete, roomy and writable: all of it is extended in one go."""
+        return (
+            key_states.shape[2] == 1
+            and self.components is not None
+            and self.value_sum is not None
+            and self.indexed == self.summed == self._length
+            and self._key_storage is not None
+            and self._key_storage.shape[2] <= self.components.shape[2] * BLOCK
+            and self.summed_mask is None  # what it says of the new token is not known yet
+            and _writable(self.components)
+            and _writable(self.value_sum)
+            and not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad))
+        )
 
     def _make_room(self, key_states: Tensor, value_states: Tensor, needed: int) -> tuple[Tensor, Tensor]:
         """Storage that can be written up to position `needed`; it doubles when it grows."""
@@ -125,7 +148,7 @@ class SparqLayer(DynamicLayer):
         """Bring the index up to the current length and return it.
 
         Args:
-            start: [B] int64, first valid position of each row (left padding). None: 0.
+            start: [B] int64, first valid position of each row (left padding), never behind the newest. None: 0.
             mask: [B, length] bool, further invalid positions. None: there are none.
 
         Returns:

@@ -1,12 +1,7 @@
-"""The public operators: one SparQ decode step, and the new token's way into the cache; one node each to the dispatcher
-and to torch.compile."""
+"""The public operator: one SparQ decode step, one node to the dispatcher and to torch.compile."""
 
 from __future__ import annotations
 
-import functools
-import os
-import warnings
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +9,7 @@ from torch import Tensor
 
 from . import cpu
 from .arguments import Arguments, check_arguments, check_rows
+from .backends import triton_kernels
 from .reference import decode_reference
 
 MAX_PLANS = 4096  # a growing cache brings a new layout with every token
@@ -180,24 +176,6 @@ def decode_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@functools.cache
-def triton_kernels() -> ModuleType | None:
-    """The GPU implementation, or None (with one warning) where Triton cannot be had."""
-    if os.environ.get("SPARQ_BACKEND") == "reference":
-        return None
-    try:
-        from . import gpu
-    except ImportError as error:
-        warnings.warn(
-            f"sparq_kernels: no GPU kernels, the PyTorch reference runs instead (slower than dense attention). "
-            f"Triton >= 3.6 is needed: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    return gpu
-
-
 # Registered by hand: `custom_op` wraps every call in 20 us more of Python, and a model calls once per layer and token.
 torch.library.define(
     "sparq_kernels::decode",
@@ -211,12 +189,3 @@ torch.library.impl("sparq_kernels::decode", "cpu", decode_cpu)
 torch.library.impl("sparq_kernels::decode", "cuda", decode_cuda)
 torch.library.register_fake("sparq_kernels::decode", decode_fake)
 _decode_op = torch.ops.sparq_kernels.decode.default  # the overload itself: resolving it costs as much as the checks
-
-
-def backend(device: torch.device | str) -> str:
-    """The implementation that serves a device: "cpp" (compiled for this CPU), "triton" (NVIDIA and AMD GPUs) or
-    "reference" (plain PyTorch)."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return "reference" if triton_kernels() is None else "triton"
-    return cpu.backend() if kind == "cpu" else "reference"

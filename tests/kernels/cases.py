@@ -9,6 +9,7 @@ from typing import Any
 
 import sparq_kernels
 import torch
+from sparq_kernels import BLOCK
 from sparq_kernels.arguments import Arguments
 from sparq_kernels.reference import decode_reference, valid_positions
 from torch import Tensor
@@ -17,6 +18,58 @@ from tests.kernels.equations import Head
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 SPARE = 37  # storage behind the visible positions
+
+CASES: dict[str, dict[str, Any]] = {
+    "one position": {"cached": 1, "r": 4, "k": 1},
+    "k = 1": {"r": 4, "k": 1},
+    "k = 1, window": {"r": 4, "k": 1, "local": 1},
+    "k = S": {"r": 4, "k": 300},
+    "k > S": {"r": 4, "k": 900},
+    "k = S - 1": {"r": 4, "k": 299},
+    "local = k": {"r": 4, "k": 20, "local": 20},
+    "local = 0": {"r": 4, "k": 20, "local": 0},
+    "r = d": {"r": 16, "k": 20},
+    "r = 1": {"r": 1, "k": 20},
+    "one tile": {"cached": 256, "r": 4, "k": 20},
+    "one past a tile": {"cached": 257, "r": 4, "k": 20},
+    "one block": {"cached": BLOCK, "r": 4, "k": 20},
+    "one past a block": {"cached": BLOCK + 1, "r": 4, "k": 20},
+    "components in groups of 8, 4 and 1": {"cached": BLOCK + 300, "head_dim": 40, "r": 30, "k": 20},
+    "head_dim 1": {"head_dim": 1, "r": 1, "k": 20},
+    "head_dim 7": {"head_dim": 7, "r": 3, "k": 20},
+    "head_dim 80": {"head_dim": 80, "r": 20, "k": 20},
+    "head_dim 512": {"head_dim": 512, "num_heads": 2, "num_kv_heads": 1, "r": 64, "k": 20},
+    "group 1": {"num_heads": 3, "num_kv_heads": 3, "r": 4, "k": 20},
+    "group 3": {"num_heads": 6, "r": 4, "k": 40},
+    "group 5": {"num_heads": 5, "num_kv_heads": 1, "r": 4, "k": 20},
+    "group 8": {"num_heads": 8, "num_kv_heads": 1, "r": 4, "k": 20},
+    "group 71": {"num_heads": 71, "num_kv_heads": 1, "r": 4, "k": 20},
+    "many heads": {"batch": 2, "num_heads": 32, "num_kv_heads": 16, "r": 4, "k": 20},
+    "one head": {"num_heads": 1, "num_kv_heads": 1, "cached": 3000, "r": 4, "k": 200},
+    "budget from the length": {"batch": 3, "lengths": [300, 100, 9], "r": 4, "k": 6, "k_divisor": 4},
+    "ragged": {"batch": 4, "lengths": [300, 1, 0, 256], "r": 4, "k": 20},
+    "left padding": {"batch": 4, "starts": [0, 299, 300, 255], "r": 4, "k": 20},
+    "ragged with left padding": {"batch": 3, "lengths": [300, 290, 7], "starts": [100, 255, 9], "r": 4, "k": 20},
+    "holes": {"batch": 2, "holes": 0.5, "r": 4, "k": 20},
+    "nearly all holes": {"batch": 4, "cached": 1500, "holes": 0.99, "r": 4, "k": 8},
+    "everything at once": {
+        "batch": 3,
+        "cached": 900,
+        "lengths": [900, 700, 513],
+        "starts": [1, 512, 300],
+        "holes": 0.3,
+        "r": 5,
+        "k": 30,
+        "local": 7,
+        "softcap": 4.0,
+        "scale": 0.4,
+        "mean_value": False,
+    },
+    "softcap": {"r": 4, "k": 20, "softcap": 2.0},
+    "scale": {"r": 4, "k": 20, "scale": 2.5},
+    "negative scale": {"r": 4, "k": 20, "scale": -0.3},
+    "no mean value": {"r": 4, "k": 20, "mean_value": False},
+}
 
 
 @dataclass
@@ -106,6 +159,29 @@ def make_case(
     value_sum = value.double().masked_fill(~valid[:, None, :, None], 0.0).sum(2).to(precise)
     query = (2 * fill(batch, 1, num_heads, head_dim)).transpose(1, 2)
     return Case(query, key, components, value, value_sum, length, start, mask, options)
+
+
+def storage_of(
+    batch: int, heads: int, capacity: int, head_dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised keys, values and components, and some sum of values: what `append` writes to."""
+    shape = (batch, heads, capacity, head_dim)
+    key, value = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
+    components = sparq_kernels.allocate_components(*shape, dtype, "cpu").fill_(torch.nan)
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    return key, value, components, torch.arange(batch * heads * head_dim, dtype=precise).view(batch, heads, head_dim)
+
+
+def new_token(batch: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """A key and a value as a projection leaves them: [B, 1, Hkv, d] seen as [B, Hkv, 1, d]."""
+    generator = torch.Generator().manual_seed(0)
+    both = torch.randn(2, batch, 1, heads, head_dim, generator=generator).to(dtype).transpose(2, 3)
+    return both[0], both[1]
+
+
+def small_integers(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """For `draw`: few distinct keys, so that many scores tie exactly."""
+    return torch.randint(-2, 3, shape, generator=generator)
 
 
 def call_of(case: Case, **changes: Any) -> Arguments:

@@ -8,64 +8,20 @@ from collections.abc import Iterator
 import pytest
 import sparq_kernels
 import torch
-from sparq_kernels import BLOCK
 from sparq_kernels.reference import decode_reference
 
-from tests.kernels.cases import Case, check_against_equations, check_same, make_case, run_operator, run_reference
+from tests.kernels.cases import (
+    CASES,
+    Case,
+    check_against_equations,
+    check_same,
+    make_case,
+    run_operator,
+    run_reference,
+    small_integers,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-CASES = {
-    "one position": {"cached": 1, "r": 4, "k": 1},
-    "k = 1": {"r": 4, "k": 1},
-    "k = 1, window": {"r": 4, "k": 1, "local": 1},
-    "k = S": {"r": 4, "k": 300},
-    "k > S": {"r": 4, "k": 900},
-    "k = S - 1": {"r": 4, "k": 299},
-    "local = k": {"r": 4, "k": 20, "local": 20},
-    "local = 0": {"r": 4, "k": 20, "local": 0},
-    "r = d": {"r": 16, "k": 20},
-    "r = 1": {"r": 1, "k": 20},
-    "one tile": {"cached": 256, "r": 4, "k": 20},
-    "one past a tile": {"cached": 257, "r": 4, "k": 20},
-    "one block": {"cached": BLOCK, "r": 4, "k": 20},
-    "one past a block": {"cached": BLOCK + 1, "r": 4, "k": 20},
-    "components in groups of 8, 4 and 1": {"cached": BLOCK + 300, "head_dim": 40, "r": 30, "k": 20},
-    "head_dim 1": {"head_dim": 1, "r": 1, "k": 20},
-    "head_dim 7": {"head_dim": 7, "r": 3, "k": 20},
-    "head_dim 80": {"head_dim": 80, "r": 20, "k": 20},
-    "head_dim 512": {"head_dim": 512, "num_heads": 2, "num_kv_heads": 1, "r": 64, "k": 20},
-    "group 1": {"num_heads": 3, "num_kv_heads": 3, "r": 4, "k": 20},
-    "group 3": {"num_heads": 6, "r": 4, "k": 40},
-    "group 5": {"num_heads": 5, "num_kv_heads": 1, "r": 4, "k": 20},
-    "group 8": {"num_heads": 8, "num_kv_heads": 1, "r": 4, "k": 20},
-    "group 71": {"num_heads": 71, "num_kv_heads": 1, "r": 4, "k": 20},
-    "many heads": {"batch": 2, "num_heads": 32, "num_kv_heads": 16, "r": 4, "k": 20},
-    "one head": {"num_heads": 1, "num_kv_heads": 1, "cached": 3000, "r": 4, "k": 200},
-    "budget from the length": {"batch": 3, "lengths": [300, 100, 9], "r": 4, "k": 6, "k_divisor": 4},
-    "ragged": {"batch": 4, "lengths": [300, 1, 0, 256], "r": 4, "k": 20},
-    "left padding": {"batch": 4, "starts": [0, 299, 300, 255], "r": 4, "k": 20},
-    "ragged with left padding": {"batch": 3, "lengths": [300, 290, 7], "starts": [100, 255, 9], "r": 4, "k": 20},
-    "holes": {"batch": 2, "holes": 0.5, "r": 4, "k": 20},
-    "nearly all holes": {"batch": 4, "cached": 1500, "holes": 0.99, "r": 4, "k": 8},
-    "everything at once": {
-        "batch": 3,
-        "cached": 900,
-        "lengths": [900, 700, 513],
-        "starts": [1, 512, 300],
-        "holes": 0.3,
-        "r": 5,
-        "k": 30,
-        "local": 7,
-        "softcap": 4.0,
-        "scale": 0.4,
-        "mean_value": False,
-    },
-    "softcap": {"r": 4, "k": 20, "softcap": 2.0},
-    "scale": {"r": 4, "k": 20, "scale": 2.5},
-    "negative scale": {"r": 4, "k": 20, "scale": -0.3},
-    "no mean value": {"r": 4, "k": 20, "mean_value": False},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -118,10 +74,6 @@ def test_any_number_of_threads_gives_the_same_bits(shape: tuple[int, int, int], 
     assert torch.equal(result.output, again.output)
     assert torch.equal(result.alpha, again.alpha)
     assert torch.equal(result.positions, again.positions)
-
-
-def small_integers(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(-2, 3, shape, generator=generator)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sparq_kernels
 import torch
-from sparq_kernels import BLOCK, operator
+from sparq_kernels import BLOCK, backends, operator
 from sparq_kernels.arguments import check_arguments
 
 from tests.kernels.cases import Case, call_of, make_case
@@ -81,11 +81,11 @@ def test_without_triton_one_warning_says_what_it_costs(
     monkeypatch.setitem(sys.modules, "triton", None)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    operator.triton_kernels.cache_clear()
+    backends.triton_kernels.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert sparq_kernels.backend("cuda") == sparq_kernels.backend("cuda") == "reference"
-    operator.triton_kernels.cache_clear()
+    backends.triton_kernels.cache_clear()
     assert [str(w.message).startswith("sparq_kernels: no GPU kernels") for w in caught] == [True] * warned
 
 

@@ -50,13 +50,13 @@ def append(
     if HAS_POSITION:
         s += tl.load(position + b * position_stride)
     d = tl.arange(0, DP)
-    here = (d < D) & (s >= 0) & (s < capacity)
-    k = tl.load(new_key + b * new_key_batch + h * new_key_head + d, mask=d < D, other=0.0)
-    v = tl.load(new_value + b * new_value_batch + h * new_value_head + d, mask=d < D, other=0.0)
-    tl.store(keys + b * keys_batch + h * keys_head + s * keys_position + d, k, mask=here)
-    tl.store(values + b * values_batch + h * values_head + s * values_position + d, v, mask=here)
-    block = components + b * components_batch + h * components_head + (s // BLOCK_SIZE) * components_block
-    tl.store(block + d * BLOCK_SIZE + s % BLOCK_SIZE, k, mask=here)
-    if HAS_SUM:
-        total = value_sum + b * sum_batch + h * sum_head + d
-        tl.store(total, tl.load(total, mask=here, other=0.0) + v.to(tl.float32), mask=here)
+    if (s >= 0) & (s < capacity):
+        k = tl.load(new_key + b * new_key_batch + h * new_key_head + d, mask=d < D, other=0.0)
+        v = tl.load(new_value + b * new_value_batch + h * new_value_head + d, mask=d < D, other=0.0)
+        tl.store(keys + b * keys_batch + h * keys_head + s * keys_position + d, k, mask=d < D)
+        tl.store(values + b * values_batch + h * values_head + s * values_position + d, v, mask=d < D)
+        block = components + b * components_batch + h * components_head + (s // BLOCK_SIZE) * components_block
+        tl.store(block + d * BLOCK_SIZE + s % BLOCK_SIZE, k, mask=d < D)
+        if HAS_SUM:
+            total = value_sum + b * sum_batch + h * sum_head + d
+            tl.store(total, tl.load(total, mask=d < D, other=0.0) + v.to(tl.float32), mask=d < D)

@@ -11,6 +11,7 @@ CUDA graphs, and never shared by two streams.  No kernel expects it to be initia
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from typing import Any, NamedTuple
@@ -20,7 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..append import AppendArguments
 from ..arguments import Arguments
+from .append import append as append_kernel
 from .attention import gather
 from .fused import fused as fused_kernel
 from .rows import CHUNK, INFO, count_masked
@@ -123,11 +126,49 @@ def _warps(width: int) -> int:
 
 def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """Results as `reference.decode_reference` gives them.  Values of `length` and `start` out of range are clamped."""
-    device = call.query.device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _run(plan, call)
-    return _run(plan, call)
+    with _current(call.query.device):
+        return _run(plan, call)
+
+
+def append(call: AppendArguments) -> None:
+    """For arguments that have been checked."""
+    batch, heads, capacity, head_dim = call.key.shape
+    new_key = call.new_key if call.new_key.stride(3) == 1 else call.new_key.contiguous()
+    new_value = call.new_value if call.new_value.stride(3) == 1 else call.new_value.contiguous()
+    value_sum = call.key if call.value_sum is None else call.value_sum
+    position = call.key if call.position is None else call.position
+    with _current(call.key.device):
+        append_kernel[(batch * heads,)](
+            new_key,
+            *new_key.stride()[:2],
+            new_value,
+            *new_value.stride()[:2],
+            call.key,
+            *call.key.stride()[:3],
+            call.value,
+            *call.value.stride()[:3],
+            call.key_components,
+            *call.key_components.stride()[:3],
+            value_sum,
+            *value_sum.stride()[:2],
+            position,
+            position.stride(0),
+            call.offset,
+            capacity,
+            heads,
+            D=head_dim,
+            DP=triton.next_power_of_2(head_dim),
+            HAS_POSITION=call.position is not None,
+            HAS_SUM=call.value_sum is not None,
+            num_warps=1,
+        )
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor]:

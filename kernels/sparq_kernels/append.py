@@ -1,0 +1,164 @@
+"""One new token per row into everything a cache keeps: K rows, K components, V rows and the sum of V."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import triton_kernels
+from .layout import BLOCK, num_blocks
+
+MAX_CHECKED = 4096
+
+
+class AppendArguments(NamedTuple):
+    """One call, in the order of the operator's schema."""
+
+    key: Tensor
+    value: Tensor
+    key_components: Tensor
+    value_sum: Tensor | None
+    new_key: Tensor
+    new_value: Tensor
+    position: Tensor | None
+    offset: int
+
+
+def append(
+    key: Tensor,
+    value: Tensor,
+    key_components: Tensor,
+    value_sum: Tensor | None,
+    new_key: Tensor,
+    new_value: Tensor,
+    *,
+    position: int | Tensor,
+) -> None:
+    """Write a token's key and value into the storage, in place; on a GPU in one kernel that waits for nothing.
+
+    key, value: [B, Hkv, capacity, d], last axis contiguous.
+    key_components: [B, Hkv, blocks, d, BLOCK], room for at least `capacity` positions.
+    value_sum: [B, Hkv, d] float32, to which the value is added; None leaves the sum alone.
+    new_key, new_value: [B, Hkv, 1, d], the storage's dtype.
+    position: where it goes: an int, or int64 [B] on the storage's device, one for each row.
+    Raises ValueError for a wrong shape, stride, device or position, TypeError for a wrong dtype.  A tensor of positions
+    on a GPU is not looked at: one outside the storage writes nothing.
+    """
+    per_row = isinstance(position, Tensor)
+    _append_op(
+        key,
+        value,
+        key_components,
+        value_sum,
+        new_key,
+        new_value,
+        position if per_row else None,
+        0 if per_row else position,
+    )
+
+
+def append_default(*arguments: Any) -> None:
+    """Plain PyTorch, for any device."""
+    call = AppendArguments(*arguments)
+    check_append(call)
+    new_key, new_value = call.new_key[:, :, 0], call.new_value[:, :, 0]  # [B, Hkv, d]
+    if call.position is None:
+        s: Any = call.offset
+        call.key[:, :, s] = new_key
+        call.value[:, :, s] = new_value
+        call.key_components[:, :, s // BLOCK, :, s % BLOCK] = new_key
+    else:
+        s = call.position + call.offset
+        if s.device.type == "cpu" and not bool(((s >= 0) & (s < call.key.shape[2])).all()):
+            raise ValueError(f"position must be in [0, {call.key.shape[2]}), got {s.tolist()}")
+        b = torch.arange(len(s), device=s.device)
+        call.key[b, :, s] = new_key
+        call.value[b, :, s] = new_value
+        call.key_components[b, :, s // BLOCK, :, s % BLOCK] = new_key
+    if call.value_sum is not None:
+        call.value_sum.add_(new_value)
+
+
+def append_cuda(*arguments: Any) -> None:
+    gpu = triton_kernels()
+    if gpu is None:
+        return append_default(*arguments)
+    call = AppendArguments(*arguments)
+    check_append(call)
+    return gpu.append(call)
+
+
+def append_fake(*arguments: Any) -> None:
+    pass
+
+
+torch.library.define(
+    "sparq_kernels::append",
+    "(Tensor(a!) key, Tensor(b!) value, Tensor(c!) key_components, Tensor(d!)? value_sum, Tensor new_key, "
+    "Tensor new_value, Tensor? position, SymInt offset) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.impl("sparq_kernels::append", "default", append_default)
+torch.library.impl("sparq_kernels::append", "cuda", append_cuda)
+torch.library.register_fake("sparq_kernels::append", append_fake)
+_append_op = torch.ops.sparq_kernels.append.default
+
+
+_checked: set[tuple[object, ...]] = set()  # layouts that have passed: every token but the rare one repeats one
+
+
+def check_append(call: AppendArguments) -> None:
+    """Raise for a shape, dtype, device, stride or position that an implementation could not survive."""
+    layout = tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in call[:7])
+    if layout not in _checked:
+        _check_layout(call)
+        if len(_checked) >= MAX_CHECKED:
+            _checked.clear()
+        _checked.add(layout)
+    if call.position is None and not 0 <= call.offset < call.key.shape[2]:
+        raise ValueError(f"position must be in [0, {call.key.shape[2]}), got {call.offset}")
+
+
+def _check_layout(call: AppendArguments) -> None:
+    for name in ("key", "value", "key_components", "new_key", "new_value"):
+        if getattr(call, name) is None:  # the dispatcher lets that pass
+            raise TypeError(f"{name} must be a tensor, got None")
+    key = call.key
+    if key.dim() != 4:
+        raise ValueError(f"key must be [B, Hkv, capacity, d], got {list(key.shape)}")
+    batch, heads, capacity, head_dim = key.shape
+    blocks = num_blocks(capacity)
+    stored = call.key_components.shape
+    if len(stored) != 5 or stored[:2] != key.shape[:2] or stored[2] < blocks or stored[3:] != (head_dim, BLOCK):
+        wanted = f"[{batch}, {heads}, at least {blocks}, {head_dim}, {BLOCK}]"
+        raise ValueError(f"key_components must be {wanted}, got {list(stored)}")
+    shapes = {"value": key.shape, "new_key": (batch, heads, 1, head_dim), "new_value": (batch, heads, 1, head_dim)}
+    for name, shape in shapes.items():
+        if getattr(call, name).shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(getattr(call, name).shape)}")
+    for name in ("value", "key_components", "new_key", "new_value"):
+        tensor = getattr(call, name)
+        if tensor.dtype != key.dtype:
+            raise TypeError(f"{name} must have key's dtype {key.dtype}, got {tensor.dtype}")
+    if call.key_components.stride()[3:] != (BLOCK, 1) and head_dim > 1:
+        raise ValueError(f"key_components must have contiguous blocks [d, {BLOCK}], got {call.key_components.stride()}")
+    for name in ("key", "value"):
+        if getattr(call, name).stride(3) != 1 and head_dim > 1:
+            raise ValueError(f"{name} must be contiguous in its last axis, got strides {getattr(call, name).stride()}")
+    if call.value_sum is not None:
+        if call.value_sum.shape != (batch, heads, head_dim):
+            raise ValueError(f"value_sum must be [{batch}, {heads}, {head_dim}], got {list(call.value_sum.shape)}")
+        if call.value_sum.dtype != torch.float32 and call.value_sum.dtype != key.dtype:
+            raise TypeError(f"value_sum must be float32, got {call.value_sum.dtype}")
+        if call.value_sum.stride(2) != 1 and head_dim > 1:
+            raise ValueError(f"value_sum must be contiguous in its last axis, got strides {call.value_sum.stride()}")
+    if call.position is not None:
+        if call.position.shape != (batch,):
+            raise ValueError(f"position must be [{batch}], got {list(call.position.shape)}")
+        if call.position.dtype != torch.int64:
+            raise TypeError(f"position must be int64, got {call.position.dtype}")
+    for name, tensor in call._asdict().items():
+        if isinstance(tensor, Tensor) and tensor.device != key.device:
+            raise ValueError(f"{name} must be on key's device {key.device}, got {tensor.device}")

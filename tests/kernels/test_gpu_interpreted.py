@@ -1,0 +1,259 @@
+"""The Triton kernels in Triton's interpreter: every way through them against the reference, index for index."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import sparq_kernels
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sparq_kernels import BLOCK
+
+triton = pytest.importorskip("triton", reason="Triton has no build for this system")
+
+from sparq_kernels.append import AppendArguments  # noqa: E402
+from sparq_kernels.gpu import launch  # noqa: E402
+
+from tests.kernels.cases import (  # noqa: E402
+    CASES,
+    Case,
+    call_of,
+    check_against_equations,
+    check_same,
+    make_case,
+    new_token,
+    run_reference,
+    small_integers,
+    storage_of,
+)
+
+# Kernels divide by 0, and throw the result away, where nothing is valid; numpy has a word to say about it.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+MULTIPROCESSORS = 6  # 24 programs share the scoring of all heads
+# The ways through the kernels, as changes to what shapes this small would get.
+WAYS: dict[str, dict[str, Any]] = {
+    "select": {"fused": False, "select_width": 1024},
+    "distributed": {"fused": False, "select_width": 0, "part_width": 128},
+    "fused": {"fused": True, "select_width": 1024},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.INTERPRETED
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: MULTIPROCESSORS)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch memory and results begin as NaN, or as numbers that would lead outside everything."""
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else -(1 << 30))
+
+    monkeypatch.setattr(launch.torch, "empty", poisoned)
+
+
+def run_kernels(case: Case, way: str, **changes: Any) -> sparq_kernels.DecodeOutput:
+    call = call_of(case)
+    plan = launch.plan(call)._replace(**{**WAYS[way], **changes})
+    assert way == "distributed" or case.key.shape[2] <= plan.select_width
+    return sparq_kernels.DecodeOutput(*launch.run(plan, call))
+
+
+def fits(name: str, way: str) -> bool:
+    return way == "distributed" or CASES[name].get("cached", 300) <= 1024
+
+
+@pytest.mark.parametrize(("name", "way"), [(name, way) for way in WAYS for name in CASES if fits(name, way)])
+def test_equals_the_reference(name: str, way: str) -> None:
+    case = make_case(**CASES[name])
+    result = run_kernels(case, way)
+    assert result.output.isfinite().all() and result.alpha.isfinite().all()
+    reference = run_reference(case)
+    check_same(case, result, reference)
+    assert torch.equal(result.positions, reference.positions)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes_and_groups(dtype: torch.dtype, group: int, way: str) -> None:
+    """Ragged, padded, one row with fewer valid positions than k, r and k not powers of two."""
+    shape = (2, group, 1, 480, 64, dtype)
+    case = make_case(*shape, lengths=[480, 301], starts=[37, 270], r=21, k=45, seed=group)
+    result, reference = run_kernels(case, way), run_reference(case)
+    check_same(case, result, reference)
+    assert torch.equal(result.positions, reference.positions)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_head_dims(head_dim: int, way: str) -> None:
+    case = make_case(1, 4, 1, 260, head_dim, torch.float16, r=head_dim // 4, k=30)
+    result, reference = run_kernels(case, way), run_reference(case)
+    check_same(case, result, reference)
+    assert torch.equal(result.positions, reference.positions)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_long_row(way: str) -> None:
+    case = make_case(1, 4, 1, 4096, 128, torch.float16, starts=[100], r=32, k=256)
+    result = run_kernels(case, way, **({"part_width": 1024} if way == "distributed" else {"select_width": 4096}))
+    reference = run_reference(case)
+    torch.testing.assert_close(result.output, reference.output, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(result.alpha, reference.alpha, rtol=1e-4, atol=1e-5)
+    assert torch.equal(result.positions, reference.positions)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties_go_to_the_lower_index(dtype: torch.dtype, way: str) -> None:
+    case = make_case(2, 3, 1, 1000, 4, dtype, draw=small_integers, r=2, k=300, scale=0.25, local=3)
+    result = run_kernels(case, way)
+    check_same(case, result, run_reference(case))
+    for b in range(2):
+        assert [s for s in result.positions[b, 0, 0].tolist() if s >= 0] == case.head(b, 0).positions(2, 300, None, 3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_scores_equal(way: str) -> None:
+    """Every component and every score ties; in the distributed way more candidates than a program holds."""
+    case = make_case(cached=700, r=4, k=400, local=2)
+    case.query.zero_()
+    result = run_kernels(case, way)
+    check_same(case, result, run_reference(case))
+    assert result.positions[0, 0, 0].tolist() == [*range(398), 698, 699]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scores_that_underflow(way: str) -> None:
+    """The k-th score lies below the lowest bin, and below what float32 can hold."""
+    case = make_case(1, 2, 1, 700, 16, r=4, k=600, scale=40.0, local=0)
+    check_same(case, run_kernels(case, way), run_reference(case))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_zero_budget_row_gives_zeros(way: str) -> None:
+    case = make_case(batch=2, lengths=[0, 300], r=4, k=20)
+    case.value_sum[0] = torch.nan
+    result = run_kernels(case, way)
+    assert torch.equal(result.output[0], torch.zeros_like(result.output[0]))
+    assert torch.equal(result.alpha[0], torch.ones_like(result.alpha[0]))
+    assert (result.positions[0] == -1).all() and result.output[1].isfinite().all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("where", ["key", "value", "query", "value_sum", "key_components"])
+def test_poison_stays_in_its_head(where: str, way: str) -> None:
+    case = make_case(2, 4, 2, 300, 16, r=4, k=50)
+    clean = run_kernels(case, way)
+    tensor = getattr(case, where)
+    tensor[1, 2 : 4 if where == "query" else 1] = torch.nan  # the queries of KV head 1
+    if where != "query":
+        tensor[1, 1, 0] = torch.nan
+    result = run_kernels(case, way)
+    others = torch.ones(2, 4, dtype=torch.bool)
+    others[1, 2:] = False
+    assert torch.equal(result.output[others], clean.output[others])
+    assert torch.equal(result.alpha[others], clean.alpha[others])
+    positions = result.positions[1, 1, 0]
+    assert ((positions >= 0) & (positions < 300)).all() and (positions.diff() > 0).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_lengths_out_of_range_are_clamped(way: str) -> None:
+    """A GPU cannot be asked for its values without waiting for it."""
+    case = make_case(3, r=4, k=20, starts=[0, 0, 0])
+    expected = run_kernels(case, way)
+    case.length[:2] = torch.tensor([1 << 40, -5])
+    case.start[2] = -(1 << 40)
+    result = run_kernels(case, way)
+    for b in (0, 2):
+        assert torch.equal(result.output[b], expected.output[b])
+    assert not result.output[1].any()
+
+
+def test_strides_do_not_matter() -> None:
+    case = make_case(2, 4, 2, 300, 24, holes=0.2, starts=[5, 0], r=8, k=40)
+    compact = dataclasses.replace(case, key=case.key.contiguous(), value=case.value.contiguous())
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(*x.shape, 3)[..., 1].copy_(x)
+
+    scattered = dataclasses.replace(case, length=spread(case.length), start=spread(case.start))
+    for other in (compact, scattered):
+        for a, b in zip(run_kernels(other, "select"), run_kernels(case, "select"), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_positions_only_when_asked_for() -> None:
+    case = make_case(2, r=4, k=20)
+    call = call_of(case, return_positions=False)
+    output, alpha, positions = launch.run(launch.plan(call), call)
+    expected = run_reference(case)
+    torch.testing.assert_close(output, expected.output)
+    torch.testing.assert_close(alpha, expected.alpha)
+    assert positions.shape == (2, 2, 1, 0) and positions.dtype == torch.int64
+
+
+def test_neither_inputs_nor_their_storage_are_written() -> None:
+    case = make_case(2, 4, 2, 300, 16, holes=0.2, r=4, k=40)
+    before = [x.clone() for x in case.tensors if x is not None]
+    for way in WAYS:
+        run_kernels(case, way)
+    for old, new in zip(before, (x for x in case.tensors if x is not None), strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("position", [0, BLOCK + 7, [3, BLOCK, BLOCK + 7], [-1, 5, BLOCK + 8]])
+@pytest.mark.parametrize("with_sum", [True, False])
+def test_append(dtype: torch.dtype, position: int | list[int], with_sum: bool) -> None:
+    ours, theirs = (storage_of(3, 2, BLOCK + 8, 20, dtype) for _ in range(2))
+    tokens = new_token(3, 2, 20, dtype)
+    rows = [position] * 3 if isinstance(position, int) else position
+    for b, row in enumerate(rows):
+        if 0 <= row < BLOCK + 8:
+            at = [x[b : b + 1] for x in theirs]
+            sparq_kernels.append(*at[:3], at[3] if with_sum else None, *(x[b : b + 1] for x in tokens), position=row)
+    where = (None, position) if isinstance(position, int) else (torch.tensor(position), 0)
+    launch.append(AppendArguments(*ours[:3], ours[3] if with_sum else None, *tokens, *where))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@st.composite
+def any_case(draw: st.DrawFn) -> Case:
+    batch, kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 5))
+    cached, head_dim = draw(st.integers(1, 400)), draw(st.integers(1, 40))
+    local = draw(st.none() | st.integers(0, 50))
+    return make_case(
+        batch,
+        kv_heads * group,
+        kv_heads,
+        cached,
+        head_dim,
+        lengths=draw(st.lists(st.integers(0, cached), min_size=batch, max_size=batch)),
+        starts=draw(st.none() | st.lists(st.integers(0, cached), min_size=batch, max_size=batch)),
+        holes=draw(st.sampled_from([0.0, 0.3, 0.95])),
+        seed=draw(st.integers(0, 1000)),
+        r=draw(st.integers(1, head_dim)),
+        k=draw(st.integers(max(1, local or 0), 500)),
+        local=local,
+        k_divisor=draw(st.none() | st.integers(1, 9)),
+        softcap=draw(st.none() | st.just(3.0)),
+        mean_value=draw(st.booleans()),
+    )
+
+
+@given(any_case(), st.sampled_from(list(WAYS)))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_any_case_satisfies_the_equations(case: Case, way: str) -> None:
+    check_against_equations(case, run_kernels(case, way))
