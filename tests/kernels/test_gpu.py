@@ -1,0 +1,211 @@
+"""The Triton kernels on silicon, in the sizes they are launched in, against the reference on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sparq_kernels
+import torch
+
+from tests.kernels.cases import (
+    CASES,
+    Case,
+    call_of,
+    check_same,
+    make_case,
+    new_token,
+    run_operator,
+    run_reference,
+    small_integers,
+    storage_of,
+)
+
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU", allow_module_level=True)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+WAYS: dict[str, dict[str, Any]] = {
+    "select": {"fused": False, "select_width": 4096},
+    "distributed": {"fused": False, "select_width": 0},
+    "fused": {"fused": True, "select_width": 4096},
+}
+
+
+@pytest.fixture(autouse=True)
+def kernel_is_there() -> None:
+    assert sparq_kernels.backend("cuda") == "triton"
+
+
+@contextlib.contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def on_gpu(case: Case, device: str = "cuda") -> Case:
+    fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
+    return Case(**{name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in fields.items()})
+
+
+def on_cpu(output: tuple[torch.Tensor | None, ...]) -> sparq_kernels.DecodeOutput:
+    return sparq_kernels.DecodeOutput(*(None if x is None else x.cpu() for x in output))
+
+
+def run_way(case: Case, way: str) -> sparq_kernels.DecodeOutput:
+    from sparq_kernels.gpu import launch
+
+    call = call_of(case)
+    return sparq_kernels.DecodeOutput(*launch.run(launch.plan(call)._replace(**WAYS[way]), call))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_the_reference(name: str, dtype: torch.dtype, way: str) -> None:
+    case = make_case(dtype=dtype, **CASES[name])
+    check_same(case, on_cpu(run_way(on_gpu(case), way)), run_reference(case))
+
+
+@pytest.mark.parametrize("cached", [5000, 20000, 300000])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_long_rows(cached: int, group: int, dtype: torch.dtype) -> None:
+    """As launched: two programs' worth of keys and more; scores within rounding of the k-th may change places."""
+    shape = (1, 2 * group, 2, cached, 128, dtype)
+    case = make_case(*shape, starts=[77], r=32, k=64, k_divisor=16)
+    result, reference = on_cpu(run_operator(on_gpu(case))), run_reference(case)
+    budget = (cached - 77) // 16
+    for ours, theirs in zip(result.positions.flatten(0, 2), reference.positions.flatten(0, 2), strict=True):
+        assert len(set(ours.tolist()) & set(theirs.tolist())) >= budget - 1 - budget // 1000
+    torch.testing.assert_close(result.output, reference.output, rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(result.alpha, reference.alpha, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties_go_to_the_lower_index(dtype: torch.dtype, way: str) -> None:
+    case = make_case(2, 3, 1, 3000, 4, dtype, draw=small_integers, r=2, k=500, scale=0.25, local=3)
+    check_same(case, on_cpu(run_way(on_gpu(case), way)), run_reference(case))
+
+
+@pytest.mark.parametrize("cached", [3000, 9000, 70000])
+def test_all_scores_equal(cached: int) -> None:
+    case = make_case(cached=cached, r=4, k=cached // 2, local=2)
+    case.query.zero_()
+    result = on_cpu(run_operator(on_gpu(case)))
+    assert result.positions[0, 0, 0].tolist() == [*range(cached // 2 - 2), cached - 2, cached - 1]
+
+
+@pytest.mark.parametrize("cached", [3000, 20000])
+def test_every_run_gives_the_same_bits(cached: int) -> None:
+    case = on_gpu(make_case(4, 8, 2, cached, 64, torch.float16, r=16, k=300))
+    first = run_operator(case)
+    for _ in range(20):
+        for a, b in zip(run_operator(case), first, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.get_device_properties(0).total_memory < 60 << 30, reason="needs 60 GB of GPU memory")
+def test_offsets_beyond_two_to_the_31() -> None:
+    """2^20 positions of 32 heads: the last head begins behind the 2^31st element of each tensor."""
+    heads, cached, head_dim = 32, 1 << 20, 128
+    shape = (1, heads, cached, head_dim)
+    generator = torch.Generator("cuda").manual_seed(0)
+    key, value = (torch.randn(shape, dtype=torch.float16, device="cuda", generator=generator) for _ in range(2))
+    components = sparq_kernels.allocate_components(*shape, torch.float16, "cuda")
+    sparq_kernels.write_components(components, key, 0)
+    query = torch.randn(1, heads, 1, head_dim, dtype=torch.float16, device="cuda", generator=generator)
+    value_sum, length = value.sum(2, dtype=torch.float32), torch.tensor([cached], device="cuda")
+    tensors = (query, key, components, value, value_sum)
+    whole = sparq_kernels.decode(*tensors, length=length, r=16, k=2000, return_positions=True)
+    last = sparq_kernels.decode(
+        *(x[:, -1:].clone() for x in tensors), length=length, r=16, k=2000, return_positions=True
+    )
+    assert torch.equal(whole.positions[:, -1:], last.positions)
+    torch.testing.assert_close(whole.output[:, -1:], last.output)
+
+
+@pytest.mark.parametrize("cached", [3000, 20000])
+def test_launching_waits_for_nothing(cached: int) -> None:
+    case = on_gpu(make_case(2, 4, 2, cached, 64, torch.float16, starts=[3, 0], holes=0.1, r=16, k=100))
+    storage, tokens = [x.cuda() for x in storage_of(2, 2, 20, 12)], [x.cuda() for x in new_token(2, 2, 12)]
+    position = torch.tensor([3, 4], device="cuda")
+    with waiting_is_an_error():
+        run_operator(case)
+        sparq_kernels.append(*storage, *tokens, position=position)
+
+
+@pytest.mark.parametrize(("batch", "cached"), [(1, 3000), (1, 40000), (300, 500)])
+def test_graph_replays_with_other_lengths(batch: int, cached: int) -> None:
+    """Captured at one length, replayed while rows grow, k following their lengths."""
+    case = on_gpu(make_case(batch, 2, 1, cached, 64, torch.float16, r=16, k=20, k_divisor=8))
+    case.length.fill_(cached // 2)
+    run_operator(case)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_operator(case)
+    for length in (cached // 2, cached // 2 + 1, cached - 1, cached, 3):
+        case.length.fill_(length)
+        case.value_sum.copy_(case.value[:, :, :length].sum(2, dtype=torch.float32))
+        for x in captured:
+            x.fill_(-7)
+        graph.replay()
+        for a, b in zip(captured, run_operator(case), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_two_graphs_and_eager_calls_share_nothing() -> None:
+    cases = [on_gpu(make_case(2, 8, 2, 20000, 64, torch.float16, seed=seed, r=16, k=500)) for seed in range(3)]
+    expected = [[x.clone() for x in run_operator(case)] for case in cases]
+    graphs, outputs = [], []
+    for case in cases[:2]:
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            outputs.append(run_operator(case))
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    for _ in range(20):
+        torch.cuda.synchronize()
+        for graph, stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            eager = run_operator(cases[2])
+        torch.cuda.synchronize()
+        for result, right in zip([*outputs, eager], expected, strict=True):
+            for a, b in zip(result, right, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
+def test_the_other_device() -> None:
+    case = make_case(2, 8, 2, 5000, 64, torch.float16, r=16, k=300)
+    first, second = run_operator(on_gpu(case, "cuda:0")), run_operator(on_gpu(case, "cuda:1"))
+    assert torch.cuda.current_device() == 0 and second.output.device.index == 1
+    for a, b in zip(on_cpu(first), on_cpu(second), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("positions", [5, [3, 19, 4], [-1, 20, 1 << 40]])
+def test_append(dtype: torch.dtype, positions: int | list[int]) -> None:
+    ours, theirs = ([x.cuda() for x in storage_of(3, 2, 20, 12, dtype)], storage_of(3, 2, 20, 12, dtype))
+    tokens = new_token(3, 2, 12, dtype)
+    position = positions if isinstance(positions, int) else torch.tensor(positions, device="cuda")
+    sparq_kernels.append(*ours, *(x.cuda() for x in tokens), position=position)
+    for b, row in enumerate([positions] * 3 if isinstance(positions, int) else positions):
+        if 0 <= row < 20:
+            sparq_kernels.append(*(x[b : b + 1] for x in theirs), *(x[b : b + 1] for x in tokens), position=row)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_float64_takes_the_reference() -> None:
+    case = make_case(dtype=torch.float64, r=4, k=20)
+    torch.testing.assert_close(on_cpu(run_operator(on_gpu(case))).output, run_reference(case).output)
