@@ -1,0 +1,142 @@
+"""What the attention benchmark computes: one decode step over one layer's cache, and when the operator's is right."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import sparq_kernels
+import torch
+from sparq_kernels.layout import prefer_huge_pages
+from sparq_kernels.reference import decode_reference
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    cached: int
+    r: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"B={self.batch} {self.num_heads}/{self.num_kv_heads} S={self.cached} r={self.r} k={self.k}"
+
+    @property
+    def dense_elements(self) -> int:
+        return self.batch * self.num_kv_heads * 2 * self.cached * self.head_dim
+
+    @property
+    def sparse_elements(self) -> int:
+        return self.batch * self.num_kv_heads * (self.cached * self.r + 2 * self.k * self.head_dim)
+
+
+@dataclass
+class Inputs:
+    """One layer's cache and query."""
+
+    query: Tensor
+    key: Tensor
+    components: Tensor
+    value: Tensor
+    value_sum: Tensor
+    length: Tensor
+
+    def copy(self) -> Inputs:
+        """On pages as large as the plugin's cache asks for, dense and sparse alike."""
+        copies = [torch.empty_like(x) for x in vars(self).values()]
+        for new, old in zip(copies, vars(self).values(), strict=True):
+            prefer_huge_pages(new)
+            new.copy_(old)
+        return Inputs(*copies)
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    generator = torch.Generator(device).manual_seed(0)
+    rows = (shape.batch, shape.num_kv_heads, shape.cached, shape.head_dim)
+    query = 2 * torch.randn(shape.batch, shape.num_heads, 1, shape.head_dim, generator=generator, device=device)
+    key, value = (
+        torch.randn(rows, generator=generator, dtype=torch.float32, device=device).to(dtype) for _ in range(2)
+    )
+    components = sparq_kernels.allocate_components(*rows, dtype, device)
+    sparq_kernels.write_components(components, key, 0)
+    length = torch.full((shape.batch,), shape.cached, device=device)
+    return Inputs(query.to(dtype), key, components, value, value.float().sum(2), length)
+
+
+def sparq(shape: Shape, x: Inputs) -> Tensor:
+    out = sparq_kernels.decode(
+        x.query, x.key, x.components, x.value, x.value_sum, length=x.length, r=shape.r, k=shape.k
+    )
+    return out.output
+
+
+def relative_error(output: Tensor, expected: Tensor) -> float:
+    """Of the whole tensor, by its norm; NaN, which is never below a limit, when the output holds one."""
+    return float((output.reshape(expected.shape).float() - expected.float()).norm() / expected.float().norm())
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The relative error below which two computations of the same output agree."""
+    return 1e-3 if dtype == torch.float32 else 1e-2
+
+
+def disagreement(shape: Shape, x: Inputs) -> str | None:
+    """How the operator differs from the reference, or None: output and alpha must be equal up to the dtype's rounding,
+    and so must nearly all positions: scores within rounding of the k-th may change places."""
+    ours = sparq_kernels.decode(
+        x.query,
+        x.key,
+        x.components,
+        x.value,
+        x.value_sum,
+        length=x.length,
+        r=shape.r,
+        k=shape.k,
+        return_positions=True,
+    )
+    output, alpha, positions = decode_reference(
+        x.query,
+        x.key,
+        x.components,
+        x.value,
+        x.value_sum,
+        x.length,
+        None,
+        None,
+        r=shape.r,
+        k=shape.k,
+        k_divisor=None,
+        local=None,
+        scale=shape.head_dim**-0.5,
+        softcap=None,
+        mean_value=True,
+        return_positions=True,
+    )
+    # A kernel may take another path when nobody asks for positions, and that is the one measured.
+    for what, mine in (("output", ours.output), ("output without positions", sparq(shape, x))):
+        error = relative_error(mine, output)
+        if not error < rounding(x.query.dtype):
+            return f"{what} differs from the reference by {error:.1e}"
+    alpha_error = float((ours.alpha - alpha).abs().max())
+    if not alpha_error < 1e-4:
+        return f"alpha differs from the reference by {alpha_error:.1e}"
+    assert ours.positions is not None
+    shared = min(
+        len(set(a) & set(b)) / shape.k
+        for a, b in zip(ours.positions.flatten(0, 2).tolist(), positions.flatten(0, 2).tolist(), strict=True)
+    )
+    if not shared > 0.98:
+        return f"a head shares only {shared:.1%} of the reference's positions"
+    return None
+
+
+def quantiles(times: list[float]) -> tuple[float, tuple[float, float]]:
+    """Median, and (10 %, 90 %)."""
+    tenths = statistics.quantiles(times, n=10)
+    return statistics.median(times), (tenths[0], tenths[-1])
