@@ -2,9 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+OLDEST := .venv-oldest
+# Triton decides when it is imported whether kernels are interpreted: a run of its own. Exit status 5 is "no tests":
+# Triton has no build for this system.
+INTERPRETED := tests/kernels/test_gpu_interpreted.py || [ $$? -eq 5 ]
 QUESTIONS := $(foreach name,amber basalt cobalt dahlia ember,--question "The pass key of $(name) is")
 
-.PHONY: demo test lint format bench sanitize clean
+.PHONY: demo test test-oldest lint format bench sanitize clean
 
 demo: $(STAMP)
 	@echo "== A model that comes with the repository answers five questions about a text of 7,700 bytes =="
@@ -15,6 +19,13 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
+
+# The suite on the oldest versions supported, in a virtual environment of its own. (On Linux PyPI's torch 2.11 brings
+# CUDA along, 3 GB.)
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest
+	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest $(INTERPRETED)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -35,11 +46,13 @@ sanitize: $(STAMP)
 	$(BIN)/python tests/kernels/sanitize.py
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-oldest build dist *.egg-info
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): constraints.txt
+$(OLDEST)/.installed: constraints-oldest.txt
+%/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version)'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --upgrade pip
+	PYTHONWARNINGS=ignore $*/bin/python -m pip install --quiet --constraint $(filter constraints%,$^) --editable '.[dev,bench]'
 	touch $@

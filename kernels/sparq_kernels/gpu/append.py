@@ -6,11 +6,12 @@ import triton
 import triton.language as tl
 
 from ..layout import BLOCK
+from .rows import VARYING
 
 BLOCK_SIZE = tl.constexpr(BLOCK)
 
 
-@triton.jit(do_not_specialize=["offset", "capacity"])
+@triton.jit(do_not_specialize=VARYING)
 def append(
     new_key,
     new_key_batch,

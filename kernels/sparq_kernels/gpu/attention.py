@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import BUDGET, CHUNK, COUNT, INFO_SIZE
+from .rows import BUDGET, CHUNK, COUNT, INFO_SIZE, VARYING
 from .scoring import load_group, soften
 from .selection import normalisers
 
@@ -138,7 +138,7 @@ def _merge_head(
     store_output(output + g * D, alpha_out + g, y, alpha, D, 1)
 
 
-@triton.jit(do_not_specialize=["k_max", "logits_chunks"])
+@triton.jit(do_not_specialize=VARYING)
 def gather(
     query,
     query_batch,

@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 
 from .attention import attend, blend, store_output
-from .rows import CHUNK, bounds, row_info
+from .rows import CHUNK, VARYING, bounds, row_info
 from .scoring import load_group, score_tiles
 from .selection import keys_of, store_top
 
 
-@triton.jit(do_not_specialize=["S", "k", "k_divisor", "local", "k_max", "logits_chunks"])
+@triton.jit(do_not_specialize=VARYING)
 def fused(
     query,
     query_batch,

@@ -12,6 +12,20 @@ INFO = 8  # int32 values that `score` leaves for the kernels behind it, per KV h
 BEGIN, END, COUNT, BUDGET, WINDOW = (tl.constexpr(i) for i in range(5))
 ABOVE, CANDIDATES = (tl.constexpr(i) for i in range(5, 7))  # of the distributed selection
 INFO_SIZE = tl.constexpr(INFO)
+# Arguments of kernels that change from token to token, or between the layouts of one model's rows: compiling for their
+# divisors would compile in the middle of generation.
+VARYING = [
+    "length_stride",
+    "start_stride",
+    "mask_stride",
+    "position_stride",
+    "offset",
+    "capacity",
+    "S",
+    "k",
+    "k_divisor",
+]
+VARYING += ["local", "k_max", "parts", "logits_chunks"]
 CHUNK = tl.constexpr(256)  # logits and keys are stored in multiples of this many positions
 
 
@@ -44,7 +58,7 @@ def is_valid(s, begin, end, mask, HAS_MASK: tl.constexpr):
     return valid
 
 
-@triton.jit(do_not_specialize=["S", "k", "k_divisor", "local"])
+@triton.jit(do_not_specialize=VARYING)
 def count_masked(
     counts,  # int32 [B, 2]: valid positions, and the first one of the window
     length,

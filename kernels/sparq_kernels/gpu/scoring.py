@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..layout import BLOCK
-from .rows import BEGIN, BUDGET, CHUNK, COUNT, END, INFO_SIZE, WINDOW, bounds, is_valid, row_info
+from .rows import BEGIN, BUDGET, CHUNK, COUNT, END, INFO_SIZE, VARYING, WINDOW, bounds, is_valid, row_info
 from .topk import NAN_BITS, NEVER, top
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -101,7 +101,7 @@ def score_tiles(
     return highest, total
 
 
-@triton.jit(do_not_specialize=["S", "k", "k_divisor", "local", "logits_chunks"])
+@triton.jit(do_not_specialize=VARYING)
 def score(
     query,
     query_batch,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import ABOVE, BEGIN, BUDGET, CANDIDATES, CHUNK, END, INFO_SIZE, WINDOW, is_valid
+from .rows import ABOVE, BEGIN, BUDGET, CANDIDATES, CHUNK, END, INFO_SIZE, VARYING, WINDOW, is_valid
 from .topk import ALWAYS, NEVER, kth_largest, split_by, top
 
 BINS = 256
@@ -80,7 +80,7 @@ def store_top(key, s, budget, positions):
     tl.store(positions + slot, s, mask=chosen)
 
 
-@triton.jit(do_not_specialize=["k_max", "logits_chunks"])
+@triton.jit(do_not_specialize=VARYING)
 def select(
     logits,
     stats,
@@ -126,7 +126,7 @@ def _digit(key):
     return tl.minimum(tl.maximum((key >> SHIFT) - LOWEST, 0), HISTOGRAM_SIZE - 1)
 
 
-@triton.jit(do_not_specialize=["logits_chunks"])
+@triton.jit(do_not_specialize=VARYING)
 def histogram(
     logits,
     stats,
@@ -173,7 +173,7 @@ def histogram(
     tl.store(counts + (n * tl.num_programs(1) + part) * HISTOGRAM_SIZE + bins, count)
 
 
-@triton.jit(do_not_specialize=["parts", "logits_chunks"])
+@triton.jit(do_not_specialize=VARYING)
 def candidates(
     info,
     keys,
@@ -217,7 +217,7 @@ def candidates(
     tl.store(compact + n * stride + slot, key, mask=inside)
 
 
-@triton.jit(do_not_specialize=["parts", "k_max", "logits_chunks"])
+@triton.jit(do_not_specialize=VARYING)
 def choose(
     info,
     keys,
