@@ -71,7 +71,7 @@ def sparq_attention(
     batch, kv_heads, _, head_dim = key.shape
     components, value_sum = layer.index(plan.start, plan.mask)
     r = config.components(head_dim)
-    output, alpha, _ = sparq_kernels.decode(
+    output, alpha, _, _ = sparq_kernels.decode(
         query,
         key,
         components,

@@ -89,6 +89,7 @@ def select(
     mask_stride,
     positions,  # int32 [N, k_max], ascending
     Hkv,
+    Q,
     k_max,
     logits_chunks,
     G: tl.constexpr,
@@ -110,7 +111,7 @@ def select(
         tl.load(row + BEGIN),
         tl.load(row + END),
         tl.load(row + WINDOW),
-        mask + (n // Hkv) * mask_stride,
+        mask + n // (Hkv * Q) * mask_stride,
         M,
         inverse,
         G,
@@ -136,6 +137,7 @@ def histogram(
     keys,  # int32 [N, logits_chunks * CHUNK]
     counts,  # int32 [N, parts, BINS]
     Hkv,
+    Q,
     logits_chunks,
     G: tl.constexpr,
     GP: tl.constexpr,
@@ -157,7 +159,7 @@ def histogram(
         tl.load(row + BEGIN),
         tl.load(row + END),
         tl.load(row + WINDOW),
-        mask + (n // Hkv) * mask_stride,
+        mask + n // (Hkv * Q) * mask_stride,
         M,
         inverse,
         G,
