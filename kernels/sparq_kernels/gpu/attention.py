@@ -285,8 +285,10 @@ def gather(
             DP,
             HAS_MASK,
         )
-        results = (output + first_result * D, alpha_out + first_result, lse_out + first_result, Q)
-        merged = (partial, partial_y, mean, count, budget, active, *results)
+        output += first_result * D
+        alpha_out += first_result
+        lse_out += first_result
+        merged = (partial, partial_y, mean, count, budget, active, output, alpha_out, lse_out, Q)
         if G <= 8:
             for g in tl.static_range(G):
                 _merge_head(g, *merged, G, D, DP, PARTS, MEAN_VALUE)

@@ -63,7 +63,7 @@ def keys_of(
     """int32 [WIDTH]: the group's summed softmax as bits, ALWAYS in the window, NEVER where invalid."""
     score = tl.zeros([WIDTH], tl.float32)
     in_storage = s < logits_stride
-    if G <= 8:
+    if G <= 4:  # more at a time would need more registers than there are
         for g in tl.static_range(G):
             score = _add_score(score, logits + g * logits_stride, s, in_storage, g, M, inverse, GP)
     else:
