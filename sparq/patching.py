@@ -143,6 +143,9 @@ def patched(model: Model, config: SparqConfig | None = None, **knobs: Any) -> It
 def report(model: PreTrainedModel) -> Report:
     """What `model` has done since it was patched: print it, or take its `to_dict()`.
 
+    Of several processes each counts its own: tensor parallel its share of the heads in every step (bytes and α are
+    those heads'), data parallel its share of the prompts.
+
     Raises:
         ValueError: the model is not patched.
     """
