@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,12 +25,15 @@ def launch(*command: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # a group of its own: the launcher's children end with it
     )
     try:
         said, _ = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
+        process.terminate()  # torchrun ends its workers, which are in groups of their own
+        try:
+            said, _ = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, _ = process.communicate()
         raise AssertionError(f"{' '.join(command)} was not done after {SECONDS} s:\n{said[-4000:]}") from None
     assert process.returncode == 0, f"{' '.join(command)}:\n{said[-4000:]}"
