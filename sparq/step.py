@@ -11,6 +11,8 @@ from transformers.cache_utils import Cache
 
 from sparq.config import SparqConfig
 from sparq.counters import Counters
+from sparq.static_cache import SparqStaticLayer
+from sparq.static_plan import StaticPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,17 @@ class Step:
         self.config = config
         self.counters = counters
         self.attention_calls = 0
-        self.is_prompt = cache is not None and not any(getattr(layer, "is_initialized", True) for layer in cache.layers)
+        static = [] if cache is None else [layer for layer in cache.layers if isinstance(layer, SparqStaticLayer)]
+        if static:  # a static cache may have been reset: all its layers stay initialised then
+            self.is_prompt = not any(layer.is_filled for layer in static)
+        else:
+            self.is_prompt = cache is not None and not any(
+                getattr(layer, "is_initialized", True) for layer in cache.layers
+            )
+        self.counts_on_device = bool(static) or torch.compiler.is_compiling()
         self._plan: tuple[Tensor | None, int, torch.device, Plan] | None = None
+        self._static_plan: tuple[Tensor | None, torch.device, StaticPlan] | None = None
+        self._static_counts: tuple[StaticPlan, tuple[int, ...], Tensor] | None = None
 
     def layer(self, layer_idx: int) -> Any:
         """The cache's layer, or None where there is no such."""
@@ -52,6 +63,21 @@ class Step:
         ):
             self._plan = (attention_mask, length, device, self._make_plan(attention_mask, length, batch, device))
         return self._plan[3]
+
+    def static_plan(self, attention_mask: Tensor | None, length: Tensor, keys: Tensor) -> StaticPlan:
+        """The plan of the newest token on a static cache: keys [B, Hkv, S, d], `length` (int64 []) of S are filled."""
+        held = self._static_plan
+        if held is None or held[0] is not attention_mask or held[1] != keys.device:
+            plan = StaticPlan.make(attention_mask, length, keys.shape[0], keys.shape[2], self.config)
+            self._static_plan = held = (attention_mask, keys.device, plan)
+        return held[2]
+
+    def static_counts(self, plan: StaticPlan, *shape: int) -> Tensor:
+        """`plan.counts(*shape)`, made once for all layers of a shape."""
+        held = self._static_counts
+        if held is None or held[0] is not plan or held[1] != shape:
+            self._static_counts = held = (plan, shape, plan.counts(*shape))
+        return held[2]
 
     def _make_plan(self, attention_mask: Tensor | None, length: int, batch: int, device: torch.device) -> Plan:
         lengths = torch.full((batch,), length, dtype=torch.int64, device=device)
