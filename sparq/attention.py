@@ -53,13 +53,15 @@ def sparq_attention(
         return dense()
     sparq_step.attention_calls += 1
     step, query_length, length = sparq_step, query.shape[2], key.shape[2]
+    is_prompt = step.is_prompt or query_length == length
+    if not query_length or (is_prompt and not step.counts_on_device):
+        return dense()
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
     layer = step.layer(layer_idx)
     is_static = isinstance(layer, SparqStaticLayer)
-    is_prompt = step.is_prompt or query_length == length
     if step.counts_on_device:
         step.counters.prepare(layer_idx, key.device)
-    if not query_length or (is_prompt and not is_static):
+    if is_prompt and not is_static:
         return dense()
 
     # With a static cache a prompt, too, is looked at as if it were its last token: what is valid is known now, and the
@@ -67,17 +69,16 @@ def sparq_attention(
     newest = query[:, :, -1:] if is_static else query
     reason = _dense_reason(step, layer_idx, newest, key, value, dropout, kwargs)
     plan: Plan | StaticPlan | None = None
-    if reason is None:
-        if is_static:
-            plan = step.static_plan(attention_mask, layer.cumulative_length, key)
-        else:
-            plan = step.plan(attention_mask, length, key.shape[0], key.device)
+    other_sum = None
+    if reason is None and is_static:
+        plan = step.static_plan(attention_mask, layer.cumulative_length, key)
         reason = plan.dense_reason
-    if reason is None:
-        other_sum = None
-        if is_static:
+        if reason is None:
             components, value_sum, other_sum = layer.index(plan.mask)
-        else:
+    elif reason is None:
+        plan = step.plan(attention_mask, length, key.shape[0], key.device)
+        reason = plan.dense_reason
+        if reason is None:
             components, value_sum = layer.index(plan.start, plan.mask)
     if is_prompt:
         return dense()

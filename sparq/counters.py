@@ -87,13 +87,13 @@ class Counters:
 
     def prepare(self, layer: int, device: torch.device) -> None:
         """Make a layer's totals on `device`; a compiled graph that finds them there is not compiled twice."""
-        totals = self.totals.get(layer)
-        if totals is not None and totals.counts.device == device:
-            return
-        if totals is not None:  # the model has been moved
-            with self._lock:
+        with self._locked():
+            totals = self.totals.get(layer)
+            if totals is not None and totals.counts.device == device:
+                return
+            if totals is not None:  # the model has been moved
                 self.layers[layer] = self.layers.get(layer, LayerCounters()).plus(totals)
-        self.totals[layer] = Totals(device)
+            self.totals[layer] = Totals(device)
 
     def dense_on_device(self, layer: int, reason: str, bytes_dense: int) -> None:
         """As `dense`, without a number of Python's that a compiled graph would have to change."""

@@ -21,6 +21,8 @@ class SparqStaticLayer(StaticLayer):
     compiled twice.
     """
 
+    keys: Tensor  # [B, Hkv, max_cache_len, d]; None before initialisation, like `values`
+    values: Tensor
     components: Tensor | None  # [B, Hkv, blocks, d, BLOCK], for all positions
     value_sum: Tensor | None  # [B, Hkv, d] float32
     summed: Tensor | None  # [B, max_cache_len] bool, the positions that `value_sum` is the sum of
@@ -76,9 +78,7 @@ class SparqStaticLayer(StaticLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         assert self.components is not None
         position = self.cumulative_length.expand(key_states.shape[0])
-        sparq_kernels.append(
-            self.keys, self.values, self.components, None, key_states, value_states, position=position
-        )
+        sparq_kernels.append(self.keys, self.values, self.components, None, key_states, value_states, position=position)
         self.cumulative_length.add_(1)
         self.lacks_one = True
         return self.keys, self.values
@@ -89,7 +89,6 @@ class SparqStaticLayer(StaticLayer):
         held = (self.keys, self.values, self.components, self.value_sum, self.summed)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
-    @torch.no_grad()
     def index(self, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Bring the index up to the current length and return it. The layer must have one (`components`).
 
@@ -102,6 +101,10 @@ class SparqStaticLayer(StaticLayer):
             in a compiled graph nobody can wait for that answer: there the validity of a position must not change
             after the step (of one or many tokens) that wrote it. Elsewhere V is summed anew where it has.
         """
+        with torch.no_grad():  # not as a decorator: Dynamo cannot look through one on a layer made inside a graph
+            return self._index(valid)
+
+    def _index(self, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         assert self.components is not None and self.value_sum is not None and self.summed is not None
         if self.stale:
             layout.write_components(self.components, self.keys, 0)
@@ -137,7 +140,7 @@ class SparqStaticLayer(StaticLayer):
             self.stale = False  # an index of nothing; what the components still hold is never read
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._map_index(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def offload(self) -> None:

@@ -37,9 +37,9 @@ class StaticPlan:
             else:
                 mask = attention_mask[:, 0, -1, :capacity].to(length.device)
                 if mask.dtype != torch.bool:
-                    visible = mask > torch.finfo(mask.dtype).min / 2
-                    ignored_bias = (visible & (mask != 0)).any()
-                    mask = visible
+                    masked_out = mask <= torch.finfo(mask.dtype).min / 2
+                    ignored_bias = ((mask != 0) & ~masked_out).any()
+                    mask = ~masked_out
                     if length.device.type == "cpu" and not torch.compiler.is_compiling():  # reading it costs nothing
                         reason = "attention mask with a bias" if bool(ignored_bias) else None
                         ignored_bias = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,18 +88,21 @@ class Step:
             why = "attention mask that is not [batch, 1, 1, length]"
             return Plan(lengths, None, None, 0, 0, why)
         mask = attention_mask[:, 0, 0, :length].to(device).expand(batch, length)
+        biased = None
         if mask.dtype != torch.bool:
-            visible = mask == 0
-            if not bool((visible | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
-                return Plan(lengths, None, None, 0, 0, "attention mask with a bias")
-            mask = visible
+            biased = ~((mask == 0) | (mask <= torch.finfo(mask.dtype).min / 2))
+            mask = mask == 0
         valid = mask.sum(-1)
-        start = mask.to(torch.uint8).argmax(-1)  # the first valid position
-        counts, starts = valid.tolist(), start.tolist()
+        first = mask.to(torch.uint8).argmax(-1)  # the first valid position
+        # All that Python has to know, read back at once: on a GPU every such moment waits for all work before it.
+        known = torch.stack((valid, first, torch.zeros_like(valid) if biased is None else biased.sum(-1)))
+        counts, starts, biases = known.tolist()
+        if any(biases):
+            return Plan(lengths, None, None, 0, 0, "attention mask with a bias")
         if all(count == length for count in counts):
             return self._counted(lengths, None, None, counts)
-        if all(count == length - first for count, first in zip(counts, starts, strict=True)):
-            return self._counted(lengths, start, None, counts)
+        if all(count == length - start for count, start in zip(counts, starts, strict=True)):
+            return self._counted(lengths, _starts(tuple(starts), device), None, counts)
         # A copy: the cache remembers it, and the caller may go on to change the mask in place.
         return self._counted(lengths, None, mask.clone(memory_format=torch.contiguous_format), counts)
 
@@ -106,3 +110,10 @@ class Step:
         read = [self.config.positions(count) for count in counts]
         reason = "k covers the context" if read == counts else None
         return Plan(length, start, mask, sum(counts), sum(read), reason)
+
+
+@functools.lru_cache(maxsize=64)
+def _starts(starts: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 [B]. The same padding is the same tensor in every step, so that no layer has to compare two on a GPU."""
+    with torch.inference_mode(False):
+        return torch.tensor(starts, dtype=torch.int64, device=device)

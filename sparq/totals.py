@@ -46,11 +46,10 @@ class Totals:
         self.counts[SLOTS.index(reason if reason in REASONS else OTHER_REASON)] += 1
         self.counts[SLOTS.index("bytes_read") : SLOTS.index("bytes_dense") + 1] += bytes_dense
 
-    @torch.no_grad()
     def sparse(self, counts: Tensor, alpha: Tensor, other_sum: Tensor | None, ignored_bias: Tensor | None) -> None:
         """counts: int64 [len(SPARSE)].  alpha: any shape.  The doubts: bool [], or None where there is none."""
         self.counts[: len(SPARSE)] += counts
-        self.alpha += alpha.sum(dtype=torch.float64)
+        self.alpha += alpha.detach().sum(dtype=torch.float64)
         for slot, doubt in enumerate((other_sum, ignored_bias), len(SPARSE)):
             if doubt is not None:
                 self.counts[slot] += doubt
