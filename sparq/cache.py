@@ -9,7 +9,9 @@ import sparq_kernels
 import torch
 from sparq_kernels import BLOCK, layout
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+from sparq.static_cache import SparqStaticLayer
 
 CAPACITY_STEP = 256  # positions: storage is made for a multiple of this
 
@@ -256,10 +258,15 @@ class SparqLayer(DynamicLayer):
 
 
 def upgrade(cache: Cache) -> None:
-    """Make the plain dynamic layers of `cache` SparQ layers, in place; all other layers stay as they are."""
+    """Make the plain dynamic and static layers of `cache` SparQ layers, in place; all other layers stay as they are.
+
+    Static layers that are offloaded stay, too: K and V leave the device before a sparse step could read them.
+    """
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[i] = SparqLayer.adopt(layer)
+        elif type(layer) is StaticLayer and not cache.offloading:
+            cache.layers[i] = SparqStaticLayer.adopt(layer)
 
 
 def _grown(storage: Tensor | None, states: Tensor, used: int, capacity: int) -> Tensor:
