@@ -1,13 +1,15 @@
-"""The attention function of a patched model: prompts dense, as before; single new tokens sparse."""
+"""The attention function of a patched model: prompts dense, as before; a few new tokens at a time sparse."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import sparq_kernels
+import torch
+from sparq_kernels.arguments import MAX_QUERY_LENGTH
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicLayer, StaticLayer
@@ -49,58 +51,103 @@ def sparq_attention(
         The output [B, Q, Hq, d], and the attention weights where `base` gives them.
     """
     dense = partial(_dense, base, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    if sparq_step is None:
+    step = sparq_step
+    if step is None:
         return dense()
-    sparq_step.attention_calls += 1
-    step, query_length, length = sparq_step, query.shape[2], key.shape[2]
-    is_prompt = step.is_prompt or query_length == length
-    if not query_length or (is_prompt and not step.counts_on_device):
+    step.attention_calls += 1
+    query_length = query.shape[2]
+    if not query_length:
         return dense()
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
     layer = step.layer(layer_idx)
     is_static = isinstance(layer, SparqStaticLayer)
     if step.counts_on_device:
         step.counters.prepare(layer_idx, key.device, key.dtype)
-    if is_prompt and not is_static:
-        return dense()
-
-    # With a static cache a prompt, too, is looked at as if it were its last token: what is valid is known now, and the
-    # next step, which goes on from the index, may be a compiled one.
-    newest = query[:, :, -1:] if is_static else query
-    reason = _dense_reason(step, layer_idx, newest, key, value, dropout, kwargs)
-    plan: Plan | StaticPlan | None = None
-    other_sum = None
-    if reason is None and is_static:
-        plan = step.static_plan(attention_mask, layer.cumulative_length, key)
-        reason = plan.dense_reason
-        if reason is None:
-            components, value_sum, other_sum = layer.index(plan.mask)
-    elif reason is None:
-        plan = step.plan(attention_mask, length, key.shape[0], key.device)
-        reason = plan.dense_reason
-        if reason is None:
-            components, value_sum = layer.index(plan.start, plan.mask)
-    if is_prompt:
-        return dense()
-    if is_static and query_length > 1:
-        reason = reason or "several new tokens at once"
-    if reason is not None or plan is None:
+    if step.is_prompt or query_length == key.shape[2]:
+        if is_static:
+            # Looked at as if it were its last token: what is valid is known now, and the next step, which goes on from
+            # the index, may be a compiled one.
+            _prepare(step, layer_idx, query[:, :, -1:], key, value, attention_mask, dropout, kwargs)
+            return dense()
+        if not 0 < step.drafts < query_length == key.shape[2]:
+            return dense()
+        prompt = query_length - step.drafts
+        full_query, query = query, query[:, :, prompt:]
+    ready = _prepare(step, layer_idx, query, key, value, attention_mask, dropout, kwargs)
+    if isinstance(ready, str):
         bytes_dense = 2 * key.numel() * key.element_size()
         if step.counts_on_device:
-            step.counters.dense_on_device(layer_idx, reason or "", bytes_dense)
+            step.counters.dense_on_device(layer_idx, ready, bytes_dense)
         else:
-            step.counters.dense(layer_idx, reason or "", bytes_dense)
+            step.counters.dense(layer_idx, ready, bytes_dense)
         return dense()
+    # Under SDPA the model's dense steps know no cap: older versions of transformers allow that, newer refuse it.
+    softcap = kwargs.get("softcap") if base == "eager" else None
+    output = _decode(step, layer_idx, query, key, value, ready, scaling, softcap).transpose(1, 2)
+    if query.shape[2] < query_length:
+        rows = [x[:, :, :prompt] for x in (full_query, key, value)]
+        mask = None if attention_mask is None else attention_mask[:, :, :prompt, :prompt]
+        before, _ = _dense(base, module, *rows, mask, scaling, dropout, **kwargs)
+        output = torch.cat([before, output], 1)
+    return output, None
 
-    config = step.config
+
+class _Ready(NamedTuple):
+    """What a sparse step reads besides K and V."""
+
+    plan: Plan | StaticPlan
+    components: Tensor
+    value_sum: Tensor
+    other_sum: Tensor | None  # of a static layer: whether the sum is of other positions
+
+
+def _prepare(
+    step: Step,
+    layer_idx: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> _Ready | str:
+    """The plan of the step and the layer's index, brought up to date; or why the step must be dense."""
+    reason = _dense_reason(step, layer_idx, query, key, value, dropout, kwargs)
+    if reason is not None:
+        return reason
+    layer, queries = step.layer(layer_idx), query.shape[2]
+    if isinstance(layer, SparqStaticLayer):
+        static = step.static_plan(attention_mask, layer.cumulative_length, key)
+        if static.dense_reason is not None:
+            return static.dense_reason
+        index = layer.index(static.mask)
+        return "several new tokens at once" if queries > 1 else _Ready(static, *index)
+    plan = step.plan(attention_mask, key.shape[2], key.shape[0], key.device, queries)
+    if plan.dense_reason is not None:
+        return plan.dense_reason
+    return _Ready(plan, *layer.index(plan.start, plan.mask), None)
+
+
+def _decode(
+    step: Step,
+    layer_idx: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ready: _Ready,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """The sparse step itself, counted: [B, Hq, Q, d]."""
+    config, plan = step.config, ready.plan
     batch, kv_heads, _, head_dim = key.shape
-    r = config.components(head_dim)
+    queries, r = query.shape[2], config.components(head_dim)
     output, alpha, _, _ = sparq_kernels.decode(
         query,
         key,
-        components,
+        ready.components,
         value,
-        value_sum,
+        ready.value_sum,
         length=plan.length,
         start=plan.start,
         mask=plan.mask,
@@ -109,14 +156,13 @@ def sparq_attention(
         k_divisor=config.k_divisor,
         local=config.local,
         scale=scaling,
-        # Under SDPA the model's dense steps know no cap: older versions of transformers allow that, newer refuse it.
-        softcap=kwargs.get("softcap") if base == "eager" else None,
+        softcap=softcap,
         mean_value=config.mean_value,
     )
     per_position = kv_heads * key.element_size()
     if isinstance(plan, StaticPlan):
         counts = step.static_counts(plan, per_position, r, head_dim, alpha.numel())
-        step.counters.sparse_on_device(layer_idx, alpha, counts, other_sum, plan.ignored_bias)
+        step.counters.sparse_on_device(layer_idx, alpha, counts, ready.other_sum, plan.ignored_bias)
     else:
         step.counters.sparse(
             layer_idx,
@@ -124,10 +170,10 @@ def sparq_attention(
             key.dtype,
             positions_cached=plan.valid,
             positions_read=plan.read,
-            bytes_read=per_position * (plan.valid * r + 2 * plan.read * head_dim + 4 * batch * head_dim),
-            bytes_dense=per_position * 2 * plan.valid * head_dim,
+            bytes_read=per_position * (plan.valid * r + 2 * plan.read * head_dim + 4 * batch * queries * head_dim),
+            bytes_dense=per_position * 2 * plan.valid_once * head_dim,
         )
-    return output.transpose(1, 2), None
+    return output
 
 
 def _dense_reason(
@@ -137,8 +183,8 @@ def _dense_reason(
     layer = step.layer(layer_idx)
     if kwargs.get("sliding_window") is not None or getattr(layer, "is_sliding", False):
         return "sliding-window layer"
-    if query.shape[2] > 1:
-        return "several new tokens at once"
+    if query.shape[2] > MAX_QUERY_LENGTH:
+        return f"more than {MAX_QUERY_LENGTH} new tokens at once"
     if layer_idx < step.config.dense_layers:
         return "one of the first dense_layers"
     if not isinstance(layer, (SparqLayer, SparqStaticLayer)):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import sparq_kernels
+from sparq_kernels.arguments import MAX_QUERY_LENGTH
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -29,7 +30,7 @@ SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attenti
 class Patch:
     """What patching has put on a model: a hook before and after each forward pass of its decoder."""
 
-    def __init__(self, decoder: PreTrainedModel, config: SparqConfig) -> None:
+    def __init__(self, model: PreTrainedModel, decoder: PreTrainedModel, config: SparqConfig) -> None:
         self.config = config
         self.counters = Counters()
         self._parameters = list(inspect.signature(decoder.forward).parameters)
@@ -37,6 +38,8 @@ class Patch:
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
             decoder.register_forward_hook(self.after, with_kwargs=True),
         ]
+        if model is not decoder and _hands_down(type(model)):
+            self._handles.append(model.register_forward_pre_hook(_note_drafts, with_kwargs=True))
         try:
             self._enter(decoder)
         except BaseException:
@@ -61,7 +64,8 @@ class Patch:
             upgrade(cache)
         else:
             cache = None
-        return args, {**kwargs, "sparq_step": Step(cache, self.config, self.counters)}
+        drafts = kwargs.pop("sparq_drafts", 0)
+        return args, {**kwargs, "sparq_step": Step(cache, self.config, self.counters, drafts)}
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if not kwargs["sparq_step"].attention_calls:
@@ -108,7 +112,7 @@ def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Mode
     if current is not None:
         current.config, current.counters = config, Counters()
         return model
-    decoder._sparq_patch = Patch(decoder, config)  # type: ignore[assignment]
+    decoder._sparq_patch = Patch(model, decoder, config)  # type: ignore[assignment]
     return model
 
 
@@ -174,6 +178,15 @@ def _decoder(model: PreTrainedModel) -> PreTrainedModel:
 
 def _causal_layers(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if hasattr(m, "layer_idx") and getattr(m, "is_causal", False)]
+
+
+def _note_drafts(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Assisted decoding verifies its first draft together with the prompt. The draft's tokens are decode steps; what
+    tells them from the prompt is that their logits are wanted, too."""
+    wanted = kwargs.get("logits_to_keep")
+    if isinstance(wanted, int) and 1 < wanted <= MAX_QUERY_LENGTH + 1 and kwargs.get("past_key_values") is not None:
+        kwargs = {**kwargs, "sparq_drafts": wanted - 1}
+    return args, kwargs
 
 
 def _patch_of(decoder: PreTrainedModel) -> Patch | None:
