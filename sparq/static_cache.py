@@ -10,6 +10,19 @@ from sparq_kernels import layout
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
+# What `StaticLayer.lazy_initialization` sets.
+TAKEN_OVER = (
+    "keys",
+    "values",
+    "dtype",
+    "device",
+    "batch_size",
+    "num_heads",
+    "v_head_dim",
+    "k_head_dim",
+    "is_initialized",
+)
+
 
 class SparqStaticLayer(StaticLayer):
     """One attention layer's static cache: a `StaticLayer` with an index for SparQ, all of it of a fixed size.
@@ -38,8 +51,10 @@ class SparqStaticLayer(StaticLayer):
     def adopt(cls, layer: StaticLayer) -> SparqStaticLayer:
         """A SparQ layer in place of `layer`, which may hold tokens; it takes over the very tensors."""
         new = cls(layer.max_cache_len)
-        vars(new).update(vars(layer))
+        new.cumulative_length = layer.cumulative_length
         if layer.is_initialized:
+            for name in TAKEN_OVER:
+                setattr(new, name, getattr(layer, name))
             # In a compiled graph nobody can ask the device.
             new.is_filled = torch.compiler.is_compiling() or bool(layer.cumulative_length > 0)
             new._allocate_index()

@@ -49,7 +49,7 @@ class Step:
             self.is_prompt = cache is not None and not any(
                 getattr(layer, "is_initialized", True) for layer in cache.layers
             )
-        self.counts_on_device = bool(static) or torch.compiler.is_compiling()
+        self.counts_on_device = len(static) > 0 or torch.compiler.is_compiling()
         self._plan: tuple[tuple[Tensor | None, int, torch.device, int], Plan] | None = None
         self._static_plan: tuple[Tensor | None, torch.device, StaticPlan] | None = None
         self._static_counts: tuple[StaticPlan, tuple[int, ...], Tensor] | None = None
