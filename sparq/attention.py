@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from sparq import sinks
 from sparq.cache import SparqLayer
 from sparq.step import Step
 
@@ -71,7 +72,10 @@ def sparq_attention(
     batch, kv_heads, _, head_dim = key.shape
     components, value_sum = layer.index(plan.start, plan.mask)
     r = config.components(head_dim)
-    output, alpha, _ = sparq_kernels.decode(
+    # Under SDPA the model's dense steps know no cap: older versions of transformers allow that, newer refuse it.
+    softcap = kwargs.get("softcap") if base == "eager" else None
+    s_aux = kwargs.get("s_aux")
+    output, alpha, positions = sparq_kernels.decode(
         query,
         key,
         components,
@@ -85,10 +89,14 @@ def sparq_attention(
         k_divisor=config.k_divisor,
         local=config.local,
         scale=scaling,
-        # Under SDPA the model's dense steps know no cap: older versions of transformers allow that, newer refuse it.
-        softcap=kwargs.get("softcap") if base == "eager" else None,
+        softcap=softcap,
         mean_value=config.mean_value,
+        return_positions=s_aux is not None,
     )
+    if s_aux is not None:
+        assert positions is not None
+        lse = sinks.lse_of_positions(query, key, positions, scaling, softcap)
+        output = sinks.attenuate(output, alpha, lse, s_aux)
     per_position = kv_heads * key.element_size()
     counters.sparse(
         layer_idx,
@@ -128,9 +136,8 @@ def _dense_reason(
         return "keys and values differ in shape"
     if dropout:
         return "attention dropout"
-    for name in ("position_bias", "s_aux"):
-        if kwargs.get(name) is not None:
-            return f"attention with {name}"
+    if kwargs.get("position_bias") is not None:
+        return "attention with position_bias"
     if kwargs.get("output_attentions"):
         return "attention weights were asked for"
     min_length = step.config.min_length

@@ -46,8 +46,7 @@ class Patch:
     def _enter(self, decoder: PreTrainedModel) -> None:
         """Select SparQ's form of the attention implementation that the model has."""
         self._own_implementation = _implementations(decoder.config)
-        own = self._own_implementation[""]
-        decoder.set_attn_implementation(attention.IMPLEMENTATIONS.get(own, attention.IMPLEMENTATIONS["sdpa"]))
+        decoder.set_attn_implementation(attention.IMPLEMENTATIONS[_base(decoder, self._own_implementation[""])])
 
     def before(self, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Make the cache readable for SparQ and hand it to the attention functions, which are not given it."""
@@ -178,6 +177,16 @@ def _is_entered(decoder: PreTrainedModel) -> bool:
     return decoder.config._attn_implementation in attention.IMPLEMENTATIONS.values()
 
 
+def _base(decoder: PreTrainedModel, own: str) -> str:
+    """The implementation for what is not sparse, in a model that has chosen `own`."""
+    if own in attention.IMPLEMENTATIONS:
+        return own
+    # FlashAttention and others know sinks and softcaps; of the two here, eager alone does.
+    text = decoder.config.get_text_config(decoder=True)
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    return "sdpa" if decoder._supports_sdpa and not capped else "eager"
+
+
 def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
     """The attention implementations of a configuration and its parts, in the form `set_attn_implementation` takes.
 
@@ -216,8 +225,6 @@ def _check_served(model: PreTrainedModel, decoder: PreTrainedModel, config: Spar
     for cls in way_down - {nn.ModuleList}:
         if not _hands_down(cls):
             raise refuse(f"{cls.__name__} does not hand its keyword arguments down to the attention function")
-    if any(hasattr(layer, "sinks") for layer in layers):
-        raise refuse("its attention has learned sinks, which SparQ does not know")
     if layer_types and "full_attention" not in layer_types:
         raise refuse(
             f"none of its layers attends to the whole context (they are {', '.join(sorted(set(layer_types)))})"
