@@ -121,6 +121,8 @@ def _dense_reason(
     if layer_idx < step.config.dense_layers:
         return "one of the first dense_layers"
     if not isinstance(layer, SparqLayer):
+        if step.cache is not None and step.cache.offloading:
+            return _unreadable(step, "an offloaded cache")
         if type(layer) is DynamicLayer:
             return "the cache was not seen before this step"
         kind = "no cache" if layer is None else f"a cache layer of type {type(layer).__name__}"

@@ -14,12 +14,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sparq import attention
-from sparq.cache import upgrade
+from sparq.cache import refuse_quantized, upgrade
 from sparq.config import SparqConfig
 from sparq.counters import Counters, Report
 from sparq.step import Step
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 attention.register()  # here, not in `patch`: a patched model may come out of a pickle
 
@@ -57,6 +57,7 @@ class Patch:
         if cache is None:
             cache = dict(zip(self._parameters, args, strict=False)).get("past_key_values")
         if isinstance(cache, Cache):
+            refuse_quantized(cache)
             upgrade(cache)
         else:
             cache = None
@@ -83,7 +84,7 @@ def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Mode
     positions in full. A model that is patched already gets the new knobs, and its counters start anew.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or what wraps one, as a `PeftModel` does.
         config: the knobs; `knobs` replace single fields of it.
         knobs: fields of `SparqConfig`: r, k, ratio, local, mean_value, dense_layers, min_length.
 
@@ -100,8 +101,9 @@ def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Mode
         names = ", ".join(field.name for field in dataclasses.fields(SparqConfig))
         raise TypeError(f"unknown knob {unknown[0]!r}; the knobs are {names}")
     config = SparqConfig(**knobs) if config is None else dataclasses.replace(config, **knobs)
-    decoder = _decoder(model)
-    _check_served(model, decoder, config)
+    served = _served(model)
+    decoder = _decoder(served)
+    _check_served(served, decoder, config)
 
     current = _patch_of(decoder)
     if current is not None:
@@ -139,7 +141,7 @@ def patched(model: Model, config: SparqConfig | None = None, **knobs: Any) -> It
             former.config, former.counters = kept
 
 
-def report(model: PreTrainedModel) -> Report:
+def report(model: nn.Module) -> Report:
     """What `model` has done since it was patched: print it, or take its `to_dict()`.
 
     Raises:
@@ -152,10 +154,23 @@ def report(model: PreTrainedModel) -> Report:
     return Report.of(current.counters, current.config, sparq_kernels.backend(decoder.device))
 
 
-def _decoder(model: PreTrainedModel) -> PreTrainedModel:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    decoder: PreTrainedModel = model.base_model  # type: ignore[assignment]
+def _served(model: nn.Module) -> PreTrainedModel:
+    """`model`, or the one model of transformers that it wraps: PEFT's models are not `PreTrainedModel`s."""
+    inside = [m for m in model.modules() if isinstance(m, PreTrainedModel)] if isinstance(model, nn.Module) else []
+    if not inside:
+        raise TypeError(f"model must be a transformers PreTrainedModel, or wrap one, got {type(model).__name__}")
+    outermost = inside[0]  # modules() gives what holds others before them
+    others = set(inside).difference(outermost.modules())
+    if others:
+        names = ", ".join(sorted(type(m).__name__ for m in (outermost, *others)))
+        raise TypeError(
+            f"model must wrap one transformers PreTrainedModel, {type(model).__name__} has several: {names}"
+        )
+    return outermost
+
+
+def _decoder(model: nn.Module) -> PreTrainedModel:
+    decoder: PreTrainedModel = _served(model).base_model  # type: ignore[assignment]
     # The innermost model that holds all attention layers: a language model head may call it past its base model (OPT).
     layers = set(_causal_layers(decoder))
     if layers:
