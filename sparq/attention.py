@@ -72,10 +72,8 @@ def sparq_attention(
     batch, kv_heads, _, head_dim = key.shape
     components, value_sum = layer.index(plan.start, plan.mask)
     r = config.components(head_dim)
-    # Under SDPA the model's dense steps know no cap: older versions of transformers allow that, newer refuse it.
-    softcap = kwargs.get("softcap") if base == "eager" else None
     s_aux = kwargs.get("s_aux")
-    output, alpha, positions = sparq_kernels.decode(
+    output, alpha, _, lse = sparq_kernels.decode(
         query,
         key,
         components,
@@ -89,13 +87,11 @@ def sparq_attention(
         k_divisor=config.k_divisor,
         local=config.local,
         scale=scaling,
-        softcap=softcap,
+        # Under SDPA the model's dense steps know no cap: older versions of transformers allow that, newer refuse it.
+        softcap=kwargs.get("softcap") if base == "eager" else None,
         mean_value=config.mean_value,
-        return_positions=s_aux is not None,
     )
     if s_aux is not None:
-        assert positions is not None
-        lse = sinks.lse_of_positions(query, key, positions, scaling, softcap)
         output = sinks.attenuate(output, alpha, lse, s_aux)
     per_position = kv_heads * key.element_size()
     counters.sparse(

@@ -12,6 +12,7 @@ from .layout import BLOCK, num_blocks
 from .reference import max_positions
 
 MAX_HEAD_DIM = 512
+MAX_QUERY_LENGTH = 16  # beyond, reading the whole cache once is less than reading parts of it for every query
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -60,13 +61,14 @@ def check_arguments(call: Arguments) -> None:
         if tensor is None:  # the dispatcher lets that pass
             raise TypeError(f"{name} must be a tensor, got None")
     if query.dim() != 4:
-        raise ValueError(f"query must be [B, Hq, 1, d], got {list(query.shape)}")
+        raise ValueError(f"query must be [B, Hq, Q, d], got {list(query.shape)}")
     if key.dim() != 4:
         raise ValueError(f"key must be [B, Hkv, S, d], got {list(key.shape)}")
     batch, num_heads, query_length, head_dim = query.shape
     num_kv_heads, cached = key.shape[1], key.shape[2]
-    if query_length != 1:
-        raise ValueError(f"query must hold one new token per row, got {query_length}; prompts are dense attention")
+    if not 1 <= query_length <= MAX_QUERY_LENGTH:
+        wanted = f"1 to {MAX_QUERY_LENGTH} new tokens per row"
+        raise ValueError(f"query must hold {wanted}, got {query_length}; prompts are dense attention")
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"query must have a head_dim of 1 to {MAX_HEAD_DIM}, got {head_dim}")
     if batch < 1 or cached < 1:

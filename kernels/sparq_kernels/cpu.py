@@ -37,8 +37,8 @@ from .arguments import Arguments
 SOURCES = Path(__file__).parent / "csrc"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # csrc/arguments.h in two parts: what changes with every call, and what does not.
-POINTERS = struct.Struct("@11Pq")
-LAYOUT = struct.Struct("@28q2d")
+POINTERS = struct.Struct("@12Pq")
+LAYOUT = struct.Struct("@30q2d")
 
 
 class CompilerError(Exception):
@@ -83,15 +83,16 @@ class Plan(NamedTuple):
 
 def plan(call: Arguments) -> Plan:
     """For arguments that have been checked and are float32, bfloat16 or float16."""
-    batch, num_heads, _, head_dim = call.query.shape
+    batch, num_heads, query_length, head_dim = call.query.shape
     _, num_kv_heads, cached, _ = call.key.shape
     layout = LAYOUT.pack(
         batch,
         num_kv_heads,
         num_heads // num_kv_heads,
+        query_length,
         head_dim,
         cached,
-        *call.query.stride()[:2],
+        *call.query.stride()[:3],
         *call.key.stride()[:3],
         *call.key_components.stride()[:3],
         *call.value.stride()[:3],
@@ -109,16 +110,17 @@ def plan(call: Arguments) -> Plan:
         call.softmax_scale,
         call.softcap or 0.0,
     )
-    positions_shape = (batch, num_kv_heads, 1, call.k_max if call.return_positions else 0)
-    return Plan(layout, (batch, num_heads, 1, head_dim), positions_shape)
+    positions_shape = (batch, num_kv_heads, query_length, call.k_max if call.return_positions else 0)
+    return Plan(layout, (batch, num_heads, query_length, head_dim), positions_shape)
 
 
-def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor] | None:
+def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """Results as `reference.decode_reference` gives them; None when a value of `length` or `start` is out of range."""
     function = kernel()
     assert function is not None, "callers ask kernel() first"
     output = torch.empty(plan.output_shape, dtype=call.query.dtype)
     alpha = torch.empty(plan.output_shape[:3], dtype=torch.float32)
+    lse = torch.empty(plan.output_shape[:3], dtype=torch.float32)
     positions = torch.empty(plan.positions_shape, dtype=torch.int64)
     pointers = POINTERS.pack(
         call.query.data_ptr(),
@@ -132,11 +134,12 @@ def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor] | None:
         output.data_ptr(),
         alpha.data_ptr(),
         positions.data_ptr(),  # null when empty
+        lse.data_ptr(),
         torch.get_num_threads(),
     )
     status = function(pointers + plan.layout)
     if status == 0:
-        return output, alpha, positions
+        return output, alpha, positions, lse
     if status == 2:
         raise MemoryError("sparq_kernels: not enough memory for the CPU kernel's scratch")
     if status == 3:

@@ -1,4 +1,4 @@
-"""The public operator: one SparQ decode step, one node to the dispatcher and to torch.compile."""
+"""The public operator: a SparQ decode step, one node to the dispatcher and to torch.compile."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ MAX_PLANS = 4096  # a growing cache brings a new layout with every token
 
 
 class DecodeOutput(NamedTuple):
-    """output: [B, Hq, 1, d] in the query's dtype.  alpha: [B, Hq, 1] float32, the approximate score mass that was
-    attended.  positions: [B, Hkv, 1, k_max] int64, ascending, unused slots -1; None unless asked for."""
+    """output: [B, Hq, Q, d] in the query's dtype.  alpha: [B, Hq, Q] float32, the approximate score mass that was
+    attended.  positions: [B, Hkv, Q, k_max] int64, ascending, unused slots -1; None unless asked for.  lse: [B, Hq, Q]
+    float32, the logarithm of the summed exponentials of the attended positions' logits; -inf where there are none."""
 
     output: Tensor
     alpha: Tensor
     positions: Tensor | None
+    lse: Tensor
 
 
 def decode(
@@ -43,26 +45,27 @@ def decode(
     mean_value: bool = True,
     return_positions: bool = False,
 ) -> DecodeOutput:
-    """SparQ attention of one new token (arXiv 2312.04985, algorithm 1; the group sums the scores, not the logits).
+    """SparQ attention of new tokens (arXiv 2312.04985, algorithm 1; the group sums the scores, not the logits).
 
-    query: [B, Hq, 1, d], after RoPE.  Hq = G * Hkv; heads of a group are neighbours.
-    key, value: [B, Hkv, S, d], S the cached positions including the new one; last axis contiguous, other strides free.
+    query: [B, Hq, Q, d], after RoPE.  Hq = G * Hkv; heads of a group are neighbours.  The Q new tokens, 1 to 16, are
+        the last ones before `length`; each sees itself and what is before it, and chooses for itself.
+    key, value: [B, Hkv, S, d], S the cached positions including the new; last axis contiguous, other strides free.
     key_components: [B, Hkv, blocks, d, BLOCK], the same keys as written by `layout.write_components`.
     value_sum: [B, Hkv, d] float32 (float64 allowed with float64 inputs), the sum of V over exactly the valid positions.
     length: int64 [B], one past each row's last cached position, at most S.
     start: int64 [B], each row's first valid position; None means 0.
     mask: bool [B, S], False excludes a position; None allows all.
     r: components of the query used to score, 1 <= r <= d.
-    k: positions attended in full, the local window included.  A row with n valid positions attends
+    k: positions attended in full, the local window included.  A query that sees n valid positions attends
         min(n, max(k, n // k_divisor)); without k_divisor min(n, k).
-    local: newest valid positions that are always attended, at most k; None means a quarter of the row's budget.
+    local: newest valid positions that are always attended, at most k; None means a quarter of the query's budget.
     scale: multiplies q.K; None means d ** -0.5.
     softcap: logits x become softcap * tanh(x / softcap), approximate ones too; None means no cap.
     mean_value: blend in the mean of V by the score mass left out (step 5).
     return_positions: also give the chosen positions.
 
     query, key, key_components and value share a dtype: float32, bfloat16, float16 (float32 arithmetic) or float64.
-    Ties, of components and of positions, go to the lower index.  A row without valid positions gives zeros and alpha 1.
+    Ties, of components and of positions, go to the lower index.  A query that sees nothing gives zeros and alpha 1.
     Raises ValueError for a wrong shape, stride, device or range, TypeError for a wrong dtype.
 
     >>> from sparq_kernels import allocate_components, decode, write_components
@@ -73,7 +76,7 @@ def decode(
     >>> decode(query, key, components, key, key.sum(2), length=length, r=2, k=1).output.shape
     torch.Size([1, 2, 1, 4])
     """
-    output, alpha, positions = _decode_op(
+    output, alpha, positions, lse = _decode_op(
         query,
         key,
         key_components,
@@ -91,10 +94,10 @@ def decode(
         mean_value,
         return_positions,
     )
-    return DecodeOutput(output, alpha, positions if return_positions else None)
+    return DecodeOutput(output, alpha, positions if return_positions else None, lse)
 
 
-def decode_default(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def decode_default(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the dispatcher calls on a device without a kernel of its own: the reference."""
     call = Arguments(*arguments)
     check_arguments(call)
@@ -113,7 +116,7 @@ def decode_default(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def decode_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def decode_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The C++ kernel, or the reference where it does not serve: float64, or no compiler."""
     call = Arguments(*arguments)
     if call.query is None or call.query.dtype == torch.float64 or cpu.kernel() is None:
@@ -126,7 +129,7 @@ def decode_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return result
 
 
-def decode_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def decode_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The Triton kernels (NVIDIA and AMD), or the reference where they do not serve: float64, or no Triton."""
     call = Arguments(*arguments)
     gpu = triton_kernels()
@@ -165,7 +168,7 @@ def _with_contiguous_rows(call: Arguments) -> Arguments:
     return call
 
 
-def decode_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def decode_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Arguments(*arguments)
     query, key = call.query, call.key
     k_max = call.k_max if call.return_positions else 0
@@ -173,6 +176,7 @@ def decode_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         torch.empty(query.shape, dtype=query.dtype, device=query.device),
         query.new_empty(query.shape[:3], dtype=torch.float32),
         query.new_empty((query.shape[0], key.shape[1], query.shape[2], k_max), dtype=torch.int64),
+        query.new_empty(query.shape[:3], dtype=torch.float32),
     )
 
 
@@ -181,7 +185,7 @@ torch.library.define(
     "sparq_kernels::decode",
     "(Tensor query, Tensor key, Tensor key_components, Tensor value, Tensor value_sum, Tensor length, Tensor? start, "
     "Tensor? mask, SymInt r, SymInt k, SymInt? k_divisor, SymInt? local, float? scale, float? softcap, "
-    "bool mean_value, bool return_positions) -> (Tensor, Tensor, Tensor)",
+    "bool mean_value, bool return_positions) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.impl("sparq_kernels::decode", "default", decode_default)

@@ -30,11 +30,60 @@ def decode_reference(
     softcap: float | None,
     mean_value: bool,
     return_positions: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results as in `operator.decode`; the arguments must have been checked.
 
-    float64 inputs are computed in float64, everything else in float32.  `positions` is [B, Hkv, 1, 0] unless asked for.
+    float64 inputs are computed in float64, everything else in float32.  `positions` is [B, Hkv, Q, 0] unless asked for.
     """
+    results = []
+    for i in range(query.shape[2]):
+        later = query.shape[2] - 1 - i  # new tokens that this query does not see
+        seen = (length - later).clamp(min=0)
+        unseen = valid_positions(length, start, mask, key.shape[2]) & ~valid_positions(seen, None, None, key.shape[2])
+        results.append(
+            _decode_one(
+                query[:, :, i : i + 1],
+                key,
+                key_components,
+                value,
+                value_sum - value.masked_fill(~unseen[:, None, :, None], 0).sum(2, dtype=value_sum.dtype),
+                seen,
+                start,
+                mask,
+                r=r,
+                k=k,
+                k_divisor=k_divisor,
+                local=local,
+                scale=scale,
+                softcap=softcap,
+                mean_value=mean_value,
+                return_positions=return_positions,
+            )
+        )
+    output, alpha, positions, lse = (torch.cat(parts, 2) for parts in zip(*results, strict=True))
+    return output, alpha, positions, lse
+
+
+def _decode_one(
+    query: Tensor,
+    key: Tensor,
+    key_components: Tensor,
+    value: Tensor,
+    value_sum: Tensor,
+    length: Tensor,
+    start: Tensor | None,
+    mask: Tensor | None,
+    *,
+    r: int,
+    k: int,
+    k_divisor: int | None,
+    local: int | None,
+    scale: float,
+    softcap: float | None,
+    mean_value: bool,
+    return_positions: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The five steps for one query of each row; `value_sum` is over what it sees."""
     batch, num_heads, _, head_dim = query.shape
     num_kv_heads, cached = key.shape[1], key.shape[2]
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -77,6 +126,7 @@ def decode_reference(
 
     logits = soften(q @ rows(key).transpose(-1, -2) * scale, softcap)  # [B, Hkv, G, k_max]
     y = masked_softmax(logits, chosen[:, :, None]) @ rows(value)  # [B, Hkv, G, d]
+    lse = logits.masked_fill(~chosen[:, :, None], -torch.inf).logsumexp(-1)  # [B, Hkv, G]
 
     # 5. Blend with the mean value by the score mass that was not attended.
     picked = s_hat.gather(-1, p_safe[:, :, None].expand(-1, -1, q.shape[2], -1)).masked_fill(~chosen[:, :, None], 0.0)
@@ -95,6 +145,7 @@ def decode_reference(
         output.reshape(batch, num_heads, 1, head_dim).to(query.dtype),
         alpha.reshape(batch, num_heads, 1).float(),
         positions,
+        lse.reshape(batch, num_heads, 1).float(),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -69,6 +70,20 @@ CASES: dict[str, dict[str, Any]] = {
     "scale": {"r": 4, "k": 20, "scale": 2.5},
     "negative scale": {"r": 4, "k": 20, "scale": -0.3},
     "no mean value": {"r": 4, "k": 20, "mean_value": False},
+    "two queries": {"query_length": 2, "r": 4, "k": 20},
+    "sixteen queries": {"query_length": 16, "r": 4, "k": 20},
+    "more queries than positions": {"query_length": 5, "cached": 3, "r": 4, "k": 2},
+    "queries across a block": {"query_length": 5, "cached": BLOCK + 2, "r": 4, "k": 20},
+    "queries of ragged rows with holes": {
+        "batch": 4,
+        "query_length": 4,
+        "lengths": [300, 3, 258, 0],
+        "starts": [299, 0, 256, 0],
+        "holes": 0.3,
+        "r": 4,
+        "k": 12,
+        "k_divisor": 9,
+    },
 }
 
 
@@ -103,15 +118,18 @@ class Case:
     def valid(self) -> Tensor:
         return valid_positions(self.length, self.start, self.mask, self.key.shape[2])
 
-    def head(self, b: int, h: int) -> Head:
-        """One KV head for the equations, with the poison replaced by something a mistake would show in."""
+    def head(self, b: int, h: int, i: int = -1) -> Head:
+        """One KV head of query i (the last one) for the equations, with the poison replaced by something a mistake
+        would show in."""
         group = self.query.shape[1] // self.key.shape[1]
         scale = self.options.get("scale")
+        later = (self.query.shape[2] - 1 - i) % self.query.shape[2]
+        seen = valid_positions(self.length - later, self.start, self.mask, self.key.shape[2])
         return Head(
-            self.query[b, h * group : (h + 1) * group, 0].double().tolist(),
+            self.query[b, h * group : (h + 1) * group, i].double().tolist(),
             self.key[b, h].double().nan_to_num(nan=1e3).tolist(),
             self.value[b, h].double().nan_to_num(nan=1e3).tolist(),
-            self.valid[b].tolist(),
+            seen[b].tolist(),
             self.query.shape[3] ** -0.5 if scale is None else scale,
             self.options.get("softcap"),
         )
@@ -125,6 +143,7 @@ def make_case(
     head_dim: int = 16,
     dtype: torch.dtype = torch.float32,
     *,
+    query_length: int = 1,
     lengths: list[int] | None = None,
     starts: list[int] | None = None,
     holes: float = 0.0,
@@ -157,7 +176,7 @@ def make_case(
     sparq_kernels.write_components(components, key, 0)
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     value_sum = value.double().masked_fill(~valid[:, None, :, None], 0.0).sum(2).to(precise)
-    query = (2 * fill(batch, 1, num_heads, head_dim)).transpose(1, 2)
+    query = (2 * fill(batch, query_length, num_heads, head_dim)).transpose(1, 2)
     return Case(query, key, components, value, value_sum, length, start, mask, options)
 
 
@@ -220,25 +239,27 @@ def check_against_equations(case: Case, result: sparq_kernels.DecodeOutput) -> N
     group = case.query.shape[1] // num_kv_heads
     assert result.positions is not None
     assert result.output.dtype == case.query.dtype and result.alpha.dtype == torch.float32
-    for b in range(case.query.shape[0]):
-        for h in range(num_kv_heads):
-            head = case.head(b, h)
-            slots = result.positions[b, h, 0].tolist()
-            chosen = [s for s in slots if s >= 0]
-            assert slots == sorted(set(chosen)) + [-1] * (len(slots) - len(chosen))
-            assert len(chosen) == head.budget(k, k_divisor)
-            assert set(chosen) <= set(head.valid_positions)
-            window = set(head.window(k, k_divisor, local))
-            assert window <= set(chosen)
-            check_best(head, r, set(chosen), window)
+    batch, _, query_length, _ = case.query.shape
+    for b, h, i in itertools.product(range(batch), range(num_kv_heads), range(query_length)):
+        head = case.head(b, h, i)
+        slots = result.positions[b, h, i].tolist()
+        chosen = [s for s in slots if s >= 0]
+        assert slots == sorted(set(chosen)) + [-1] * (len(slots) - len(chosen))
+        assert len(chosen) == head.budget(k, k_divisor)
+        assert set(chosen) <= set(head.valid_positions)
+        window = set(head.window(k, k_divisor, local))
+        assert window <= set(chosen)
+        check_best(head, r, set(chosen), window)
 
-            output, alpha = head.output(r, chosen, case.options.get("mean_value", True))
-            heads = slice(h * group, (h + 1) * group)
-            actual = result.output[b, heads, 0].double()
-            expected = torch.tensor(output, dtype=torch.float64)
-            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-            expected = torch.tensor(alpha, dtype=torch.float64)
-            torch.testing.assert_close(result.alpha[b, heads, 0].double(), expected, rtol=2e-5, atol=1e-6)
+        output, alpha = head.output(r, chosen, case.options.get("mean_value", True))
+        heads = slice(h * group, (h + 1) * group)
+        for actual, expected, allowed in (
+            (result.output, output, {"rtol": tolerance, "atol": tolerance}),
+            (result.alpha, alpha, {"rtol": 2e-5, "atol": 1e-6}),
+            (result.lse, head.lse(chosen), {"rtol": 2e-5, "atol": 2e-5}),
+        ):
+            right = torch.tensor(expected, dtype=torch.float64)
+            torch.testing.assert_close(actual[b, heads, i].double(), right, **allowed)
 
 
 def check_best(head: Head, r: int, chosen: set[int], window: set[int]) -> None:
@@ -258,3 +279,4 @@ def check_same(case: Case, actual: sparq_kernels.DecodeOutput, expected: sparq_k
     assert torch.equal(actual.positions, expected.positions)
     torch.testing.assert_close(actual.output, expected.output, rtol=tolerance, atol=tolerance, equal_nan=True)
     torch.testing.assert_close(actual.alpha, expected.alpha, rtol=2e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(actual.lse, expected.lse, rtol=2e-5, atol=2e-5, equal_nan=True)

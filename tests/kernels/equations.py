@@ -83,6 +83,15 @@ class Head:
             alphas.append(alpha)
         return outputs, alphas
 
+    def lse(self, positions: list[int]) -> Row:
+        """Of each query, the logarithm of the summed exponentials of these positions' logits."""
+        result = []
+        for query in self.queries:
+            logits = [self.soften(dot(query, self.keys[s]) * self.scale) for s in positions]
+            highest = max(logits, default=-math.inf)
+            result.append(highest + math.log(sum(math.exp(x - highest) for x in logits)) if logits else -math.inf)
+        return result
+
 
 def dot(a: Row, b: Row) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True))

@@ -241,5 +241,5 @@ def test_calls_from_two_threads_at_once() -> None:
 def test_reference_agrees_on_what_the_operator_returns() -> None:
     case: Case = make_case(r=4, k=20)
     options = {**case.options, "k_divisor": None, "local": None, "scale": 0.25, "softcap": None, "mean_value": True}
-    output, alpha, positions = decode_reference(*case.tensors, return_positions=False, **options)
-    assert output.shape == (1, 4, 1, 16) and alpha.shape == (1, 4, 1) and positions.shape == (1, 2, 1, 0)
+    output, alpha, positions, lse = decode_reference(*case.tensors, return_positions=False, **options)
+    assert output.shape == (1, 4, 1, 16) and alpha.shape == lse.shape == (1, 4, 1) and positions.shape == (1, 2, 1, 0)

@@ -55,7 +55,7 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = empty(*args, **kwargs)
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else -(1 << 30))
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else 1 << 30)
 
     monkeypatch.setattr(launch.torch, "empty", poisoned)
 
@@ -135,7 +135,7 @@ def test_all_scores_equal(way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_scores_that_underflow(way: str) -> None:
     """The k-th score lies below the lowest bin, and below what float32 can hold."""
-    case = make_case(1, 2, 1, 700, 16, r=4, k=600, scale=40.0, local=0)
+    case = make_case(2, 2, 1, 700, 16, starts=[150, 0], holes=0.1, r=4, k=500, scale=40.0, local=0)
     check_same(case, run_kernels(case, way), run_reference(case))
 
 
@@ -196,10 +196,11 @@ def test_strides_do_not_matter() -> None:
 def test_positions_only_when_asked_for() -> None:
     case = make_case(2, r=4, k=20)
     call = call_of(case, return_positions=False)
-    output, alpha, positions = launch.run(launch.plan(call), call)
+    output, alpha, positions, lse = launch.run(launch.plan(call), call)
     expected = run_reference(case)
     torch.testing.assert_close(output, expected.output)
     torch.testing.assert_close(alpha, expected.alpha)
+    torch.testing.assert_close(lse, expected.lse)
     assert positions.shape == (2, 2, 1, 0) and positions.dtype == torch.int64
 
 
@@ -240,6 +241,7 @@ def any_case(draw: st.DrawFn) -> Case:
         kv_heads,
         cached,
         head_dim,
+        query_length=draw(st.sampled_from([1, 1, 2, 5])),
         lengths=draw(st.lists(st.integers(0, cached), min_size=batch, max_size=batch)),
         starts=draw(st.none() | st.lists(st.integers(0, cached), min_size=batch, max_size=batch)),
         holes=draw(st.sampled_from([0.0, 0.3, 0.95])),

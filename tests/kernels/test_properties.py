@@ -8,8 +8,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.cases import Case, check_against_equations, make_case, run_operator, run_reference
-from tests.kernels.test_decode import small_integers
+from tests.kernels.cases import (
+    Case,
+    check_against_equations,
+    make_case,
+    run_operator,
+    run_reference,
+    small_integers,
+)
 
 PROFILE = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
@@ -36,6 +42,7 @@ def cases(draw: st.DrawFn) -> Case:
         cached,
         head_dim,
         draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+        query_length=draw(st.sampled_from([1, 1, 2, 3, 16])),
         lengths=draw(st.none() | st.lists(st.integers(0, cached), min_size=batch, max_size=batch)),
         starts=draw(st.none() | st.lists(st.integers(0, cached), min_size=batch, max_size=batch)),
         holes=draw(st.sampled_from([0.0, 0.0, 0.2, 0.9])),

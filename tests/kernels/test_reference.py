@@ -21,6 +21,8 @@ SHAPES = [
     {"batch": 3, "lengths": [60, 17, 0], "r": 4, "k": 20},
     {"batch": 3, "lengths": [60, 50, 40], "starts": [0, 45, 40], "r": 4, "k": 20},
     {"batch": 2, "lengths": [60, 33], "starts": [5, 0], "holes": 0.4, "r": 4, "k": 10, "local": 5},
+    {"query_length": 3, "r": 4, "k": 12},
+    {"query_length": 4, "batch": 2, "lengths": [60, 33], "starts": [58, 0], "holes": 0.4, "r": 4, "k": 10},
 ]
 
 
@@ -34,8 +36,9 @@ def test_equals_the_equations(shape: dict, dtype: torch.dtype) -> None:
         options = [case.options.get(name) for name in ("r", "k", "k_divisor", "local")]
         for b in range(case.query.shape[0]):
             for h in range(case.key.shape[1]):
-                chosen = [s for s in result.positions[b, h, 0].tolist() if s >= 0]
-                assert chosen == case.head(b, h).positions(*options)
+                for i in range(case.query.shape[2]):
+                    chosen = [s for s in result.positions[b, h, i].tolist() if s >= 0]
+                    assert chosen == case.head(b, h, i).positions(*options)
 
 
 def dense(case: Case) -> torch.Tensor:

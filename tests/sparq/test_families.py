@@ -205,5 +205,7 @@ def test_paged_attention_is_refused() -> None:
 
 
 def test_not_a_model() -> None:
-    with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
-        sparq.patch(torch.nn.Linear(2, 2))  # type: ignore[type-var]
+    with pytest.raises(TypeError, match="PreTrainedModel, or wrap one, got Linear"):
+        sparq.patch(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="PreTrainedModel, or wrap one, got str"):
+        sparq.patch("meta-llama/Llama-3.2-1B")  # type: ignore[type-var]

@@ -9,7 +9,7 @@ constexpr int64_t BLOCK = 2048;        // layout.BLOCK
 constexpr int64_t MAX_HEAD_DIM = 512;  // operator.MAX_HEAD_DIM
 
 struct Arguments {
-    const void* query;           // [B, Hq, d]
+    const void* query;           // [B, Hq, Q, d]
     const void* key;             // [B, Hkv, S, d]
     const void* key_components;  // [B, Hkv, blocks, d, BLOCK]
     const void* value;           // [B, Hkv, S, d]
@@ -17,14 +17,15 @@ struct Arguments {
     const int64_t* length;       // [B]
     const int64_t* start;        // [B] or null
     const uint8_t* mask;         // [B, S] or null
-    void* output;                // [B, Hq, d], contiguous
-    float* alpha;                // [B, Hq], contiguous
-    int64_t* positions;          // [B, Hkv, k_max], contiguous, or null
+    void* output;                // [B, Hq, Q, d], contiguous
+    float* alpha;                // [B, Hq, Q], contiguous
+    int64_t* positions;          // [B, Hkv, Q, k_max], contiguous, or null
+    float* lse;                  // [B, Hq, Q], contiguous
     int64_t threads;
 
-    int64_t batch, num_kv_heads, group, head_dim, cached;
+    int64_t batch, num_kv_heads, group, query_length, head_dim, cached;
     // In elements.
-    int64_t query_batch, query_head;
+    int64_t query_batch, query_head, query_position;
     int64_t key_batch, key_head, key_position;
     int64_t components_batch, components_head, components_block;
     int64_t value_batch, value_head, value_position;

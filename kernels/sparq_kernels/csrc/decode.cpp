@@ -97,8 +97,10 @@ struct Layout {
 // Units of that many tiles, and room for a vector to end in.
 constexpr int64_t padded_units(int64_t tiles) { return (tiles * UNITS + W - 1) / W * W; }
 
+// What one query of a batch row sees.
 struct Row {
     int64_t first = 0, end = 0;    // valid positions lie in [first, end)
+    int64_t later_end = 0;         // positions in [end, later_end) belong to later queries: V's sum counts them too
     int64_t n = 0;                 // how many of them are valid
     int64_t budget = 0;            // positions attended
     int64_t window = 0;            // newest valid positions forced in ...
@@ -152,9 +154,11 @@ struct Scratch {
     }
 };
 
-Row make_row(const Arguments& a, int64_t b) {
+// Of batch row b, query i.
+Row make_row(const Arguments& a, int64_t b, int64_t i) {
     Row row;
-    row.end = std::clamp<int64_t>(a.length[b * a.length_batch], 0, a.cached);
+    row.later_end = std::clamp<int64_t>(a.length[b * a.length_batch], 0, a.cached);
+    row.end = std::max<int64_t>(row.later_end - (a.query_length - 1 - i), 0);
     row.first = a.start ? std::clamp<int64_t>(a.start[b * a.start_batch], 0, row.end) : 0;
     row.n = row.end - row.first;
     if (a.mask) {
@@ -209,21 +213,22 @@ class Decoder {
           tiles((a.cached + TILE - 1) / TILE),
           units(padded_units(tiles)),
           capped(a.softcap > 0),
-          rows(a.batch),
+          rows(a.batch * a.query_length),
           scratch(per_head ? heads() : a.threads) {
         size_t each = Scratch().place(nullptr, a, tiles, padded_dim);
         char* memory = arena.reserve(each * scratch.size());
         for (size_t i = 0; i < scratch.size(); i++) scratch[i].place(memory + i * each, a, tiles, padded_dim);
     }
 
-    int64_t heads() const { return a.batch * a.num_kv_heads; }
+    // What is worked on by itself: a KV head of one query of one batch row, KV heads innermost.
+    int64_t heads() const { return a.batch * a.query_length * a.num_kv_heads; }
     int64_t max_chunks() const { return (a.k_max + CHUNK - 1) / CHUNK; }
     // Where part i of n begins: whole vectors of units never belong to two parts.
     int64_t part_begin(int64_t i, int64_t n) const {
         constexpr int64_t together = std::max<int64_t>(W / UNITS, 1);
         return std::min((tiles + together - 1) / together * i / n * together, tiles);
     }
-    void read_row(int64_t b) { rows[b] = make_row(a, b); }
+    void read_row(int64_t i) { rows[i] = make_row(a, i / a.query_length, i % a.query_length); }
 
     // All phases of one head, one after the other.
     void whole_head(int64_t head, int64_t slot) {
@@ -248,8 +253,16 @@ class Decoder {
 
     template <class Element>
     const Element* head_of(const void* base, int64_t head, int64_t batch_stride, int64_t head_stride) const {
-        return static_cast<const Element*>(base) + head / a.num_kv_heads * batch_stride +
+        return static_cast<const Element*>(base) + head / a.num_kv_heads / a.query_length * batch_stride +
                head % a.num_kv_heads * head_stride;
+    }
+
+    int64_t query_index(int64_t head) const { return head / a.num_kv_heads % a.query_length; }
+
+    // Which of the results [B, Hkv * count, Q] belongs to element i of this head's `count`.
+    int64_t result_index(int64_t head, int64_t count, int64_t i) const {
+        int64_t b = head / a.num_kv_heads / a.query_length, h = head % a.num_kv_heads;
+        return ((b * a.num_kv_heads + h) * count + i) * a.query_length + query_index(head);
     }
 
     // The row's units, widened to whole vectors.
@@ -262,7 +275,8 @@ class Decoder {
     void prepare(int64_t head, Scratch& s) const {
         const Row& row = row_of(head);
         if (row.n == 0) return;
-        const T* q = head_of<T>(a.query, head, a.query_batch, a.query_head * group);
+        const T* q = head_of<T>(a.query, head, a.query_batch, a.query_head * group) +
+                     query_index(head) * a.query_position;
         float magnitude[MAX_HEAD_DIM] = {};
         float to_logit = static_cast<float>(capped ? a.scale / a.softcap : a.scale * LOG2E);
         for (int64_t g = 0; g < group; g++) {
@@ -558,7 +572,7 @@ class Decoder {
         for (int64_t p = forced_from; p < row.end; p++)
             if (!row.mask || row.mask[p]) s.chosen[taken++] = static_cast<int32_t>(p);
         if (a.positions) {
-            int64_t* out = a.positions + head * a.k_max;
+            int64_t* out = a.positions + result_index(head, 1, 0) * a.k_max;
             for (int64_t i = 0; i < a.k_max; i++) out[i] = i < taken ? s.chosen[i] : -1;
         }
     }
@@ -683,17 +697,32 @@ class Decoder {
 
     void merge(int64_t head, Scratch& s) const {
         const Row& row = row_of(head);
-        float* alpha = a.alpha + head * group;
         for (int64_t g = 0; g < group; g += 4) {
+            float alpha[4] = {1, 1, 1, 1};
             switch (row.everything() ? 0 : queries_at_once(group - g)) {
-                case 0: std::fill_n(alpha + g, queries_at_once(group - g), 1.f); break;
-                case 1: attended_mass<1>(row, s, g, alpha + g); break;
-                case 2: attended_mass<2>(row, s, g, alpha + g); break;
-                case 3: attended_mass<3>(row, s, g, alpha + g); break;
-                default: attended_mass<4>(row, s, g, alpha + g); break;
+                case 0: break;
+                case 1: attended_mass<1>(row, s, g, alpha); break;
+                case 2: attended_mass<2>(row, s, g, alpha); break;
+                case 3: attended_mass<3>(row, s, g, alpha); break;
+                default: attended_mass<4>(row, s, g, alpha); break;
             }
+            for (int64_t i = 0; i < queries_at_once(group - g); i++) merge_query(head, row, s, g + i, alpha[i]);
         }
-        for (int64_t g = 0; g < group; g++) merge_query(head, row, s, g, alpha[g]);
+    }
+
+    // Sum of the values that later queries see and this one does not.
+    void sum_later_values(int64_t head, const Row& row, float* sum) const {
+        const T* values = head_of<T>(a.value, head, a.value_batch, a.value_head);
+        for (int64_t i = 0; i < dim; i += PAIR) {
+            Floats x, y, total_x = {}, total_y = {};
+            for (int64_t p = std::max(row.end, row.first); p < row.later_end; p++) {
+                if (row.mask && !row.mask[p]) continue;
+                load_dims(values + p * a.value_position, i, x, y);
+                total_x += x;
+                total_y += y;
+            }
+            store_pair<T>(sum + i, total_x, total_y);
+        }
     }
 
     // Joins the chunks of query g and writes its output.
@@ -713,10 +742,15 @@ class Decoder {
         }
         if (blend) {
             const float* value_sum = head_of<float>(a.value_sum, head, a.sum_batch, a.sum_head);
-            float share = (1 - attended) / static_cast<float>(row.n);
-            for (int64_t i = 0; i < dim; i++) out[i] += share * value_sum[i];
+            float share = (1 - attended) / static_cast<float>(row.n), later[MAX_HEAD_DIM + PAIR];
+            bool last = row.end == row.later_end;
+            if (!last) sum_later_values(head, row, later);
+            for (int64_t i = 0; i < dim; i++) out[i] += share * (last ? value_sum[i] : value_sum[i] - later[i]);
         }
-        T* output = static_cast<T*>(a.output) + (head * group + g) * dim;
+        int64_t result = result_index(head, group, g);
+        a.alpha[result] = alpha;
+        a.lse[result] = row.n ? (highest + std::log2(z)) / LOG2E : -INFINITE;
+        T* output = static_cast<T*>(a.output) + result * dim;
         for (int64_t i = 0; i < dim; i++) narrow(out[i], output + i);
     }
 };
@@ -746,7 +780,7 @@ bool rows_in_range(const Arguments& a) {
 template <class T>
 void decode(const Arguments& a) {
     static thread_local Arena arena;
-    int64_t heads = a.batch * a.num_kv_heads;
+    int64_t heads = a.batch * a.query_length * a.num_kv_heads;
     bool whole_heads = heads >= 4 * a.threads || a.threads == 1;
     Decoder<T> decoder(a, arena, !whole_heads);
     std::atomic<int64_t> next[7] = {};
@@ -755,7 +789,7 @@ void decode(const Arguments& a) {
 #pragma omp parallel num_threads(static_cast<int>(a.threads))
     {
         FlushSubnormals flush;
-        share(next[0], a.batch, [&](int64_t b) { decoder.read_row(b); });
+        share(next[0], a.batch * a.query_length, [&](int64_t i) { decoder.read_row(i); });
 #pragma omp barrier
         if (whole_heads) {
             share(next[1], heads, [&](int64_t head) { decoder.whole_head(head, thread_index()); });

@@ -60,4 +60,4 @@ def append(
         tl.store(block + d * BLOCK_SIZE + s % BLOCK_SIZE, k, mask=d < D)
         if HAS_SUM:
             total = value_sum + b * sum_batch + h * sum_head + d
-            tl.store(total, tl.load(total, mask=d < D, other=0.0) + v.to(tl.float32), mask=d < D)
+            tl.store(total, tl.load(total, mask=d < D, other=0.0) + v.to(value_sum.dtype.element_ty), mask=d < D)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import BUDGET, CHUNK, COUNT, INFO_SIZE, VARYING
-from .scoring import load_group, soften
+from .rows import BUDGET, CHUNK, COUNT, END, INFO_SIZE, LATER_END, VARYING
+from .scoring import LOG2E, load_group, soften
 from .selection import normalisers
 
 
@@ -81,24 +81,57 @@ def attend(
 
 
 @triton.jit
-def blend(y, alpha, value_sum, count, budget, D: tl.constexpr, MEAN_VALUE: tl.constexpr):
-    """Output rows [X, DP] of rows `y` and their scores `alpha` [X], and alpha as reported."""
-    d = tl.arange(0, y.shape[1])
-    everything = budget >= count
-    alpha = tl.where(everything, 1.0, alpha)
-    if MEAN_VALUE:
-        mean = tl.load(value_sum + d, mask=d < D, other=0.0) / tl.maximum(count, 1).to(tl.float32)
-        y = tl.where(everything, y, alpha[:, None] * y + (1 - alpha[:, None]) * mean[None, :])
-    return tl.where(count > 0, y, 0.0), alpha
+def mean_value(
+    value_sum,
+    value,
+    value_stride,
+    mask,
+    end,
+    later_end,
+    count,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Mean of the values that a query sees, [DP]: the sum counts those of later queries too."""
+    d = tl.arange(0, DP)
+    total = tl.load(value_sum + d, mask=d < D, other=0.0)
+    for j in range(0, later_end - end):
+        s = (end + j).to(tl.int64)
+        seen = d < D
+        if HAS_MASK:
+            seen = seen & (tl.load(mask + s + d * 0) != 0)
+        total -= tl.load(value + s * value_stride + d, mask=seen, other=0.0).to(tl.float32)
+    return total / tl.maximum(count, 1).to(tl.float32)
 
 
 @triton.jit
-def store_output(output, alpha_out, y, alpha, D: tl.constexpr, G: tl.constexpr):
+def store_results(
+    y,  # [X, DP], X queries of a group
+    alpha,  # [X]
+    lse,  # [X], base 2
+    mean,  # [DP]
+    count,
+    budget,
+    output,
+    alpha_out,
+    lse_out,
+    Q,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    MEAN_VALUE: tl.constexpr,
+):
+    """Step 5, and the results of G query heads, each Q new tokens apart."""
     g, d = tl.arange(0, y.shape[0]), tl.arange(0, y.shape[1])
-    tl.store(
-        output + g[:, None] * D + d[None, :], y.to(output.dtype.element_ty), mask=(g < G)[:, None] & (d < D)[None, :]
-    )
-    tl.store(alpha_out + g, alpha, mask=g < G)
+    everything = budget >= count
+    alpha = tl.where(everything, 1.0, alpha)
+    if MEAN_VALUE:
+        y = tl.where(everything, y, alpha[:, None] * y + (1 - alpha[:, None]) * mean[None, :])
+    y = tl.where(count > 0, y, 0.0)
+    inside = (g < G)[:, None] & (d < D)[None, :]
+    tl.store(output + g[:, None] * (Q * D) + d[None, :], y.to(output.dtype.element_ty), mask=inside)
+    tl.store(alpha_out + g * Q, alpha, mask=g < G)
+    tl.store(lse_out + g * Q, lse / LOG2E, mask=g < G)
 
 
 @triton.jit
@@ -106,12 +139,14 @@ def _merge_head(
     g,
     partial,
     partial_y,
-    value_sum,
+    mean,
     count,
     budget,
     active,
     output,
     alpha_out,
+    lse_out,
+    Q,
     G: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -130,12 +165,14 @@ def _merge_head(
         other=0.0,
         cache_modifier=".cg",
     )
-    M = tl.max(highest, 0)
-    factor = tl.exp2(highest - tl.where(M == float("-inf"), 0.0, M))
-    factor = tl.where(part < active, factor, 0.0)
-    y = (tl.sum(y * factor[:, None], 0) / tl.sum(total * factor, 0))[None, :]
-    y, alpha = blend(y, tl.sum(alpha, 0, keep_dims=True), value_sum, count, budget, D, MEAN_VALUE)
-    store_output(output + g * D, alpha_out + g, y, alpha, D, 1)
+    M = tl.max(highest, 0, keep_dims=True)
+    M = tl.where(M == float("-inf"), 0.0, M)
+    factor = tl.where(part < active, tl.exp2(highest - M), 0.0)
+    z = tl.sum(total * factor, 0, keep_dims=True)
+    y = tl.sum(y * factor[:, None], 0)[None, :] / z[:, None]
+    alpha, lse = tl.sum(alpha, 0, keep_dims=True), M + tl.log2(z)
+    output += g * Q * D
+    store_results(y, alpha, lse, mean, count, budget, output, alpha_out + g * Q, lse_out + g * Q, Q, D, 1, MEAN_VALUE)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -143,6 +180,7 @@ def gather(
     query,
     query_batch,
     query_head,
+    query_position,
     key,
     key_batch,
     key_head,
@@ -154,6 +192,8 @@ def gather(
     value_sum,
     sum_batch,
     sum_head,
+    mask,
+    mask_stride,
     logits,
     stats,
     info,
@@ -161,9 +201,11 @@ def gather(
     positions,
     partial,  # float32 [N, PARTS, G, 3]: maximum, sum, alpha
     partial_y,  # float32 [N, PARTS, G, DP]
-    output,  # [N, G, D]
-    alpha_out,  # float32 [N, G]
+    output,  # [B, Hkv, G, Q, D]
+    alpha_out,  # float32 [B, Hkv, G, Q]
+    lse_out,  # the same
     Hkv,
+    Q,
     k_max,
     logits_chunks,
     scale,
@@ -177,25 +219,27 @@ def gather(
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
     DOT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MEAN_VALUE: tl.constexpr,
 ):
     """Grid (N, PARTS): each program attends an equal share of the row's budget; the last one to finish merges."""
     n = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    b, h = n // Hkv, n % Hkv
+    b, i, h = n // (Hkv * Q), n // Hkv % Q, n % Hkv
+    value += b * value_batch + h * value_head
     row = info + n * INFO_SIZE
     budget, count = tl.load(row + BUDGET), tl.load(row + COUNT)
     share = tl.cdiv(tl.cdiv(budget, PARTS), ROWS) * ROWS
     first = part * share
     if first < budget:
         M, inverse = normalisers(stats + n * (2 * G * SPLITS), G, GP, SPLITS)
-        q = load_group(query + b * query_batch + h * (G * query_head), query_head, G, D, GP, DP)
+        q = load_group(query + b * query_batch + h * (G * query_head) + i * query_position, query_head, G, D, GP, DP)
         highest, total, alpha, y = attend(
             q,
             key + b * key_batch + h * key_head,
             key_position,
-            value + b * value_batch + h * value_head,
+            value,
             value_position,
             logits + n * G * (logits_chunks * CHUNK),
             logits_chunks * CHUNK,
@@ -228,10 +272,23 @@ def gather(
         active = tl.cdiv(budget, tl.maximum(share, 1))
         partial += n * (PARTS * G * 3)
         partial_y += n * (PARTS * G * DP)
-        value_sum += b * sum_batch + h * sum_head
-        output += n * (G * D)
-        alpha_out += n * G
-        merged = (partial, partial_y, value_sum, count, budget, active, output, alpha_out)
+        first_result = (b * Hkv + h) * G * Q + i
+        mean = mean_value(
+            value_sum + b * sum_batch + h * sum_head,
+            value,
+            value_position,
+            mask + b * mask_stride,
+            tl.load(row + END),
+            tl.load(row + LATER_END),
+            count,
+            D,
+            DP,
+            HAS_MASK,
+        )
+        output += first_result * D
+        alpha_out += first_result
+        lse_out += first_result
+        merged = (partial, partial_y, mean, count, budget, active, output, alpha_out, lse_out, Q)
         if G <= 8:
             for g in tl.static_range(G):
                 _merge_head(g, *merged, G, D, DP, PARTS, MEAN_VALUE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention import attend, blend, store_output
+from .attention import attend, mean_value, store_results
 from .rows import CHUNK, VARYING, bounds, row_info
 from .scoring import load_group, score_tiles
 from .selection import keys_of, store_top
@@ -20,6 +20,7 @@ def fused(
     query,
     query_batch,
     query_head,
+    query_position,
     key,
     key_batch,
     key_head,
@@ -46,7 +47,9 @@ def fused(
     positions,
     output,
     alpha_out,
+    lse_out,
     Hkv,
+    Q,
     S,
     k,
     k_divisor,
@@ -71,16 +74,17 @@ def fused(
     HAS_SOFTCAP: tl.constexpr,
     MEAN_VALUE: tl.constexpr,
 ):
-    """Grid (N = B * Hkv,): rows of at most WIDTH positions."""
+    """Grid (N = B * Q * Hkv,): rows of at most WIDTH positions."""
     n = tl.program_id(0).to(tl.int64)
-    b, h = n // Hkv, n % Hkv
-    begin, end = bounds(b, length, length_stride, start, start_stride, S, HAS_START)
-    count, budget, window = row_info(b, counts, begin, end, k, k_divisor, local, HAS_MASK)
+    b, i, h = n // (Hkv * Q), n // Hkv % Q, n % Hkv
+    begin, end, later_end = bounds(b, i, length, length_stride, start, start_stride, Q, S, HAS_START)
+    count, budget, window = row_info(n // Hkv, counts, begin, end, k, k_divisor, local, HAS_MASK)
     logits_stride = logits_chunks * CHUNK
     logits += n * G * logits_stride
     positions += n * k_max
     mask += b * mask_stride
-    group = query + b * query_batch + h * (G * query_head)
+    group = query + b * query_batch + h * (G * query_head) + i * query_position
+    value += b * value_batch + h * value_head
     q = load_group(group, query_head, G, D, GP, DP)
     highest, total = score_tiles(
         q,
@@ -116,11 +120,11 @@ def fused(
     key_bits = keys_of(logits, logits_stride, s, begin, end, window, mask, M, inverse, G, GP, WIDTH, HAS_MASK)
     store_top(key_bits, s, budget, positions)
     tl.debug_barrier()
-    _, total, alpha, y = attend(
+    highest, total, alpha, y = attend(
         q,
         key + b * key_batch + h * key_head,
         key_position,
-        value + b * value_batch + h * value_head,
+        value,
         value_position,
         logits,
         logits_stride,
@@ -140,5 +144,31 @@ def fused(
         DOT,
         HAS_SOFTCAP,
     )
-    y, alpha = blend(y / total[:, None], alpha, value_sum + b * sum_batch + h * sum_head, count, budget, D, MEAN_VALUE)
-    store_output(output + n * (G * D), alpha_out + n * G, y, alpha, D, G)
+    mean = mean_value(
+        value_sum + b * sum_batch + h * sum_head,
+        value,
+        value_position,
+        mask,
+        end,
+        later_end,
+        count,
+        D,
+        DP,
+        HAS_MASK,
+    )
+    first_result = (b * Hkv + h) * G * Q + i
+    store_results(
+        y / total[:, None],
+        alpha,
+        highest + tl.log2(total),
+        mean,
+        count,
+        budget,
+        output + first_result * D,
+        alpha_out + first_result,
+        lse_out + first_result,
+        Q,
+        D,
+        G,
+        MEAN_VALUE,
+    )

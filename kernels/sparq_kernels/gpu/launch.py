@@ -33,20 +33,22 @@ from .topk import MAX_KEYS
 
 PROGRAMS_PER_MULTIPROCESSOR = 4  # of `score`: enough loads in flight; `gather` has half, its merge reads all parts
 MAX_SPLITS = 64
-TILE_ELEMENTS = 8192  # of components per stage: 16 kB in half precision
+TILE_BYTES = 16384  # of components per stage
+MAX_LOGITS = 8192  # of a tile, of all queries of the group
 ROW_BYTES = 8192  # of K, and of V, per stage
 FUSED_WIDTHS = (4096, 8192)  # longest rows of the fused kernel
-SELECT_WIDTHS = (4096, 16384)  # longest rows of `select`
-LONG_ROW = 1 << 18  # from here on parts of the distributed selection are 16384 positions, not 4096
+SELECT_WIDTHS = (4096, 8192)  # longest rows of `select`: with 16384 keys a program had to spill
+LONG_ROW = 1 << 18  # from here on parts of the distributed selection are 8192 positions, not 4096
 HISTOGRAM_ROWS = 16
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+OPTIONS = {"enable_fp_fusion": True}  # as it has always been: the default is going to change
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Plan(NamedTuple):
     """Launch choices for one layout of arguments."""
 
-    N: int  # KV heads in the batch
+    N: int  # KV heads, times new tokens, times rows
     k_max: int
     chunks: int  # of CHUNK positions, that logits and keys are stored in
     fused: bool
@@ -65,11 +67,11 @@ def plan(call: Arguments) -> Plan:
 
     Raises ValueError for more positions than the selection can count.
     """
-    batch, num_heads, _, D = call.query.shape
+    batch, num_heads, query_length, D = call.query.shape
     _, num_kv_heads, cached, _ = call.key.shape
     if cached > MAX_KEYS:
         raise ValueError(f"key must hold at most {MAX_KEYS} positions on a GPU, got {cached}")
-    N, G = batch * num_kv_heads, num_heads // num_kv_heads
+    N, G = batch * query_length * num_kv_heads, num_heads // num_kv_heads
     # Matrix instructions want 16 rows; a single query is multiplied without them.
     GP = 1 if G == 1 else max(16, triton.next_power_of_2(G))
     DP, RP = max(16, triton.next_power_of_2(D)), max(16, triton.next_power_of_2(call.r))
@@ -86,7 +88,7 @@ def plan(call: Arguments) -> Plan:
         chunks=triton.cdiv(cached, CHUNK.value),
         fused=fused,
         select_width=fitting[0] if fitting else 0,
-        part_width=4096 if cached < LONG_ROW else 16384,
+        part_width=4096 if cached < LONG_ROW else 8192,
         splits=min(MAX_SPLITS, programs),
         parts=min(MAX_SPLITS, max(1, programs // 2)),
         warps=4 if GP <= 32 else 8,
@@ -95,6 +97,7 @@ def plan(call: Arguments) -> Plan:
             "D": D,
             "GP": GP,
             "DP": DP,
+            **OPTIONS,
             "STAGES": 3 if itemsize == 2 and not amd else 2,
             "DOT": tl.float32 if INTERPRETED else DTYPES[call.query.dtype],  # no bfloat16 product there
             "HAS_SOFTCAP": call.softcap is not None,
@@ -102,7 +105,7 @@ def plan(call: Arguments) -> Plan:
         scoring={
             "R": call.r,
             "RP": RP,
-            "TILE": min(CHUNK.value, max(16, TILE_ELEMENTS // max(RP, GP))),
+            "TILE": min(CHUNK.value, max(16, min(TILE_BYTES // (RP * itemsize), MAX_LOGITS // GP))),
             "HAS_START": call.start is not None,
             "HAS_MASK": call.mask is not None,
         },
@@ -120,11 +123,11 @@ def _power_of_2_up_to(number: int) -> int:
 
 
 def _warps(width: int) -> int:
-    """For kernels with a row or a part of it in registers: 16 keys a thread, or 32; more threads had to spill."""
-    return min(16, width // 512)
+    """For kernels with a row or a part of it in registers: 16 keys a thread."""
+    return max(1, width // 512)
 
 
-def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Results as `reference.decode_reference` gives them.  Values of `length` and `start` out of range are clamped."""
     with _current(call.query.device):
         return _run(plan, call)
@@ -161,6 +164,7 @@ def append(call: AppendArguments) -> None:
             HAS_POSITION=call.position is not None,
             HAS_SUM=call.value_sum is not None,
             num_warps=1,
+            **OPTIONS,
         )
 
 
@@ -171,14 +175,15 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, key, value, length = call.query, call.key, call.value, call.length
-    batch, num_heads, _, head_dim = query.shape
+    batch, _, query_length, _ = query.shape
     N, G, chunks = plan.N, plan.common["G"], plan.chunks
     num_kv_heads, cached = key.shape[1], key.shape[2]
 
-    output = torch.empty((batch, num_heads, 1, head_dim), dtype=query.dtype, device=query.device)
-    alpha = torch.empty((batch, num_heads, 1), dtype=torch.float32, device=query.device)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    alpha = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     if call.return_positions:
         positions = torch.full((N, plan.k_max), -1, dtype=torch.int32, device=query.device)
     else:
@@ -193,12 +198,20 @@ def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     budget = (min(call.k, cached), min(call.k_divisor or 0, cached + 1), min(local, cached))
     rows = (length, length.stride(0), start, start.stride(0), mask, mask.stride(0))
     if call.mask is not None:
-        counts = torch.empty((batch, 2), dtype=torch.int32, device=query.device)
-        count_masked[(batch,)](
-            counts, *rows, cached, *budget, HAS_START=plan.scoring["HAS_START"], TILE=4096, num_warps=8
+        counts = torch.empty((batch * query_length, 2), dtype=torch.int32, device=query.device)
+        count_masked[(batch * query_length,)](
+            counts,
+            *rows,
+            query_length,
+            cached,
+            *budget,
+            HAS_START=plan.scoring["HAS_START"],
+            TILE=4096,
+            num_warps=8,
+            **OPTIONS,
         )
     scalars = (call.softmax_scale, call.softcap or 0.0)
-    query_arguments = (query, query.stride(0), query.stride(1))
+    query_arguments = (query, *query.stride()[:3])
     components_arguments = (call.key_components, *call.key_components.stride()[:3])
     value_arguments = (value, *value.stride()[:3], call.value_sum, *call.value_sum.stride()[:2])
 
@@ -215,7 +228,9 @@ def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
             positions,
             output,
             alpha,
+            lse,
             num_kv_heads,
+            query_length,
             cached,
             *budget,
             plan.k_max,
@@ -241,6 +256,7 @@ def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
             info,
             ticket,
             num_kv_heads,
+            query_length,
             cached,
             *budget,
             chunks,
@@ -257,6 +273,8 @@ def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
             key,
             *key.stride()[:3],
             *value_arguments,
+            mask,
+            mask.stride(0),
             logits,
             stats,
             info,
@@ -266,18 +284,23 @@ def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor]:
             partial,
             output,
             alpha,
+            lse,
             num_kv_heads,
+            query_length,
             plan.k_max,
             chunks,
             *scalars,
             SPLITS=plan.splits,
             PARTS=plan.parts,
+            HAS_MASK=call.mask is not None,
             **plan.common,
             **plan.attending,
             num_warps=plan.warps,
         )
-    shape = (batch, num_kv_heads, 1, plan.k_max if call.return_positions else 0)
-    return output, alpha, positions[:, : shape[3]].view(shape).to(torch.int64)
+    if not call.return_positions:
+        return output, alpha, positions.new_empty((batch, num_kv_heads, query_length, 0), dtype=torch.int64), lse
+    by_head = positions.view(batch, query_length, num_kv_heads, plan.k_max).transpose(1, 2)
+    return output, alpha, by_head.to(torch.int64, memory_format=torch.contiguous_format), lse
 
 
 def _select(
@@ -290,7 +313,7 @@ def _select(
     positions: Tensor,
     num_kv_heads: int,
 ) -> None:
-    N = plan.N
+    N, query_length = plan.N, call.query.shape[2]
     keys_arguments = (logits, stats, info, mask, mask.stride(0))
     constants = {
         "G": plan.common["G"],
@@ -303,11 +326,13 @@ def _select(
             *keys_arguments,
             positions,
             num_kv_heads,
+            query_length,
             plan.k_max,
             plan.chunks,
             WIDTH=plan.select_width,
             **constants,
             num_warps=_warps(plan.select_width),
+            **OPTIONS,
         )
         return
     width = plan.part_width
@@ -315,13 +340,9 @@ def _select(
     keys = torch.empty((2, N * plan.chunks * CHUNK.value), dtype=torch.int32, device=positions.device)
     counts = torch.empty(N * parts * (BINS + 2), dtype=torch.int32, device=positions.device)
     before = counts[N * parts * BINS :]
-    warps = _warps(width)
+    shape = {"WIDTH": width, "num_warps": _warps(width), **OPTIONS}
     histogram[(N, parts)](
-        *keys_arguments, keys[0], counts, num_kv_heads, plan.chunks, WIDTH=width, **constants, num_warps=warps
+        *keys_arguments, keys[0], counts, num_kv_heads, query_length, plan.chunks, **constants, **shape
     )
-    candidates[(N, parts)](
-        info, keys[0], counts, keys[1], before, parts, plan.chunks, WIDTH=width, ROWS=HISTOGRAM_ROWS, num_warps=warps
-    )
-    choose[(N, parts)](
-        info, keys[0], keys[1], before, positions, parts, plan.k_max, plan.chunks, WIDTH=width, num_warps=warps
-    )
+    candidates[(N, parts)](info, keys[0], counts, keys[1], before, parts, plan.chunks, ROWS=HISTOGRAM_ROWS, **shape)
+    choose[(N, parts)](info, keys[0], keys[1], before, positions, parts, plan.k_max, plan.chunks, **shape)

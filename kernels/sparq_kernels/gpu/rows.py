@@ -1,4 +1,6 @@
-"""What every kernel has to know of a batch row: which positions are valid, how many to attend, where the window begins.
+"""What every kernel has to know of a query: which positions it sees, how many to attend, where the window begins.
+
+Program n of a kernel works on batch row n // (Q * Hkv), new token n // Hkv % Q and KV head n % Hkv.
 
 Lengths, starts and masks stay on the device: nothing here is ever read back.
 """
@@ -9,35 +11,26 @@ import triton
 import triton.language as tl
 
 INFO = 8  # int32 values that `score` leaves for the kernels behind it, per KV head
-BEGIN, END, COUNT, BUDGET, WINDOW = (tl.constexpr(i) for i in range(5))
-ABOVE, CANDIDATES = (tl.constexpr(i) for i in range(5, 7))  # of the distributed selection
+BEGIN, END, LATER_END, COUNT, BUDGET, WINDOW = (tl.constexpr(i) for i in range(6))
+ABOVE, CANDIDATES = (tl.constexpr(i) for i in range(6, 8))  # of the distributed selection
 INFO_SIZE = tl.constexpr(INFO)
 # Arguments of kernels that change from token to token, or between the layouts of one model's rows: compiling for their
 # divisors would compile in the middle of generation.
-VARYING = [
-    "length_stride",
-    "start_stride",
-    "mask_stride",
-    "position_stride",
-    "offset",
-    "capacity",
-    "S",
-    "k",
-    "k_divisor",
-]
-VARYING += ["local", "k_max", "parts", "logits_chunks"]
+VARYING = ["length_stride", "start_stride", "mask_stride", "position_stride", "offset", "capacity"]
+VARYING += ["Q", "S", "k", "k_divisor", "local", "k_max", "parts", "logits_chunks"]
 CHUNK = tl.constexpr(256)  # logits and keys are stored in multiples of this many positions
 
 
 @triton.jit
-def bounds(b, length, length_stride, start, start_stride, S, HAS_START: tl.constexpr):
-    """The first position that can be valid, and one past the last; clamped, so that no value of a tensor can lead
-    outside the cache."""
-    end = tl.minimum(tl.maximum(tl.load(length + b * length_stride), 0), S).to(tl.int32)
+def bounds(b, i, length, length_stride, start, start_stride, Q, S, HAS_START: tl.constexpr):
+    """The first position that query i of batch row b can see, one past the last, and one past the last of all queries;
+    clamped, so that no value of a tensor can lead outside the cache."""
+    later_end = tl.minimum(tl.maximum(tl.load(length + b * length_stride), 0), S).to(tl.int32)
+    end = tl.maximum(later_end - (Q - 1 - i), 0).to(tl.int32)
     begin = end * 0
     if HAS_START:
         begin = tl.minimum(tl.maximum(tl.load(start + b * start_stride), 0), end).to(tl.int32)
-    return begin, end
+    return begin, end, later_end
 
 
 @triton.jit
@@ -60,13 +53,14 @@ def is_valid(s, begin, end, mask, HAS_MASK: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def count_masked(
-    counts,  # int32 [B, 2]: valid positions, and the first one of the window
+    counts,  # int32 [B * Q, 2]: valid positions, and the first one of the window
     length,
     length_stride,
     start,
     start_stride,
     mask,
     mask_stride,
+    Q,
     S,
     k,
     k_divisor,
@@ -74,9 +68,10 @@ def count_masked(
     HAS_START: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One program for a batch row with a mask: without one, both numbers follow from the bounds."""
-    b = tl.program_id(0)
-    begin, end = bounds(b, length, length_stride, start, start_stride, S, HAS_START)
+    """Grid (B * Q,), for rows with a mask: without one, both numbers follow from the bounds."""
+    n = tl.program_id(0)
+    b = n // Q
+    begin, end, _ = bounds(b, n % Q, length, length_stride, start, start_stride, Q, S, HAS_START)
     row = mask + b.to(tl.int64) * mask_stride
     o = tl.arange(0, TILE)
     count = end * 0
@@ -93,16 +88,16 @@ def count_masked(
         first = tl.minimum(first, tl.min(tl.where((valid > 0) & (rank < window), s, end), 0))
         found += in_tile
         tile_end -= TILE
-    tl.store(counts + 2 * b, count)
-    tl.store(counts + 2 * b + 1, first)
+    tl.store(counts + 2 * n, count)
+    tl.store(counts + 2 * n + 1, first)
 
 
 @triton.jit
-def row_info(b, counts, begin, end, k, k_divisor, local, HAS_MASK: tl.constexpr):
-    """Valid positions, budget, and the first position of the window."""
+def row_info(bi, counts, begin, end, k, k_divisor, local, HAS_MASK: tl.constexpr):
+    """Valid positions, budget, and the first position of the window, for query `bi` = b * Q + i."""
     if HAS_MASK:
-        count = tl.load(counts + 2 * b)
-        first = tl.load(counts + 2 * b + 1)
+        count = tl.load(counts + 2 * bi)
+        first = tl.load(counts + 2 * bi + 1)
         budget, _ = budget_of(count, k, k_divisor, local)
     else:
         count = end - begin

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..layout import BLOCK
-from .rows import BEGIN, BUDGET, CHUNK, COUNT, END, INFO_SIZE, VARYING, WINDOW, bounds, is_valid, row_info
+from .rows import BEGIN, BUDGET, CHUNK, COUNT, END, INFO_SIZE, LATER_END, VARYING, WINDOW, bounds, is_valid, row_info
 from .topk import NAN_BITS, NEVER, top
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -83,7 +83,8 @@ def score_tiles(
     total = tl.zeros([GP], tl.float32)
     for tile in tl.range(first, last, num_stages=STAGES):
         position = tile * TILE
-        offset = (position // BLOCK_SIZE).to(tl.int64) * block_stride + position % BLOCK_SIZE
+        within = tl.multiple_of(position % BLOCK_SIZE, TILE)  # older Tritons do not see it
+        offset = (position // BLOCK_SIZE).to(tl.int64) * block_stride + within
         # Never masked by position: storage is padded to whole blocks, and a mask would make 2-byte loads of these.
         k_c = tl.load(runs + offset) if R == RP else tl.load(runs + offset, mask=(j < R)[:, None], other=0.0)
         if GP == 1:
@@ -106,6 +107,7 @@ def score(
     query,
     query_batch,
     query_head,
+    query_position,
     components,
     components_batch,
     components_head,
@@ -122,6 +124,7 @@ def score(
     info,  # int32 [N, INFO]
     ticket,  # int32 [N], set to 0 for `attend`
     Hkv,
+    Q,
     S,
     k,
     k_divisor,
@@ -143,21 +146,23 @@ def score(
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Grid (N = B * Hkv, SPLITS): each program scores an equal share of the row's tiles."""
+    """Grid (N = B * Q * Hkv, SPLITS): each program scores an equal share of the row's tiles."""
     n = tl.program_id(0)
     split = tl.program_id(1)
-    b, h = (n // Hkv).to(tl.int64), (n % Hkv).to(tl.int64)
-    begin, end = bounds(b, length, length_stride, start, start_stride, S, HAS_START)
+    bi = n // Hkv
+    b, i, h = (bi // Q).to(tl.int64), (bi % Q).to(tl.int64), (n % Hkv).to(tl.int64)
+    begin, end, later_end = bounds(b, i, length, length_stride, start, start_stride, Q, S, HAS_START)
     if split == 0:
-        count, budget, window = row_info(b, counts, begin, end, k, k_divisor, local, HAS_MASK)
+        count, budget, window = row_info(bi, counts, begin, end, k, k_divisor, local, HAS_MASK)
         base = info + n * INFO_SIZE
         tl.store(base + BEGIN, begin)
         tl.store(base + END, end)
+        tl.store(base + LATER_END, later_end)
         tl.store(base + COUNT, count)
         tl.store(base + BUDGET, budget)
         tl.store(base + WINDOW, window)
         tl.store(ticket + n, 0)
-    group = query + b * query_batch + h * (G * query_head)
+    group = query + b * query_batch + h * (G * query_head) + i * query_position
     first_tile = begin // TILE
     share = tl.cdiv(tl.cdiv(end, TILE) - first_tile, SPLITS)
     first = first_tile + split * share

@@ -63,7 +63,7 @@ def keys_of(
     """int32 [WIDTH]: the group's summed softmax as bits, ALWAYS in the window, NEVER where invalid."""
     score = tl.zeros([WIDTH], tl.float32)
     in_storage = s < logits_stride
-    if G <= 8:
+    if G <= 4:  # more at a time would need more registers than there are
         for g in tl.static_range(G):
             score = _add_score(score, logits + g * logits_stride, s, in_storage, g, M, inverse, GP)
     else:
@@ -89,6 +89,7 @@ def select(
     mask_stride,
     positions,  # int32 [N, k_max], ascending
     Hkv,
+    Q,
     k_max,
     logits_chunks,
     G: tl.constexpr,
@@ -110,7 +111,7 @@ def select(
         tl.load(row + BEGIN),
         tl.load(row + END),
         tl.load(row + WINDOW),
-        mask + (n // Hkv) * mask_stride,
+        mask + n // (Hkv * Q) * mask_stride,
         M,
         inverse,
         G,
@@ -136,6 +137,7 @@ def histogram(
     keys,  # int32 [N, logits_chunks * CHUNK]
     counts,  # int32 [N, parts, BINS]
     Hkv,
+    Q,
     logits_chunks,
     G: tl.constexpr,
     GP: tl.constexpr,
@@ -157,7 +159,7 @@ def histogram(
         tl.load(row + BEGIN),
         tl.load(row + END),
         tl.load(row + WINDOW),
-        mask + (n // Hkv) * mask_stride,
+        mask + n // (Hkv * Q) * mask_stride,
         M,
         inverse,
         G,

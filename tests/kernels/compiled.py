@@ -1,0 +1,344 @@
+"""What Triton makes of the GPU kernels, with no GPU: launches are recorded and compiled ahead of time.
+
+A launch is specialised by Triton's own code, so what is compiled here is what would be compiled at run time.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import re
+import subprocess
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from sparq_kernels.append import AppendArguments
+from sparq_kernels.arguments import Arguments
+from sparq_kernels.layout import BLOCK, num_blocks
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
+CAPACITY_STEP = 256  # of the plugin's cache
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+# Where the bulk of the bytes is read: module, function, and the pointer that the load begins with.
+STREAMS = {
+    "components": ("scoring", "score_tiles", "runs"),
+    "keys": ("attention", "attend", "key"),
+    "values": ("attention", "attend", "value"),
+}
+
+
+class Launch(NamedTuple):
+    """One kernel launch as the host code asked for it."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+
+class Specialised(NamedTuple):
+    """What a launch is compiled for; `key` is equal for launches that share a binary."""
+
+    kernel: JITFunction
+    target: str
+    key: str
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    def differing(self, other: Specialised) -> list[str]:
+        """Parameters and options by which two specialisations of one kernel differ."""
+        names = self.kernel.arg_names
+        mine, others = self._described(), other._described()
+        differing = sorted(place for place in mine.keys() | others.keys() if mine.get(place) != others.get(place))
+        return [names[place[1]] if isinstance(place[1], int) else place[1] for place in differing]
+
+    def _described(self) -> dict[tuple[str, Any], Any]:
+        described: dict[tuple[str, Any], Any] = {("option", name): value for name, value in self.options.items()}
+        for position, name in enumerate(self.kernel.arg_names):
+            place = (position,)
+            described["parameter", position] = (
+                self.signature[name],
+                str(self.constants.get(place)),
+                str(self.attributes.get(place)),
+            )
+        return described
+
+
+class Resources(NamedTuple):
+    registers: int
+    spilled: int  # bytes on NVIDIA, registers on AMD
+    shared: int  # bytes
+
+
+class Load(NamedTuple):
+    stream: str  # of STREAMS
+    instruction: str
+    width: int  # bytes a thread reads
+
+
+def empty_call(
+    batch: int = 1,
+    num_heads: int = 32,
+    num_kv_heads: int = 8,
+    cached: int = 4096,
+    head_dim: int = 128,
+    dtype: torch.dtype = torch.float16,
+    *,
+    query_length: int = 1,
+    r: int = 32,
+    k: int = 128,
+    start: bool = False,
+    mask: bool = False,
+    softcap: float | None = None,
+    mean_value: bool = True,
+    capacity: int | None = None,
+) -> Arguments:
+    """Arguments as the plugin's cache passes them, over memory that nothing ever touches."""
+    capacity = -(-cached // CAPACITY_STEP) * CAPACITY_STEP if capacity is None else capacity
+
+    def rows() -> torch.Tensor:
+        return torch.empty((batch, num_kv_heads, capacity, head_dim), dtype=dtype)[:, :, :cached]
+
+    return Arguments(
+        query=torch.empty((batch, query_length, num_heads, head_dim), dtype=dtype).transpose(1, 2),
+        key=rows(),
+        key_components=torch.empty((batch, num_kv_heads, num_blocks(capacity), head_dim, BLOCK), dtype=dtype),
+        value=rows(),
+        value_sum=torch.empty((batch, num_kv_heads, head_dim)),
+        length=torch.empty(batch, dtype=torch.int64),
+        start=torch.empty(batch, dtype=torch.int64) if start else None,
+        mask=torch.empty((batch, cached), dtype=torch.bool) if mask else None,
+        r=r,
+        k=k,
+        k_divisor=None,
+        local=None,
+        scale=None,
+        softcap=softcap,
+        mean_value=mean_value,
+        return_positions=False,
+    )
+
+
+def empty_append(
+    batch: int = 1,
+    num_kv_heads: int = 8,
+    capacity: int = 4096,
+    head_dim: int = 128,
+    dtype: torch.dtype = torch.float16,
+    *,
+    position: int | None = 0,
+) -> AppendArguments:
+    """A token for the end of a cache, or at a position of the device's own; untouched memory like the above."""
+    call = empty_call(batch, num_kv_heads, num_kv_heads, capacity, head_dim, dtype)
+    per_row = None if position is not None else call.length
+    return AppendArguments(
+        call.key, call.value, call.key_components, call.value_sum, call.query, call.query, per_row, position or 0
+    )
+
+
+class _Recorder:
+    def __init__(self, kernel: JITFunction, launches: list[Launch]) -> None:
+        self.kernel = kernel
+        self.launches = launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **options: self.launches.append(Launch(self.kernel, grid, arguments, options))
+
+
+def record(module: ModuleType, call: Arguments | AppendArguments, target: str) -> list[Launch]:
+    """The launches of `module` (`sparq_kernels.gpu.launch` or a copy of it) for one call on that device."""
+    launches: list[Launch] = []
+    with ExitStack() as stack:
+        for name, kernel in list(vars(module).items()):
+            if isinstance(kernel, JITFunction):
+                stack.enter_context(mock.patch.object(module, name, _Recorder(kernel, launches)))
+        stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: MULTIPROCESSORS[target]))
+        hip = "7.0" if target.startswith("gfx") else None
+        stack.enter_context(mock.patch.object(torch.version, "hip", hip))
+        if isinstance(call, Arguments):
+            module.run(module.plan(call), call)
+        else:
+            module.append(call)
+    return launches
+
+
+@functools.cache
+def _target(name: str) -> GPUTarget:
+    return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
+
+
+@functools.cache
+def _backend(target: str) -> Any:
+    return make_backend(_target(target))
+
+
+@functools.cache
+def _binder(kernel: JITFunction, target: str) -> Any:
+    return create_function_from_signature(kernel.signature, kernel.params, _backend(target))
+
+
+def specialise(launch: Launch, target: str) -> Specialised:
+    """As JITFunction.run does it."""
+    kernel = launch.kernel
+    bound, specialisation, options = _binder(kernel, target)(*launch.arguments, **launch.options)
+    constexprs = [bound[parameter.name] for parameter in kernel.params if parameter.is_constexpr]
+    runtime = [item for item in specialisation if item[0] != "constexpr"]
+    key = f"{kernel.cache_key} {target} {constexprs} {runtime} {sorted(options.items())}"
+    backend = _backend(target)
+    parsed, *packed = kernel._pack_args(backend, dict(launch.options), bound, specialisation, options)
+    return Specialised(kernel, target, key, *packed, parsed.__dict__)
+
+
+_compiled: dict[str, Any] = {}
+
+
+def compile_kernel(specialised: Specialised) -> Any:
+    """Triton's CompiledKernel, built once a session."""
+    if specialised.key not in _compiled:
+        source = ASTSource(specialised.kernel, specialised.signature, specialised.constants, specialised.attributes)
+        _compiled[specialised.key] = triton.compile(
+            source, target=_target(specialised.target), options=specialised.options
+        )
+    return _compiled[specialised.key]
+
+
+_resources: dict[str, Resources] = {}
+
+
+def resources(specialised: Specialised) -> Resources:
+    if specialised.key not in _resources:
+        compiled = compile_kernel(specialised)
+        measure = _amd_resources if specialised.target.startswith("gfx") else _nvidia_resources
+        registers, spilled = measure(compiled, specialised.target)
+        _resources[specialised.key] = Resources(registers, spilled, compiled.metadata.shared)
+    return _resources[specialised.key]
+
+
+def _nvidia_resources(compiled: Any, target: str) -> tuple[int, int]:
+    ptx = compiled.asm["ptx"]
+    architecture = _first(r"^\.target (\w+)", ptx)
+    with tempfile.TemporaryDirectory(prefix="sparq-ptx-") as directory:
+        source = Path(directory, "kernel.ptx")
+        source.write_text(ptx)
+        ptxas = get_ptxas(int(target[3:])).path
+        command = [ptxas, "-v", f"--gpu-name={architecture}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = int(_first(r"(\d+) bytes spill stores", report)) + int(_first(r"(\d+) bytes spill loads", report))
+    return int(_first(r"Used (\d+) registers", report)), spilled
+
+
+def _amd_resources(compiled: Any, target: str) -> tuple[int, int]:
+    assembly = compiled.asm["amdgcn"]
+    return int(_first(r"\.vgpr_count:\s+(\d+)", assembly)), int(_first(r"\.vgpr_spill_count:\s+(\d+)", assembly))
+
+
+def _first(pattern: str, text: str) -> str:
+    found = re.search(pattern, text, re.MULTILINE)
+    assert found, f"no {pattern!r} in {text[-500:]!r}"
+    return found.group(1)
+
+
+def stream_loads(specialised: Specialised) -> list[Load]:
+    """Every instruction that reads K components, key rows or value rows, told by the source line it comes from."""
+    lines = stream_lines(specialised.kernel.fn.__module__.rpartition(".")[0])
+    compiled = compile_kernel(specialised)
+    amd = specialised.target.startswith("gfx")
+    assembly = compiled.asm["amdgcn" if amd else "ptx"]
+    return [
+        Load(lines[place], instruction, (_amd_width if amd else _nvidia_width)(instruction))
+        for place, instruction in _global_loads(assembly)
+        if place in lines
+    ]
+
+
+@functools.cache
+def stream_lines(package: str) -> dict[tuple[str, int], str]:
+    """(file name, line) -> stream, for the lines of the loads in STREAMS."""
+    lines = {}
+    for stream, (module, name, pointer) in STREAMS.items():
+        function = getattr(importlib.import_module(f"{package}.{module}"), name)
+        tree = ast.parse("".join(function.raw_src))
+        found = [node for node in ast.walk(tree) if _is_load_of(node, pointer)]
+        assert found, f"{name} has no tl.load({pointer}...)"
+        for node in found:
+            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                lines[f"{module}.py", function.starting_line_number - 1 + line] = stream
+    return lines
+
+
+def _is_load_of(node: ast.AST, pointer: str) -> bool:
+    if not isinstance(node, ast.Call) or ast.unparse(node.func) != "tl.load":
+        return False
+    expression = node.args[0]
+    while isinstance(expression, ast.BinOp):
+        expression = expression.left
+    return isinstance(expression, ast.Name) and expression.id == pointer
+
+
+_LOAD = re.compile(r"(ld\.global\S*|cp\.async\.c[ag]\S*|(?:global|buffer)_load_\w+)\s[^;]*")
+
+
+def _global_loads(assembly: str) -> Iterator[tuple[tuple[str, int], str]]:
+    """((file name, line), instruction) of each load; inlined code carries the line of the function it came from."""
+    # A binary from Triton's cache may name another checkout's path: the file's own name is what counts.
+    files = {
+        number: Path(name).name
+        for number, name in re.findall(r'^\s*\.file\s+(\d+)\s.*?"([^"]+)"\s*(?:$|md5)', assembly, re.M)
+    }
+    place = ("", 0)
+    for line in assembly.splitlines():
+        if moved := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
+            place = (files.get(moved.group(1), ""), int(moved.group(2)))
+        elif load := _LOAD.search(line):
+            yield place, load.group(0).strip()
+
+
+def _nvidia_width(instruction: str) -> int:
+    if instruction.startswith("cp.async"):
+        return int(_first(r"\],\s*(0x[0-9a-f]+|\d+)", instruction.split("],", 1)[1] + " "), 0)
+    vector, bits = re.findall(r"\.(?:v(\d+)\.)?[bfus](\d+)\s", instruction)[0]
+    return int(vector or 1) * int(bits) // 8
+
+
+def _amd_width(instruction: str) -> int:
+    opcode = instruction.split()[0]
+    kind = re.sub(r"^(global|buffer)_load_(lds_)?", "", opcode)
+    if wide := re.match(r"dwordx(\d+)$", kind):
+        return 4 * int(wide.group(1))
+    return {"dword": 4, "ushort": 2, "sshort": 2, "short": 2, "ubyte": 1, "sbyte": 1}[kind.split("_")[0]]
+
+
+def narrow_loads(specialised: Specialised) -> list[Load]:
+    return [load for load in stream_loads(specialised) if load.width < 16]
+
+
+def streams_of(name: str) -> set[str]:
+    """What a kernel has to read in bulk."""
+    return {"score": {"components"}, "gather": {"keys", "values"}, "fused": set(STREAMS)}.get(name, set())
+
+
+def distinct(launches: list[Specialised]) -> dict[str, list[Specialised]]:
+    """By kernel name, one of each specialisation."""
+    found: dict[str, dict[str, Specialised]] = defaultdict(dict)
+    for specialised in launches:
+        found[specialised.kernel.__name__].setdefault(specialised.key, specialised)
+    return {name: list(of_name.values()) for name, of_name in found.items()}

@@ -1,0 +1,254 @@
+"""The GPU kernels as compiled code, with no GPU: that they compile, keep to registers, read wide, and stay compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels are interpreted in this process and cannot be compiled", allow_module_level=True)
+pytest.importorskip("triton")
+
+from sparq_kernels.gpu import launch
+
+from tests.kernels import compiled
+from tests.kernels.compiled import Specialised, empty_append, empty_call, record, specialise
+
+WAYS = {
+    "fused": {"fused"},
+    "select": {"score", "select", "gather"},
+    "distributed": {"score", "histogram", "candidates", "choose", "gather"},
+}
+# Most shared memory that one program can have; consumer cards of an architecture have less.
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+SHARED_LIMIT_CONSUMER = 99 << 10
+# Bytes. Where it is not 0 an assembler, mostly an older one, keeps a few values elsewhere though registers are left.
+SPILL_LIMIT = {"sm_80": 64, "sm_90": 0 if compiled.TRITON >= (3, 9) else 64, "sm_100": 64, "gfx942": 0}
+
+
+class Combination(NamedTuple):
+    name: str
+    target: str
+    way: str
+    options: dict[str, Any]
+
+    @property
+    def shared_limit(self) -> int:
+        small_group = self.options["num_heads"] // self.options["num_kv_heads"] <= 8
+        if not self.target.startswith("gfx") and small_group and "dtype" not in self.options:
+            return SHARED_LIMIT_CONSUMER
+        return SHARED_LIMIT[self.target]
+
+    def launches(self) -> list[Specialised]:
+        return specialised_launches(self.target, **self.options)
+
+
+def specialised_launches(target: str, module: ModuleType = launch, **options: Any) -> list[Specialised]:
+    return [specialise(one, target) for one in record(module, empty_call(**options), target)]
+
+
+def heads(batch: int, num_heads: int, num_kv_heads: int) -> dict[str, int]:
+    return {"batch": batch, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+
+
+FUSED, FUSED_GROUPS = {**heads(64, 32, 32), "cached": 4096}, {**heads(128, 32, 8), "cached": 4096}
+SELECT, SELECT_GROUPS = {**heads(1, 8, 8), "cached": 8000}, {**heads(1, 32, 8), "cached": 8000}
+LONG, LONG_GROUPS = {**SELECT, "cached": 131072, "k": 1024}, {**SELECT_GROUPS, "cached": 131072, "k": 1024}
+EVERYWHERE = {
+    "fused": ("fused", FUSED),
+    "fused-groups": ("fused", FUSED_GROUPS),
+    "select": ("select", SELECT),
+    "select-groups": ("select", SELECT_GROUPS),
+    "distributed-groups": ("distributed", LONG_GROUPS),
+    "everything": ("select", {**SELECT_GROUPS, "start": True, "mask": True, "softcap": 30.0}),
+}
+SM_90 = {
+    "select-4096": ("select", {**SELECT, "cached": 4000}),
+    "distributed": ("distributed", LONG),
+    "fused-8192": ("fused", {**FUSED, "cached": 8192}),
+    "fused-groups-8192": ("fused", {**FUSED_GROUPS, "cached": 8192}),
+    "fused-everything": ("fused", {**FUSED_GROUPS, "start": True, "mask": True, "softcap": 30.0}),
+    "fused-no-mean": ("fused", {**FUSED, "mean_value": False}),
+    "distributed-everything": ("distributed", {**LONG_GROUPS, "start": True, "mask": True, "softcap": 30.0}),
+    "distributed-longest": ("distributed", {**LONG_GROUPS, "cached": 1 << 20}),
+    "select-several-tokens": ("select", {**SELECT_GROUPS, "query_length": 5}),
+    "select-start": ("select", {**SELECT, "start": True}),
+    "select-mask": ("select", {**SELECT, "mask": True}),
+    "select-softcap": ("select", {**SELECT, "softcap": 30.0}),
+    "select-r24": ("select", {**SELECT, "r": 24}),
+    "select-groups-r24": ("select", {**SELECT_GROUPS, "r": 24}),
+    "fused-groups-r24": ("fused", {**FUSED_GROUPS, "r": 24}),
+    "fused-group-of-7": ("fused", {**heads(80, 28, 4), "cached": 4096}),
+    "select-group-of-7": ("select", {**heads(1, 28, 4), "cached": 8000}),
+    "distributed-group-of-7": ("distributed", {**heads(1, 28, 4), "cached": 131072, "k": 1024}),
+    "fused-group-of-71": ("fused", {**heads(264, 71, 1), "cached": 2048, "head_dim": 64}),
+    "select-group-of-71": ("select", {**heads(1, 71, 1), "cached": 8000, "head_dim": 64}),
+    "distributed-group-of-71": ("distributed", {**heads(1, 71, 1), "cached": 131072, "head_dim": 64}),
+    **{
+        f"{name}-{head_dim}": (name.split("-")[0], {**options, "head_dim": head_dim})
+        for name, options in {"fused": FUSED, "select": SELECT, "select-groups": SELECT_GROUPS}.items()
+        for head_dim in (64, 80, 96, 256)
+    },
+    **{
+        f"{name}-{str(dtype)[6:]}": (name.split("-")[0], {**options, "dtype": dtype})
+        for name, options in {"fused": FUSED, "fused-groups": FUSED_GROUPS, "select": SELECT}.items()
+        for dtype in (torch.bfloat16, torch.float32)
+    },
+    **{
+        f"select-groups-{str(dtype)[6:]}-{head_dim}": (
+            "select",
+            {**SELECT_GROUPS, "dtype": dtype, "head_dim": head_dim},
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+        for head_dim in (64, 80, 96, 128, 256)
+    },
+}
+GFX942 = {
+    "distributed": ("distributed", LONG),
+    "fused-float32": ("fused", {**FUSED, "dtype": torch.float32}),
+    "fused-groups-float32": ("fused", {**FUSED_GROUPS, "dtype": torch.float32}),
+    "select-float32": ("select", {**SELECT, "dtype": torch.float32}),
+    "select-groups-float32": ("select", {**SELECT_GROUPS, "dtype": torch.float32}),
+    "select-groups-80": ("select", {**SELECT_GROUPS, "head_dim": 80}),
+    "fused-256": ("fused", {**FUSED, "head_dim": 256}),
+    "distributed-longest": ("distributed", {**LONG_GROUPS, "cached": 1 << 20}),
+}
+COMBINATIONS = [
+    Combination(name, target, way, options)
+    for target, more in {"sm_80": {}, "sm_90": SM_90, "sm_100": {}, "gfx942": GFX942}.items()
+    for name, (way, options) in {**EVERYWHERE, **more}.items()
+]
+every_combination = pytest.mark.parametrize(
+    "combination", COMBINATIONS, ids=[f"{one.target}-{one.name}" for one in COMBINATIONS]
+)
+
+
+@every_combination
+def test_compiles_into_registers_and_shared_memory(combination: Combination) -> None:
+    launches = combination.launches()
+    masked = {"count_masked"} if combination.options.get("mask") else set()
+    assert {one.kernel.__name__ for one in launches} == WAYS[combination.way] | masked
+    used = {one.kernel.__name__: compiled.resources(one) for one in launches}
+    spilling = {name: one for name, one in used.items() if one.spilled > SPILL_LIMIT[combination.target]}
+    assert not spilling
+    assert not {name: one for name, one in used.items() if one.shared > combination.shared_limit}
+
+
+@every_combination
+def test_components_and_rows_are_read_16_bytes_at_a_time(combination: Combination) -> None:
+    for one in combination.launches():
+        loads = compiled.stream_loads(one)
+        assert {load.stream for load in loads} == compiled.streams_of(one.kernel.__name__)
+        assert not Counter((load.stream, load.width) for load in compiled.narrow_loads(one)), one.kernel.__name__
+
+
+def changed_kernels(directory: Path, name: str, file: str, old: str, new: str) -> ModuleType:
+    """The launch module of a copy of sparq_kernels.gpu, with one piece of its source replaced."""
+    copy = directory / name
+    shutil.copytree(Path(launch.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    source = (copy / file).read_text()
+    assert source.count(old) == 1
+    (copy / file).write_text(source.replace(old, new))
+    package = f"sparq_kernels.{name}"  # beside the original, whose relative imports it repeats
+    spec = importlib.util.spec_from_file_location(package, copy / "__init__.py", submodule_search_locations=[str(copy)])
+    assert spec is not None and spec.loader is not None
+    sys.modules[package] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[package])
+    return importlib.import_module(f"{package}.launch")
+
+
+@pytest.fixture
+def unchanged_modules() -> Iterator[None]:
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    ("stream", "file", "load", "mask"),
+    [
+        ("components", "scoring.py", "tl.load(runs + offset)", "(position + o < end)[None, :]"),
+        ("keys", "attention.py", "tl.load(key + row * key_stride + d[None, :])", "d[None, :] < last"),
+        ("values", "attention.py", "tl.load(value + row * value_stride + d[None, :])", "d[None, :] < last"),
+    ],
+    ids=["components", "keys", "values"],
+)
+@pytest.mark.usefixtures("unchanged_modules")
+def test_a_mask_that_narrows_the_loads_is_noticed(
+    stream: str, file: str, load: str, mask: str, target: str, tmp_path: Path
+) -> None:
+    name = f"masked_{stream}_{target}"
+    broken = changed_kernels(tmp_path, name, file, load, f"{load[:-1]}, mask={mask}, other=0.0)")
+    launches = specialised_launches(target, broken, **SELECT_GROUPS)
+    narrow = [load for one in launches for load in compiled.narrow_loads(one)]
+    assert {load.stream for load in narrow} == {stream}
+
+
+def test_spills_are_noticed() -> None:
+    score = next(one for one in record(launch, empty_call(**SELECT), "sm_90") if one.name == "score")
+    starved = score._replace(options={**score.options, "maxnreg": 32})
+    assert compiled.resources(specialise(starved, "sm_90")).spilled > 0
+
+
+APPENDS = [
+    ("sm_80", torch.float16, 128),
+    ("sm_90", torch.float16, 128),
+    ("sm_90", torch.bfloat16, 80),
+    ("sm_90", torch.float32, 256),
+    ("sm_100", torch.float16, 128),
+    ("gfx942", torch.float16, 128),
+]
+
+
+@pytest.mark.parametrize(("target", "dtype", "head_dim"), APPENDS)
+@pytest.mark.parametrize("position", [7, None], ids=["position", "positions"])
+def test_append_compiles(target: str, dtype: torch.dtype, head_dim: int, position: int | None) -> None:
+    call = empty_append(batch=2, head_dim=head_dim, dtype=dtype, position=position)
+    (appended,) = (specialise(one, target) for one in record(launch, call, target))
+    used = compiled.resources(appended)
+    assert used.spilled == 0
+    assert used.shared <= SHARED_LIMIT_CONSUMER
+
+
+def responsible_for_recompiling(launches: list[Specialised]) -> dict[str, set[str]]:
+    """Kernel -> arguments that make it need more than one binary."""
+    return {
+        name: {argument for other in found[1:] for argument in found[0].differing(other)}
+        for name, found in compiled.distinct(launches).items()
+        if len(found) > 1
+    }
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("options", [{}, {"mask": True, "start": True}], ids=["plain", "masked"])
+@pytest.mark.parametrize(
+    ("first", "shape"),
+    [(5000, heads(80, 32, 32)), (5000, heads(1, 32, 8)), (20000, heads(1, 32, 8))],
+    ids=["fused", "select", "distributed"],
+)
+def test_nothing_is_compiled_again_while_the_cache_grows(
+    first: int, shape: dict[str, int], options: dict[str, bool], target: str
+) -> None:
+    launches = [
+        one
+        for cached in range(first, first + 41)
+        for one in specialised_launches(target, cached=cached, k=cached // 16, **shape, **options)
+    ]
+    assert responsible_for_recompiling(launches) == {}
+
+
+def test_append_is_compiled_once_for_a_growing_cache() -> None:
+    calls = [empty_append(capacity=4096 + 256 * (s // 20), position=s) for s in range(41)]
+    assert responsible_for_recompiling([specialise(record(launch, call, "sm_90")[0], "sm_90") for call in calls]) == {}
