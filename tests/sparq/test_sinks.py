@@ -52,16 +52,6 @@ def test_a_row_that_k_covers_is_the_stock_model(sink: float | None) -> None:
     assert (actual[0] - stock[0]).abs().max() > 1e-3
 
 
-def test_dense_steps_know_the_sinks_whatever_was_chosen() -> None:
-    """FlashAttention cannot be had here; a model that has chosen it gets a base that knows sinks."""
-    expected = teacher_forced(gpt_oss(3.0), INPUTS, TOKENS)
-    model = gpt_oss(3.0)
-    model.config._attn_implementation_internal = "flash_attention_3"
-    sparq.patch(model, r=4, k=1000, min_length=0)
-    assert model.config._attn_implementation == "sparq_eager"
-    torch.testing.assert_close(teacher_forced(model, INPUTS, TOKENS), expected, rtol=1e-4, atol=1e-4)
-
-
 def test_equals_a_softmax_with_one_position_more() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, sinks = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, 4, 1, 9), (4,)))
