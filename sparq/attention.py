@@ -97,6 +97,7 @@ def sparq_attention(
     counters.sparse(
         layer_idx,
         alpha,
+        key.dtype,
         positions_cached=plan.valid,
         positions_read=plan.read,
         bytes_read=per_position * (plan.valid * r + 2 * plan.read * head_dim + 4 * batch * head_dim),

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparq.config import SparqConfig
@@ -38,6 +39,7 @@ class Counters:
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerCounters] = {}
+        self.sparse_on: set[tuple[torch.device, torch.dtype]] = set()  # where and in what sparse steps were made
         self._warned: set[str] = set()
         self._lock = threading.Lock()
 
@@ -62,9 +64,17 @@ class Counters:
             counters.bytes_dense += bytes_dense
 
     def sparse(
-        self, layer: int, alpha: Tensor, positions_cached: int, positions_read: int, bytes_read: int, bytes_dense: int
+        self,
+        layer: int,
+        alpha: Tensor,
+        dtype: torch.dtype,
+        positions_cached: int,
+        positions_read: int,
+        bytes_read: int,
+        bytes_dense: int,
     ) -> None:
         with self._lock:
+            self.sparse_on.add((alpha.device, dtype))
             counters = self.layers.setdefault(layer, LayerCounters())
             counters.sparse_steps += 1
             counters.positions_cached += positions_cached
@@ -95,7 +105,7 @@ class Report:
     """Proof of activity of a patched model, since it was patched. `str()` is a table, `to_dict()` plain data."""
 
     config: SparqConfig
-    backend: str
+    backend: str  # what sparse steps ran on; before the first of them, what they would run on
     layers: dict[int, LayerReport]
     total: LayerReport
 

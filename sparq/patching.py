@@ -144,6 +144,9 @@ def patched(model: Model, config: SparqConfig | None = None, **knobs: Any) -> It
 def report(model: nn.Module) -> Report:
     """What `model` has done since it was patched: print it, or take its `to_dict()`.
 
+    Of several processes each counts its own: tensor parallel its share of the heads in every step (bytes and α are
+    those heads'), data parallel its share of the prompts.
+
     Raises:
         ValueError: the model is not patched.
     """
@@ -151,7 +154,10 @@ def report(model: nn.Module) -> Report:
     current = _patch_of(decoder)
     if current is None:
         raise ValueError(f"model must be patched to have a report, this {type(model).__name__} is not")
-    return Report.of(current.counters, current.config, sparq_kernels.backend(decoder.device))
+    # The layers may lie on several devices, and the parameters, where accelerate offloads them, on none.
+    used = current.counters.sparse_on or {(decoder.device, decoder.dtype)}
+    names = {"none yet" if device.type == "meta" else sparq_kernels.backend(device, dtype) for device, dtype in used}
+    return Report.of(current.counters, current.config, ", ".join(sorted(names)))
 
 
 def _served(model: nn.Module) -> PreTrainedModel:

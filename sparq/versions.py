@@ -1,11 +1,13 @@
-"""The versions of other libraries that SparQ works with, checked once, when it is imported."""
+"""The versions of other libraries that SparQ works with, checked once, when it is imported.
+
+Triton's is checked by sparq_kernels where GPU kernels are asked for: on a CPU it does not matter which one is there.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
-SUPPORTED = {"torch": ">=2.10", "transformers": ">=5.17,<6", "triton": ">=3.6"}
-OPTIONAL = {"triton"}
+SUPPORTED = {"torch": ">=2.10", "transformers": ">=5.17,<6"}
 
 
 def check_versions() -> None:
@@ -15,8 +17,7 @@ def check_versions() -> None:
         try:
             installed = version(name)
         except PackageNotFoundError:
-            if name not in OPTIONAL:
-                wrong.append(f"{name} {supported} is needed and not installed")
+            wrong.append(f"{name} {supported} is needed and not installed")
             continue
         if not SpecifierSet(supported).contains(installed, prereleases=True):
             wrong.append(f"{name} {installed} is installed, supported is {supported}")

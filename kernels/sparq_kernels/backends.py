@@ -8,14 +8,19 @@ import warnings
 from types import ModuleType
 
 import torch
+from torch.torch_version import TorchVersion
 
 from . import cpu
 
+OLDEST_TRITON = "3.6"
 
-def backend(device: torch.device | str) -> str:
+
+def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
     """The implementation that serves a device: "cpp" (compiled for this CPU), "triton" (NVIDIA and AMD GPUs) or
-    "reference" (plain PyTorch)."""
+    "reference" (plain PyTorch), which alone knows float64."""
     kind = torch.device(device).type
+    if dtype == torch.float64:
+        return "reference"
     if kind == "cuda":
         return "reference" if triton_kernels() is None else "triton"
     return cpu.backend() if kind == "cpu" else "reference"
@@ -23,15 +28,19 @@ def backend(device: torch.device | str) -> str:
 
 @functools.cache
 def triton_kernels() -> ModuleType | None:
-    """The GPU implementation, or None (with one warning) where Triton cannot be had."""
+    """The GPU implementation, or None (with one warning) where Triton cannot be had or is too old."""
     if os.environ.get("SPARQ_BACKEND") == "reference":
         return None
     try:
+        import triton
+
+        if TorchVersion(triton.__version__) < OLDEST_TRITON:
+            raise ImportError(f"triton {triton.__version__} is installed")
         from . import gpu
     except ImportError as error:
         warnings.warn(
             f"sparq_kernels: no GPU kernels, the PyTorch reference runs instead (slower than dense attention). "
-            f"Triton >= 3.6 is needed: {error}",
+            f"Triton >= {OLDEST_TRITON} is needed: {error}",
             RuntimeWarning,
             stacklevel=2,
         )

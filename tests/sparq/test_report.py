@@ -131,3 +131,13 @@ def test_a_report_is_a_moment() -> None:
 def test_needs_a_patched_model() -> None:
     with pytest.raises(ValueError, match="LlamaForCausalLM is not"):
         sparq.report(build())
+
+
+def test_the_operator_is_the_one_that_ran() -> None:
+    """float64 is served by the reference alone; a model that was converted has run on both."""
+    model = sparq.patch(build().double(), **KNOBS)
+    assert sparq.report(model).backend == "reference"
+    teacher_forced(model, prompt(), next_tokens(steps=1))
+    assert sparq.report(model).backend == "reference"
+    teacher_forced(model.float(), prompt(), next_tokens(steps=1))
+    assert sparq.report(model).backend == "cpp, reference"
