@@ -16,7 +16,9 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from sparq import sinks
 from sparq.cache import SparqLayer
-from sparq.step import Step
+from sparq.static_cache import SparqStaticLayer
+from sparq.static_plan import StaticPlan
+from sparq.step import Plan, Step
 
 # Where sparsity begins to pay: bytes of K and V that a dense step of one layer reads, by device. Below it the fixed
 # cost of a sparse step is larger than what it saves (measured with benchmarks/crossover.py).
@@ -39,7 +41,7 @@ def sparq_attention(
 
     Args:
         base: the model's own implementation, "sdpa" or "eager", used for everything that is not sparse.
-        query: [B, Hq, Q, d]; key, value: [B, Hkv, S, d], the new tokens included.
+        query: [B, Hq, Q, d]; key, value: [B, Hkv, S, d], the new tokens included; with a static cache S is its size.
         attention_mask: what the mask function of `base` made: [B, 1, Q, S], or None where everything is valid.
         sparq_step: the forward pass this belongs to, from the hook on the model. Without it (a model that only shares
             its configuration with a patched one) the step is dense.
@@ -51,26 +53,48 @@ def sparq_attention(
     if sparq_step is None:
         return dense()
     sparq_step.attention_calls += 1
-    query_length, length = query.shape[2], key.shape[2]
-    if sparq_step.is_prompt or query_length == length or not query_length:
+    step, query_length, length = sparq_step, query.shape[2], key.shape[2]
+    is_prompt = step.is_prompt or query_length == length
+    if not query_length or (is_prompt and not step.counts_on_device):
         return dense()
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
-
-    reason = _dense_reason(sparq_step, layer_idx, query, key, value, dropout, kwargs)
-    plan = None
-    if reason is None:
-        plan = sparq_step.plan(attention_mask, length, key.shape[0], key.device)
-        reason = plan.dense_reason
-    counters = sparq_step.counters
-    if reason is not None or plan is None:
-        counters.dense(layer_idx, reason or "", 2 * key.numel() * key.element_size())
+    layer = step.layer(layer_idx)
+    is_static = isinstance(layer, SparqStaticLayer)
+    if step.counts_on_device:
+        step.counters.prepare(layer_idx, key.device, key.dtype)
+    if is_prompt and not is_static:
         return dense()
 
-    config = sparq_step.config
-    layer = sparq_step.layer(layer_idx)
-    assert isinstance(layer, SparqLayer)
+    # With a static cache a prompt, too, is looked at as if it were its last token: what is valid is known now, and the
+    # next step, which goes on from the index, may be a compiled one.
+    newest = query[:, :, -1:] if is_static else query
+    reason = _dense_reason(step, layer_idx, newest, key, value, dropout, kwargs)
+    plan: Plan | StaticPlan | None = None
+    other_sum = None
+    if reason is None and is_static:
+        plan = step.static_plan(attention_mask, layer.cumulative_length, key)
+        reason = plan.dense_reason
+        if reason is None:
+            components, value_sum, other_sum = layer.index(plan.mask)
+    elif reason is None:
+        plan = step.plan(attention_mask, length, key.shape[0], key.device)
+        reason = plan.dense_reason
+        if reason is None:
+            components, value_sum = layer.index(plan.start, plan.mask)
+    if is_prompt:
+        return dense()
+    if is_static and query_length > 1:
+        reason = reason or "several new tokens at once"
+    if reason is not None or plan is None:
+        bytes_dense = 2 * key.numel() * key.element_size()
+        if step.counts_on_device:
+            step.counters.dense_on_device(layer_idx, reason or "", bytes_dense)
+        else:
+            step.counters.dense(layer_idx, reason or "", bytes_dense)
+        return dense()
+
+    config = step.config
     batch, kv_heads, _, head_dim = key.shape
-    components, value_sum = layer.index(plan.start, plan.mask)
     r = config.components(head_dim)
     s_aux = kwargs.get("s_aux")
     output, alpha, _, lse = sparq_kernels.decode(
@@ -94,15 +118,19 @@ def sparq_attention(
     if s_aux is not None:
         output = sinks.attenuate(output, alpha, lse, s_aux)
     per_position = kv_heads * key.element_size()
-    counters.sparse(
-        layer_idx,
-        alpha,
-        key.dtype,
-        positions_cached=plan.valid,
-        positions_read=plan.read,
-        bytes_read=per_position * (plan.valid * r + 2 * plan.read * head_dim + 4 * batch * head_dim),
-        bytes_dense=per_position * 2 * plan.valid * head_dim,
-    )
+    if isinstance(plan, StaticPlan):
+        counts = step.static_counts(plan, per_position, r, head_dim, alpha.numel())
+        step.counters.sparse_on_device(layer_idx, alpha, counts, other_sum, plan.ignored_bias)
+    else:
+        step.counters.sparse(
+            layer_idx,
+            alpha,
+            key.dtype,
+            positions_cached=plan.valid,
+            positions_read=plan.read,
+            bytes_read=per_position * (plan.valid * r + 2 * plan.read * head_dim + 4 * batch * head_dim),
+            bytes_dense=per_position * 2 * plan.valid * head_dim,
+        )
     return output.transpose(1, 2), None
 
 
@@ -117,7 +145,7 @@ def _dense_reason(
         return "several new tokens at once"
     if layer_idx < step.config.dense_layers:
         return "one of the first dense_layers"
-    if not isinstance(layer, SparqLayer):
+    if not isinstance(layer, (SparqLayer, SparqStaticLayer)):
         if step.cache is not None and step.cache.offloading:
             return _unreadable(step, "an offloaded cache")
         if type(layer) is DynamicLayer:
@@ -127,12 +155,17 @@ def _dense_reason(
     if layer.keys is None or layer.keys.device != key.device:
         return _unreadable(step, "an offloaded cache")
     for given, cached in ((key, layer.keys), (value, layer.values)):
-        if cached is None or (given.shape, given.data_ptr()) != (cached.shape, cached.data_ptr()):
+        if isinstance(layer, SparqStaticLayer):
+            if given is not cached:
+                return _unreadable(step, "attention to other keys and values than the cached ones")
+        elif cached is None or (given.shape, given.data_ptr()) != (cached.shape, cached.data_ptr()):
             return _unreadable(step, "attention to other keys and values than the cached ones")
     if not query.dtype == key.dtype == value.dtype:
         return "query, key and value differ in dtype"  # autocast
     if key.shape != value.shape:
         return "keys and values differ in shape"
+    if isinstance(layer, SparqStaticLayer) and layer.components is None:
+        return "the cache was first used in a compiled graph"
     if dropout:
         return "attention dropout"
     if kwargs.get("position_bias") is not None:

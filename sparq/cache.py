@@ -10,7 +10,9 @@ import torch
 from sparq_kernels import BLOCK, layout
 from torch import Tensor
 from transformers import cache_utils
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+from sparq.static_cache import SparqStaticLayer
 
 CAPACITY_STEP = 256  # positions: storage is made for a multiple of this
 
@@ -272,7 +274,7 @@ def refuse_quantized(cache: Cache) -> None:
 
 
 def upgrade(cache: Cache) -> None:
-    """Make the plain dynamic layers of `cache` SparQ layers, in place; all other layers stay as they are.
+    """Make the plain dynamic and static layers of `cache` SparQ layers, in place; all other layers stay as they are.
 
     So does an offloaded cache: all of it is moved to the device and back with each token, however little is read there,
     and storage that grows by doubling and an index would be more to move.
@@ -282,6 +284,8 @@ def upgrade(cache: Cache) -> None:
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[i] = SparqLayer.adopt(layer)
+        elif type(layer) is StaticLayer:
+            cache.layers[i] = SparqStaticLayer.adopt(layer)
 
 
 def _grown(storage: Tensor | None, states: Tensor, used: int, capacity: int) -> Tensor:

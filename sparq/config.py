@@ -23,7 +23,8 @@ class SparqConfig:
         mean_value: whether the mean value stands in for the positions that were not attended.
         dense_layers: the first layers of the model that stay dense.
         min_length: below this number of cached positions a step is dense. None: the point where sparsity begins to pay
-            on this device. 0: every step with more than k valid positions is sparse.
+            on this device. 0: every step with more than k valid positions is sparse. The size of a static cache counts,
+            however much of it is filled, since a dense step reads all of it.
 
     Raises:
         TypeError, ValueError: naming the knob, its value and what would be right.

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparq.config import SparqConfig
+from sparq.totals import DOUBTS, REASONS, SPARSE, Totals
 
 
 @dataclass
@@ -32,13 +34,32 @@ class LayerCounters:
     bytes_dense: int = 0
     alpha_sum: Tensor | None = None  # left on its device: reading it back would wait for the step
     alpha_count: int = 0
+    other_sums: int = 0  # steps that blended in the mean over other positions than their mask says
+    ignored_biases: int = 0  # sparse steps under a mask with a bias
+
+    @property
+    def decode_steps(self) -> int:
+        return self.sparse_steps + self.dense_steps.total()
+
+    def plus(self, totals: Totals) -> LayerCounters:
+        """The sum of both; waits for the device."""
+        counts = totals.to_dict()
+        sums = replace(self, dense_steps=self.dense_steps.copy())
+        for name in (*SPARSE, *DOUBTS):
+            setattr(sums, name, getattr(sums, name) + counts[name])
+        sums.dense_steps += Counter({reason: counts[reason] for reason in REASONS if counts[reason]})
+        if counts["alpha_count"]:
+            alpha = totals.alpha.clone()
+            sums.alpha_sum = alpha if sums.alpha_sum is None else sums.alpha_sum.to(alpha.device) + alpha
+        return sums
 
 
 class Counters:
     """Counters of all layers of one patched model; several threads may generate with it."""
 
     def __init__(self) -> None:
-        self.layers: dict[int, LayerCounters] = {}
+        self.layers: dict[int, LayerCounters] = {}  # counted by Python
+        self.totals: dict[int, Totals] = {}  # counted on the device, besides
         self.sparse_on: set[tuple[torch.device, torch.dtype]] = set()  # where and in what sparse steps were made
         self._warned: set[str] = set()
         self._lock = threading.Lock()
@@ -50,6 +71,8 @@ class Counters:
         return Counters, ()
 
     def warn_once(self, message: str) -> None:
+        if torch.compiler.is_compiling():
+            return  # a graph cannot warn; the report says it
         with self._lock:
             if message in self._warned:
                 return
@@ -62,6 +85,44 @@ class Counters:
             counters.dense_steps[reason] += 1
             counters.bytes_read += bytes_dense
             counters.bytes_dense += bytes_dense
+
+    def prepare(self, layer: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Make a layer's totals on `device`; a compiled graph that finds them there is not compiled twice."""
+        with self._locked():
+            totals = self.totals.get(layer)
+            if totals is not None and totals.counts.device == device:
+                return
+            if totals is not None:  # the model has been moved
+                self.layers[layer] = self.layers.get(layer, LayerCounters()).plus(totals)
+            self.totals[layer] = Totals(device, dtype)
+
+    def dense_on_device(self, layer: int, reason: str, bytes_dense: int) -> None:
+        """As `dense`, without a number of Python's that a compiled graph would have to change."""
+        with self._locked():
+            self.totals[layer].dense(reason, bytes_dense)
+
+    def sparse_on_device(
+        self, layer: int, alpha: Tensor, counts: Tensor, other_sum: Tensor | None, ignored_bias: Tensor | None
+    ) -> None:
+        """As `sparse`, with numbers that only the device knows (`Totals.sparse`)."""
+        with self._locked():
+            self.totals[layer].sparse(counts, alpha, other_sum, ignored_bias)
+
+    def _locked(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._lock
+
+    def used(self) -> set[tuple[torch.device, torch.dtype]]:
+        """Where and in what sparse steps were made; waits for the devices."""
+        on_device = {(t.counts.device, t.dtype) for t in self.totals.values() if t.to_dict()["sparse_steps"]}
+        return self.sparse_on | on_device
+
+    def settled(self) -> dict[int, LayerCounters]:
+        """Every layer that has made a decode step, with what was counted on its device."""
+        with self._lock:
+            layers = {index: replace(layer) for index, layer in self.layers.items()}
+            for index, totals in self.totals.items():
+                layers[index] = layers.get(index, LayerCounters()).plus(totals)
+        return {index: layer for index, layer in sorted(layers.items()) if layer.decode_steps}
 
     def sparse(
         self,
@@ -98,6 +159,8 @@ class LayerReport:
     positions_read: int
     bytes_read: int
     bytes_dense: int
+    other_sums: int  # compiled steps whose mean value was over other positions than those of their mask
+    ignored_biases: int  # compiled steps whose mask had a bias, which was not added to the scores
 
 
 @dataclass(frozen=True)
@@ -113,15 +176,14 @@ class Report:
     def of(cls, counters: Counters, config: SparqConfig, backend: str) -> Report:
         everything = LayerCounters()
         layers = {}
-        for index, layer in sorted(counters.layers.items()):
+        for index, layer in counters.settled().items():
             layers[index] = _frozen(layer)
             everything.dense_steps += layer.dense_steps
-            for name in ("sparse_steps", "positions_cached", "positions_read", "bytes_read", "bytes_dense"):
+            for name in (*SPARSE, *DOUBTS):
                 setattr(everything, name, getattr(everything, name) + getattr(layer, name))
             if layer.alpha_sum is not None:
                 alpha_sum = layer.alpha_sum.cpu()  # layers may lie on several devices
                 everything.alpha_sum = alpha_sum if everything.alpha_sum is None else everything.alpha_sum + alpha_sum
-                everything.alpha_count += layer.alpha_count
         return cls(config, backend, layers, _frozen(everything))
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,12 +205,24 @@ class Report:
         print(self.config, file=out)
         for reason, steps in sorted(self.total.dense_steps.items(), key=lambda item: -item[1]):
             print(f"dense, {steps} layer steps: {reason}", file=out)
+        if self.total.other_sums:
+            print(
+                f"WRONG MEAN, {self.total.other_sums} layer steps: the mask has changed for positions read before, "
+                "which a compiled step or one on a GPU with a static cache cannot follow",
+                file=out,
+            )
+        if self.total.ignored_biases:
+            print(
+                f"WRONG SCORES, {self.total.ignored_biases} layer steps: the mask had a bias, which a compiled step "
+                "or one on a GPU with a static cache does not see",
+                file=out,
+            )
         return out.getvalue().rstrip()
 
 
 def _frozen(layer: LayerCounters) -> LayerReport:
     return LayerReport(
-        decode_steps=layer.sparse_steps + sum(layer.dense_steps.values()),
+        decode_steps=layer.decode_steps,
         sparse_steps=layer.sparse_steps,
         dense_steps=dict(layer.dense_steps),
         mean_alpha=None if layer.alpha_sum is None else float(layer.alpha_sum) / layer.alpha_count,
@@ -156,6 +230,8 @@ def _frozen(layer: LayerCounters) -> LayerReport:
         positions_read=layer.positions_read,
         bytes_read=layer.bytes_read,
         bytes_dense=layer.bytes_dense,
+        other_sums=layer.other_sums,
+        ignored_biases=layer.ignored_biases,
     )
 
 

@@ -155,7 +155,7 @@ def report(model: nn.Module) -> Report:
     if current is None:
         raise ValueError(f"model must be patched to have a report, this {type(model).__name__} is not")
     # The layers may lie on several devices, and the parameters, where accelerate offloads them, on none.
-    used = current.counters.sparse_on or {(decoder.device, decoder.dtype)}
+    used = current.counters.used() or {(decoder.device, decoder.dtype)}
     names = {"none yet" if device.type == "meta" else sparq_kernels.backend(device, dtype) for device, dtype in used}
     return Report.of(current.counters, current.config, ", ".join(sorted(names)))
 

@@ -407,24 +407,6 @@ def test_inference_mode_can_be_left_and_entered() -> None:
         torch.testing.assert_close(logits, expected[:, step])
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_static_cache_is_dense_with_one_warning(family: str) -> None:
-    inputs, model = prompt(), build(family)
-    expected = generate(model, inputs, tokens=5, cache_implementation="static")
-    sparq.patch(model, **SPARSE)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert generate(model, inputs, tokens=5, cache_implementation="static") == expected
-        generate(model, inputs, tokens=5, cache_implementation="static")
-    ours = [str(warning.message) for warning in caught if "sparq" in str(warning.message)]
-    assert len(ours) == 1 and "StaticLayer" in ours[0]
-    total = sparq.report(model).total
-    full_layers, steps = (3 if family == "llama" else 1), 2 * 4
-    assert total.sparse_steps == 0
-    assert total.dense_steps["a cache layer of type StaticLayer cannot be read sparsely"] == full_layers * steps
-    assert sum(total.dense_steps.values()) == 3 * steps
-
-
 def test_an_offloaded_cache_is_dense_with_one_warning() -> None:
     layer = SparqLayer()
     layer.update(torch.zeros(1, 2, 41, 16), torch.zeros(1, 2, 41, 16))
@@ -501,3 +483,13 @@ def test_assisted_generation(how: str) -> None:
         assert dense["several new tokens at once"] > 0
     if how == "assistant":
         assert sparq.report(assistant).total.sparse_steps > 0
+
+
+def test_padding_is_read_back_once_in_a_step_and_compared_in_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each of these would wait for everything before it."""
+    inputs, model, waits = prompt(), sparq.patch(build(), **SPARSE), []
+    tolist, equal = torch.Tensor.tolist, torch.equal
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: waits.append("tolist") or tolist(self))
+    monkeypatch.setattr(torch, "equal", lambda a, b: waits.append("equal") or equal(a, b))
+    teacher_forced(model, inputs, next_tokens(steps=5))
+    assert waits == ["tolist"] * 5

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from sparq_kernels import BLOCK, layout, read_components
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sparq.cache import CAPACITY_STEP, SparqLayer, upgrade
@@ -328,11 +328,6 @@ def test_upgrade_takes_plain_dynamic_layers_only() -> None:
     same = list(cache.layers)
     upgrade(cache)
     assert all(a is b for a, b in zip(cache.layers, same, strict=True))
-
-    static = StaticCache(config=build().config, max_cache_len=64)
-    kinds = [type(layer) for layer in static.layers]
-    upgrade(static)
-    assert [type(layer) for layer in static.layers] == kinds
 
 
 def test_upgrade_of_a_cache_that_is_filled() -> None:

@@ -1,0 +1,157 @@
+"""A layer of a transformers static cache that also holds what SparQ reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sparq_kernels
+import torch
+from sparq_kernels import layout
+from torch import Tensor
+from transformers.cache_utils import StaticLayer
+
+
+class SparqStaticLayer(StaticLayer):
+    """One attention layer's static cache: a `StaticLayer` with an index for SparQ, all of it of a fixed size.
+
+    The index is the component copy of K, and the sum of V over the valid positions. How many positions are filled is
+    known to the device alone (`cumulative_length`), and so is what the index covers: nothing here reads a value back,
+    so that a decode step can be compiled and captured. What Python does know is how far the index is behind: one new
+    token (`lacks_one`) or anything at all (`stale`). Both are as before when a decode step is over, so no step is
+    compiled twice.
+    """
+
+    keys: Tensor  # [B, Hkv, max_cache_len, d]; None before initialisation, like `values`
+    values: Tensor
+    components: Tensor | None  # [B, Hkv, blocks, d, BLOCK], for all positions
+    value_sum: Tensor | None  # [B, Hkv, d] float32
+    summed: Tensor | None  # [B, max_cache_len] bool, the positions that `value_sum` is the sum of
+
+    def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
+        super().__init__(max_cache_len, **kwargs)
+        self.components = self.value_sum = self.summed = None
+        self.stale = True  # K and V were written without the index
+        self.lacks_one = False  # the newest token is among the components, and not in the sum
+        self.is_filled = False
+
+    @classmethod
+    def adopt(cls, layer: StaticLayer) -> SparqStaticLayer:
+        """A SparQ layer in place of `layer`, which may hold tokens; it takes over the very tensors."""
+        new = cls(layer.max_cache_len)
+        vars(new).update(vars(layer))
+        if layer.is_initialized:
+            # In a compiled graph nobody can ask the device.
+            new.is_filled = torch.compiler.is_compiling() or bool(layer.cumulative_length > 0)
+            new._allocate_index()
+            new.stale = new.is_filled
+        return new
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._allocate_index()
+
+    def _allocate_index(self) -> None:
+        compiling = torch.compiler.is_compiling()
+        if self.keys.shape != self.values.shape or (compiling and self.keys.device.type != "cpu"):
+            return  # what is allocated inside a CUDA graph is gone after it
+        batch, heads, capacity, head_dim = self.keys.shape
+        self.components = layout.allocate_components(batch, heads, capacity, head_dim, self.dtype, self.device).zero_()
+        self.value_sum = self.keys.new_zeros((batch, heads, head_dim), dtype=torch.float32)
+        self.summed = self.keys.new_zeros((batch, capacity), dtype=torch.bool)
+        self.stale = False
+        if not compiling:  # as StaticLayer does with K and V
+            for tensor in (self.components, self.value_sum, self.summed):
+                torch._dynamo.mark_static_address(tensor)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write [B, Hkv, n, d] new keys and values; returns the whole storage, [B, Hkv, max_cache_len, d]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.is_filled = True
+        if (
+            key_states.shape[2] != 1
+            or self.stale
+            or self.lacks_one
+            or (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad))
+        ):
+            self.stale, self.lacks_one = True, False
+            return super().update(key_states, value_states, *args, **kwargs)
+        assert self.components is not None
+        position = self.cumulative_length.expand(key_states.shape[0])
+        sparq_kernels.append(self.keys, self.values, self.components, None, key_states, value_states, position=position)
+        self.cumulative_length.add_(1)
+        self.lacks_one = True
+        return self.keys, self.values
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of storage held: K, V, the component copy of K, the sum of V and the positions in it."""
+        held = (self.keys, self.values, self.components, self.value_sum, self.summed)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+    def index(self, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Bring the index up to the current length and return it. The layer must have one (`components`).
+
+        Args:
+            valid: [B, max_cache_len] bool, the positions that may be seen, none of them beyond the current length.
+
+        Returns:
+            The component copy of K [B, Hkv, blocks, d, BLOCK]; the sum of V over the valid positions [B, Hkv, d]
+            float32; and bool [], whether that sum is of other positions, or None where it surely is not. On a GPU and
+            in a compiled graph nobody can wait for that answer: there the validity of a position must not change
+            after the step (of one or many tokens) that wrote it. Elsewhere V is summed anew where it has.
+        """
+        with torch.no_grad():  # not as a decorator: Dynamo cannot look through one on a layer made inside a graph
+            return self._index(valid)
+
+    def _index(self, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        assert self.components is not None and self.value_sum is not None and self.summed is not None
+        if self.stale:
+            layout.write_components(self.components, self.keys, 0)
+            self._sum_anew(valid)
+            self.stale = self.lacks_one = False
+            return self.components, self.value_sum, None
+        if self.lacks_one:
+            newest = (self.cumulative_length - 1)[None]
+            is_valid = valid.index_select(1, newest)  # [B, 1]
+            value = self.values.index_select(2, newest)[:, :, 0]  # [B, Hkv, d]
+            # masked_fill, not a product: padding may hold anything, NaN included
+            self.value_sum.add_(value.masked_fill(~is_valid[:, :, None], 0))
+            self.summed.index_copy_(1, newest, is_valid)
+            self.lacks_one = False
+        if torch.compiler.is_compiling() or valid.device.type != "cpu":
+            return self.components, self.value_sum, (self.summed != valid).any()
+        if not torch.equal(self.summed, valid):
+            self._sum_anew(valid)
+        return self.components, self.value_sum, None
+
+    def _sum_anew(self, valid: Tensor) -> None:
+        assert self.value_sum is not None and self.summed is not None
+        values = self.values.masked_fill(~valid[:, None, :, None], 0)
+        self.value_sum.copy_(values.sum(2, dtype=torch.float32))
+        self.summed.copy_(valid)
+
+    def reset(self) -> None:
+        super().reset()
+        self.is_filled = self.lacks_one = False
+        if self.value_sum is not None and self.summed is not None:
+            self.value_sum.zero_()
+            self.summed.zero_()
+            self.stale = False  # an index of nothing; what the components still hold is never read
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._map_index(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def offload(self) -> None:
+        super().offload()
+        self._map_index(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        if self.summed is not None and self.summed.device != self.device:
+            self._map_index(lambda t: t.to(self.device, non_blocking=True))
+
+    def _map_index(self, f: Any) -> None:
+        if self.components is not None and self.value_sum is not None and self.summed is not None:
+            self.components, self.value_sum, self.summed = f(self.components), f(self.value_sum), f(self.summed)

@@ -1,0 +1,60 @@
+"""Counts of one layer that are kept on its device: a compiled graph can add to them, and no step waits for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+OTHER_REASON = "another reason (the step ran in a compiled graph)"
+# Why a step was dense, in words that do not depend on the step.
+REASONS = (
+    OTHER_REASON,
+    "sliding-window layer",
+    "several new tokens at once",
+    "one of the first dense_layers",
+    "query, key and value differ in dtype",
+    "keys and values differ in shape",
+    "attention dropout",
+    "attention weights were asked for",
+    "shorter than min_length",
+    "k covers the context",
+    "the cache was not seen before this step",
+    "the cache was first used in a compiled graph",
+    "an offloaded cache cannot be read sparsely",
+    "attention to other keys and values than the cached ones cannot be read sparsely",
+    "attention mask that is not [batch, 1, 1, length]",
+    "attention mask with a bias",
+)
+# What a sparse step adds, in this order; then come the doubts about a step, then a count for each reason.
+SPARSE = ("sparse_steps", "positions_cached", "positions_read", "bytes_read", "bytes_dense", "alpha_count")
+DOUBTS = ("other_sums", "ignored_biases")
+SLOTS = (*SPARSE, *DOUBTS, *REASONS)
+
+
+class Totals:
+    """counts: int64 [len(SLOTS)].  alpha: float64 [], the sum of all α.  Both are added to in place, never replaced."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.dtype = dtype  # of the layer's keys
+        with torch.inference_mode(False):  # they outlive the block that they are made in
+            self.counts = torch.zeros(len(SLOTS), dtype=torch.int64, device=device)
+            self.alpha = torch.zeros((), dtype=torch.float64, device=device)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.counts)
+            torch._dynamo.mark_static_address(self.alpha)
+
+    def dense(self, reason: str, bytes_dense: int) -> None:
+        self.counts[SLOTS.index(reason if reason in REASONS else OTHER_REASON)] += 1
+        self.counts[SLOTS.index("bytes_read") : SLOTS.index("bytes_dense") + 1] += bytes_dense
+
+    def sparse(self, counts: Tensor, alpha: Tensor, other_sum: Tensor | None, ignored_bias: Tensor | None) -> None:
+        """counts: int64 [len(SPARSE)].  alpha: any shape.  The doubts: bool [], or None where there is none."""
+        self.counts[: len(SPARSE)] += counts
+        self.alpha += alpha.detach().sum(dtype=torch.float64)
+        for slot, doubt in enumerate((other_sum, ignored_bias), len(SPARSE)):
+            if doubt is not None:
+                self.counts[slot] += doubt
+
+    def to_dict(self) -> dict[str, int]:
+        """The counts, read back from the device, by slot."""
+        return dict(zip(SLOTS, self.counts.tolist(), strict=True))

@@ -1,0 +1,249 @@
+"""Decode steps of a patched model under torch.compile: one graph for all steps, and what it counts and cannot know."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
+from transformers import CompileConfig, StaticCache
+
+import sparq
+from tests.sparq.test_static import same_report
+from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_forced
+
+SPARSE = dict(r=4, k=12, min_length=0)
+SIZE = 64
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def static(model) -> StaticCache:
+    return StaticCache(config=model.config, max_cache_len=SIZE)
+
+
+@torch.no_grad()
+def decode(model, call: Callable, inputs: dict, tokens: Tensor, cache: StaticCache, prompt_call=None) -> Tensor:
+    """`teacher_forced` with masks of one size, as a graph needs them; `call` makes the steps after the prompt."""
+    length = inputs["input_ids"].shape[1]
+    mask = torch.zeros(inputs["input_ids"].shape[0], SIZE, dtype=torch.int64)
+    mask[:, :length] = inputs["attention_mask"]
+    first = model if prompt_call is None else prompt_call
+    first(input_ids=inputs["input_ids"], attention_mask=mask.clone(), past_key_values=cache)
+    logits = []
+    for step in range(tokens.shape[1]):
+        mask[:, length + step] = 1
+        token = tokens[:, step : step + 1]
+        logits.append(call(input_ids=token, attention_mask=mask.clone(), past_key_values=cache).logits[:, -1])
+    return torch.stack(logits, 1)
+
+
+def compiled_and_expected(family: str, knobs: dict, backend, steps: int = 6, **changes):
+    inputs, tokens = prompt(), next_tokens(steps=steps)
+    eager = sparq.patch(build(family, **changes), **knobs)
+    expected = decode(eager, eager, inputs, tokens, static(eager))
+    model = sparq.patch(build(family, **changes), **knobs)
+    call = torch.compile(model, fullgraph=True, backend=backend)
+    actual = decode(model, call, inputs, tokens, static(model))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert actual.argmax(-1).equal(expected.argmax(-1))
+    same_report(sparq.report(model), sparq.report(eager))
+    return model, sparq.report(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen3", "phi3"])
+def test_one_graph_for_all_steps(family: str) -> None:
+    graphs = EagerAndRecordGraphs()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        _, report = compiled_and_expected(family, SPARSE, graphs)
+    assert len(graphs.graphs) == 1 and report.total.sparse_steps == 3 * 6
+    called = [str(node.target) for node in graphs.graphs[0].graph.nodes]
+    assert called.count("sparq_kernels.decode.default") == called.count("sparq_kernels.append.default") == 3
+
+
+def test_functionalised() -> None:
+    """The graph that backends are given mutates nothing: what each operator writes has to be declared."""
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled_and_expected("llama", SPARSE, "aot_eager", num_hidden_layers=2)
+
+
+def test_inductor_copies_no_cache() -> None:
+    """A cache-sized clone before every `append` would cost more than dense attention."""
+    from torch._inductor.utils import run_and_get_code
+
+    inputs, tokens = prompt(), next_tokens(steps=4)
+    eager = sparq.patch(build(num_hidden_layers=1), **SPARSE)
+    expected = decode(eager, eager, inputs, tokens, static(eager))
+    model = sparq.patch(build(num_hidden_layers=1), **SPARSE)
+    call = torch.compile(model, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        actual, (code,) = run_and_get_code(decode, model, call, inputs, tokens, static(model))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert sparq.report(model).total.sparse_steps == 4
+    (append,) = re.findall(r"sparq_kernels\.append\.default\((\w+), (\w+), (\w+), None", code)
+    (read,) = re.findall(r"sparq_kernels\.decode\.default\(\w+, (\w+), (\w+), (\w+), ", code)
+    assert {*append} == {*read} and all(name.startswith("arg") for name in append)
+
+
+def test_sliding_layers_recompile_as_often_as_stock() -> None:
+    """Their stock cache layers hold their length in Python."""
+    family, inputs, tokens, graphs = "gemma2", prompt(), next_tokens(steps=4), []
+    for patched in (False, True):
+        model = sparq.patch(build(family), **SPARSE) if patched else build(family)
+        counter = CompileCounterWithBackend("eager")
+        call = torch.compile(model, fullgraph=True, backend=counter)
+        actual = decode(model, call, inputs, tokens, static(model))
+        graphs.append(counter.frame_count)
+        torch._dynamo.reset()
+    assert graphs[1] == graphs[0]
+    eager = sparq.patch(build(family), **SPARSE)
+    expected = decode(eager, eager, inputs, tokens, static(eager))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    same_report(sparq.report(model), sparq.report(eager))
+
+
+def test_a_reset_cache_and_another_prompt_need_no_new_graph() -> None:
+    model = sparq.patch(build(), **SPARSE)
+    counter, cache, tokens = CompileCounterWithBackend("eager"), static(model), next_tokens(steps=3)
+    call = torch.compile(model, fullgraph=True, backend=counter)
+    for padding, length in ((9, 40), (0, 30), (20, 50)):
+        inputs = prompt(padding=padding, length=length)
+        eager = sparq.patch(build(), **SPARSE)
+        expected = decode(eager, eager, inputs, tokens, static(eager))
+        torch.testing.assert_close(decode(model, call, inputs, tokens, cache), expected, rtol=1e-4, atol=1e-4)
+        cache.reset()
+    assert counter.frame_count == 1
+    assert sparq.report(model).total.sparse_steps == 3 * 9
+    decode(model, call, inputs, tokens, static(model))  # nor does another cache of that size
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["fresh", "early initialised"])
+def test_a_compiled_prompt(early: bool) -> None:
+    inputs, tokens = prompt(), next_tokens(steps=4)
+    eager = sparq.patch(build(), **SPARSE)
+    expected = decode(eager, eager, inputs, tokens, static(eager))
+    model, counter = sparq.patch(build(), **SPARSE), CompileCounterWithBackend("aot_eager")
+    cache = static(model)
+    if early:
+        cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))
+    call = torch.compile(model, fullgraph=True, backend=counter)
+    actual = decode(model, call, inputs, tokens, cache, prompt_call=call)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 2 and sparq.report(model).total.sparse_steps == 3 * 4
+
+
+@pytest.mark.parametrize(
+    "knobs, reason",
+    [
+        (dict(dense_layers=3), "one of the first dense_layers"),
+        (dict(min_length=SIZE + 1), "shorter than min_length"),
+        (dict(k=SIZE), "k covers the context"),
+    ],
+    ids=str,
+)
+def test_dense_steps_are_counted_with_their_reason(knobs: dict, reason: str) -> None:
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        _, report = compiled_and_expected("llama", SPARSE | knobs, "eager", steps=3)
+    everything = 4 * 2 * 2 * 2 * 16 * SIZE  # float32, rows, KV heads, K and V, d, all of the cache
+    layer = report.layers[0]
+    assert layer.dense_steps == {reason: 3} and layer.sparse_steps == 0
+    assert layer.bytes_read == layer.bytes_dense == 3 * everything
+
+
+def test_a_reason_without_a_place_is_still_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparq.attention, "_dense_reason", lambda *args: "something new")
+    _, report = compiled_and_expected("llama", SPARSE, "eager", steps=2)
+    assert report.total.dense_steps == {sparq.totals.OTHER_REASON: 3 * 2}
+
+
+def run_with(make_mask: Callable, steps: int = 4) -> sparq.Report:
+    """Compiled steps under masks [2, 1, 1, SIZE] made from [2, SIZE] bool."""
+    model, inputs, tokens = sparq.patch(build(), **SPARSE), prompt(), next_tokens(steps=steps)
+    call, cache = torch.compile(model, fullgraph=True, backend="eager"), static(model)
+    valid = torch.zeros(2, SIZE, dtype=torch.bool)
+    valid[:, :40] = inputs["attention_mask"]
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        for step in range(steps):
+            valid[:, 40 + step] = True
+            mask = make_mask(valid.clone(), step)[:, None, None]
+            call(input_ids=tokens[:, step : step + 1], attention_mask=mask, past_key_values=cache)
+    return sparq.report(model)
+
+
+def test_a_graph_that_cannot_follow_a_mask_says_so() -> None:
+    def forgetful(valid: Tensor, step: int) -> Tensor:
+        valid[0, : 2 * max(0, step - 1)] = False  # in the last two steps
+        return valid
+
+    report = run_with(forgetful)
+    assert [layer.other_sums for layer in report.layers.values()] == [2, 2, 2]
+    assert "WRONG MEAN, 6 layer steps" in str(report) and report.total.sparse_steps == 12
+    report = run_with(lambda valid, step: valid)
+    assert report.total.other_sums == 0 and "WRONG" not in str(report)
+
+
+def test_a_graph_that_ignores_a_bias_says_so() -> None:
+    def biased(valid: Tensor, step: int) -> Tensor:
+        return torch.where(valid, -0.5 if step > 2 else 0.0, torch.finfo(torch.float32).min)
+
+    report = run_with(biased)
+    assert report.total.ignored_biases == 3 and "WRONG SCORES, 3 layer steps" in str(report)
+
+
+def test_patching_again_is_seen_by_a_compiled_model() -> None:
+    inputs, tokens, model = prompt(), next_tokens(steps=2), build()
+    call = torch.compile(model, fullgraph=True, backend="eager")
+    stock = decode(model, call, inputs, tokens, static(model))
+    sparq.patch(model, **SPARSE)
+    torch.testing.assert_close(
+        decode(model, call, inputs, tokens, static(model)), teacher_forced(model, inputs, tokens), rtol=1e-4, atol=1e-4
+    )
+    sparq.patch(model, **SPARSE | dict(r=2))
+    torch.testing.assert_close(
+        decode(model, call, inputs, tokens, static(model)), teacher_forced(model, inputs, tokens), rtol=1e-4, atol=1e-4
+    )
+    sparq.unpatch(model)
+    torch.testing.assert_close(decode(model, call, inputs, tokens, static(model)), stock)
+
+
+def test_generate_that_compiles_by_itself() -> None:
+    """It does so on GPUs; a private switch of transformers makes it do so here."""
+    config = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    model = build(num_hidden_layers=2)
+    sparq.patch(model, **SPARSE)
+    expected = [generate(model, inputs, tokens=5) for inputs in (prompt(), prompt(padding=3))]
+    sparq.patch(model, **SPARSE)
+    compiled: list[int] = []
+    for inputs, tokens in zip((prompt(), prompt(padding=3)), expected, strict=True):
+        actual = generate(model, inputs, tokens=5, cache_implementation="static", compile_config=config)
+        assert actual == tokens
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert compiled[0] > 0 and compiled[1] == compiled[0]
+    assert sparq.report(model).total.sparse_steps == 2 * 2 * 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_cuda_graphs(family: str) -> None:
+    inputs = {name: tensor.cuda() for name, tensor in prompt(length=300).items()}
+    model = build(family).cuda()
+    sparq.patch(model, **SPARSE)
+    expected, tokens = generate(model, inputs, tokens=20), sparq.report(model).total.sparse_steps
+    for _ in range(2):
+        sparq.patch(model, **SPARSE)
+        actual = generate(model, inputs, tokens=20, cache_implementation="static")  # reduce-overhead is its default
+        assert actual == expected
+        report = sparq.report(model).total
+        assert report.sparse_steps == tokens and report.other_sums == 0
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
