@@ -166,7 +166,9 @@ def main() -> None:
     if sparq_options and not arguments.decode:
         parser.error("--sparq-* change one-token steps only: add --decode")
 
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    ).eval()
     attention = "dense"
     if sparq_options:
         import sparq

@@ -137,7 +137,7 @@ def train(stages: tuple[Stage, ...], seed: int, checkpoint: Path, log_path: Path
     first_step = tokens = 0
     earlier_seconds = 0.0
     if resume:
-        state = torch.load(checkpoint, weights_only=False)
+        state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)

@@ -12,10 +12,11 @@ import torch
 from sparq_kernels.arguments import MAX_QUERY_LENGTH
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from sparq import sinks
 from sparq.cache import SparqLayer
 from sparq.static_cache import SparqStaticLayer
 from sparq.static_plan import StaticPlan
@@ -63,17 +64,21 @@ def sparq_attention(
     is_static = isinstance(layer, SparqStaticLayer)
     if step.counts_on_device:
         step.counters.prepare(layer_idx, key.device, key.dtype)
+    prompt = 0  # so many tokens of this pass are dense, the rest are decode steps
     if step.is_prompt or query_length == key.shape[2]:
-        if is_static:
-            # Looked at as if it were its last token: what is valid is known now, and the next step, which goes on from
-            # the index, may be a compiled one.
-            _prepare(step, layer_idx, query[:, :, -1:], key, value, attention_mask, dropout, kwargs)
-            return dense()
-        if not 0 < step.drafts < query_length == key.shape[2]:
-            return dense()
-        prompt = query_length - step.drafts
-        full_query, query = query, query[:, :, prompt:]
-    ready = _prepare(step, layer_idx, query, key, value, attention_mask, dropout, kwargs)
+        prompt = query_length
+        if 0 < step.drafts < query_length == key.shape[2] and not is_static:
+            prompt -= step.drafts
+    # With a static cache a prompt, and any chunk, is looked at as if it were its last token: what is valid is known
+    # now, and the next step, which goes on from the index, may be a compiled one.
+    steps = query[:, :, -1:] if is_static else query[:, :, prompt:]
+    if not steps.shape[2]:
+        return dense()
+    ready = _prepare(step, layer_idx, steps, key, value, attention_mask, dropout, kwargs)
+    if prompt == query_length:
+        return dense()
+    if is_static and query_length > 1 and not isinstance(ready, str):
+        ready = "several new tokens at once"
     if isinstance(ready, str):
         bytes_dense = 2 * key.numel() * key.element_size()
         if step.counts_on_device:
@@ -83,9 +88,9 @@ def sparq_attention(
         return dense()
     # Under SDPA the model's dense steps know no cap: older versions of transformers allow that, newer refuse it.
     softcap = kwargs.get("softcap") if base == "eager" else None
-    output = _decode(step, layer_idx, query, key, value, ready, scaling, softcap).transpose(1, 2)
-    if query.shape[2] < query_length:
-        rows = [x[:, :, :prompt] for x in (full_query, key, value)]
+    output = _decode(step, layer_idx, steps, key, value, ready, scaling, softcap, kwargs.get("s_aux")).transpose(1, 2)
+    if prompt:
+        rows = [x[:, :, :prompt] for x in (query, key, value)]
         mask = None if attention_mask is None else attention_mask[:, :, :prompt, :prompt]
         before, _ = _dense(base, module, *rows, mask, scaling, dropout, **kwargs)
         output = torch.cat([before, output], 1)
@@ -115,14 +120,13 @@ def _prepare(
     reason = _dense_reason(step, layer_idx, query, key, value, dropout, kwargs)
     if reason is not None:
         return reason
-    layer, queries = step.layer(layer_idx), query.shape[2]
+    layer = step.layer(layer_idx)
     if isinstance(layer, SparqStaticLayer):
         static = step.static_plan(attention_mask, layer.cumulative_length, key)
         if static.dense_reason is not None:
             return static.dense_reason
-        index = layer.index(static.mask)
-        return "several new tokens at once" if queries > 1 else _Ready(static, *index)
-    plan = step.plan(attention_mask, key.shape[2], key.shape[0], key.device, queries)
+        return _Ready(static, *layer.index(static.mask))
+    plan = step.plan(attention_mask, key.shape[2], key.shape[0], key.device, query.shape[2])
     if plan.dense_reason is not None:
         return plan.dense_reason
     return _Ready(plan, *layer.index(plan.start, plan.mask), None)
@@ -137,12 +141,13 @@ def _decode(
     ready: _Ready,
     scaling: float | None,
     softcap: float | None,
+    s_aux: Tensor | None,
 ) -> Tensor:
-    """The sparse step itself, counted: [B, Hq, Q, d]."""
+    """The sparse step itself, counted: [B, Hq, Q, d]; s_aux: [Hq], attention sinks."""
     config, plan = step.config, ready.plan
     batch, kv_heads, _, head_dim = key.shape
     queries, r = query.shape[2], config.components(head_dim)
-    output, alpha, _, _ = sparq_kernels.decode(
+    output, alpha, _, lse = sparq_kernels.decode(
         query,
         key,
         ready.components,
@@ -159,6 +164,8 @@ def _decode(
         softcap=softcap,
         mean_value=config.mean_value,
     )
+    if s_aux is not None:
+        output = sinks.attenuate(output, alpha, lse, s_aux)
     per_position = kv_heads * key.element_size()
     if isinstance(plan, StaticPlan):
         counts = step.static_counts(plan, per_position, r, head_dim, alpha.numel())
@@ -188,10 +195,10 @@ def _dense_reason(
     if layer_idx < step.config.dense_layers:
         return "one of the first dense_layers"
     if not isinstance(layer, (SparqLayer, SparqStaticLayer)):
+        if step.cache is not None and step.cache.offloading:
+            return _unreadable(step, "an offloaded cache")
         if type(layer) is DynamicLayer:
             return "the cache was not seen before this step"
-        if type(layer) is StaticLayer and step.cache is not None and step.cache.offloading:
-            return _unreadable(step, "an offloaded cache")
         kind = "no cache" if layer is None else f"a cache layer of type {type(layer).__name__}"
         return _unreadable(step, kind)
     if layer.keys is None or layer.keys.device != key.device:
@@ -210,9 +217,8 @@ def _dense_reason(
         return "the cache was first used in a compiled graph"
     if dropout:
         return "attention dropout"
-    for name in ("position_bias", "s_aux"):
-        if kwargs.get(name) is not None:
-            return f"attention with {name}"
+    if kwargs.get("position_bias") is not None:
+        return "attention with position_bias"
     if kwargs.get("output_attentions"):
         return "attention weights were asked for"
     min_length = step.config.min_length

@@ -9,6 +9,7 @@ import sparq_kernels
 import torch
 from sparq_kernels import BLOCK, layout
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from sparq.static_cache import SparqStaticLayer
@@ -257,15 +258,33 @@ class SparqLayer(DynamicLayer):
         )
 
 
+# What transformers 5.17 calls its quantized layers' base has got a base itself.
+QUANTIZED_LAYER: type = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+
+
+def refuse_quantized(cache: Cache) -> None:
+    """Raise a ValueError if `cache` holds quantized keys and values."""
+    for layer in cache.layers:
+        if isinstance(layer, QUANTIZED_LAYER):
+            raise ValueError(
+                f"sparq cannot read a quantized cache ({type(layer).__name__}): whoever reads single components or "
+                "positions of it has to dequantize all of it first. Leave out cache_implementation='quantized', or "
+                "call sparq.unpatch(model)"
+            )
+
+
 def upgrade(cache: Cache) -> None:
     """Make the plain dynamic and static layers of `cache` SparQ layers, in place; all other layers stay as they are.
 
-    Static layers that are offloaded stay, too: K and V leave the device before a sparse step could read them.
+    So does an offloaded cache: all of it is moved to the device and back with each token, however little is read there,
+    and storage that grows by doubling and an index would be more to move.
     """
+    if cache.offloading:
+        return
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[i] = SparqLayer.adopt(layer)
-        elif type(layer) is StaticLayer and not cache.offloading:
+        elif type(layer) is StaticLayer:
             cache.layers[i] = SparqStaticLayer.adopt(layer)
 
 

@@ -55,6 +55,9 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--compare", action="store_true", help="generate with the stock model first")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that the model's folder may bring along"
+    )
     parser.set_defaults(run=generate)
 
 
@@ -80,10 +83,15 @@ def generate(args: argparse.Namespace) -> int:
     text = args.prompt_file.read_text(encoding="utf-8")
     prompts = [text + question for question in args.question or [""]]
     with console.status(f"loading {args.model}"):
-        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+        # Said outright: left open, transformers asks on the terminal. Pickled weights are not read at all.
+        trusted = dict(trust_remote_code=args.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left", **trusted)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype or "auto").to(args.device).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=args.dtype or "auto", use_safetensors=True, **trusted
+        )
+        model = model.to(args.device).eval()
     sparq_kernels.backend(args.device)  # compiles where that is due, so that no step is timed with it
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(args.device)
     batch, length = inputs["input_ids"].shape

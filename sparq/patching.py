@@ -15,12 +15,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sparq import attention
-from sparq.cache import upgrade
+from sparq.cache import refuse_quantized, upgrade
 from sparq.config import SparqConfig
 from sparq.counters import Counters, Report
 from sparq.step import Step
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 attention.register()  # here, not in `patch`: a patched model may come out of a pickle
 
@@ -49,8 +49,7 @@ class Patch:
     def _enter(self, decoder: PreTrainedModel) -> None:
         """Select SparQ's form of the attention implementation that the model has."""
         self._own_implementation = _implementations(decoder.config)
-        own = self._own_implementation[""]
-        decoder.set_attn_implementation(attention.IMPLEMENTATIONS.get(own, attention.IMPLEMENTATIONS["sdpa"]))
+        decoder.set_attn_implementation(attention.IMPLEMENTATIONS[_base(decoder, self._own_implementation[""])])
 
     def before(self, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Make the cache readable for SparQ and hand it to the attention functions, which are not given it."""
@@ -61,6 +60,7 @@ class Patch:
         if cache is None:
             cache = dict(zip(self._parameters, args, strict=False)).get("past_key_values")
         if isinstance(cache, Cache):
+            refuse_quantized(cache)
             upgrade(cache)
         else:
             cache = None
@@ -88,7 +88,7 @@ def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Mode
     positions in full. A model that is patched already gets the new knobs, and its counters start anew.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or what wraps one, as a `PeftModel` does.
         config: the knobs; `knobs` replace single fields of it.
         knobs: fields of `SparqConfig`: r, k, ratio, local, mean_value, dense_layers, min_length.
 
@@ -105,8 +105,9 @@ def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Mode
         names = ", ".join(field.name for field in dataclasses.fields(SparqConfig))
         raise TypeError(f"unknown knob {unknown[0]!r}; the knobs are {names}")
     config = SparqConfig(**knobs) if config is None else dataclasses.replace(config, **knobs)
-    decoder = _decoder(model)
-    _check_served(model, decoder, config)
+    served = _served(model)
+    decoder = _decoder(served)
+    _check_served(served, decoder, config)
 
     current = _patch_of(decoder)
     if current is not None:
@@ -144,7 +145,7 @@ def patched(model: Model, config: SparqConfig | None = None, **knobs: Any) -> It
             former.config, former.counters = kept
 
 
-def report(model: PreTrainedModel) -> Report:
+def report(model: nn.Module) -> Report:
     """What `model` has done since it was patched: print it, or take its `to_dict()`.
 
     Of several processes each counts its own: tensor parallel its share of the heads in every step (bytes and α are
@@ -163,10 +164,23 @@ def report(model: PreTrainedModel) -> Report:
     return Report.of(current.counters, current.config, ", ".join(sorted(names)))
 
 
-def _decoder(model: PreTrainedModel) -> PreTrainedModel:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    decoder: PreTrainedModel = model.base_model  # type: ignore[assignment]
+def _served(model: nn.Module) -> PreTrainedModel:
+    """`model`, or the one model of transformers that it wraps: PEFT's models are not `PreTrainedModel`s."""
+    inside = [m for m in model.modules() if isinstance(m, PreTrainedModel)] if isinstance(model, nn.Module) else []
+    if not inside:
+        raise TypeError(f"model must be a transformers PreTrainedModel, or wrap one, got {type(model).__name__}")
+    outermost = inside[0]  # modules() gives what holds others before them
+    others = set(inside).difference(outermost.modules())
+    if others:
+        names = ", ".join(sorted(type(m).__name__ for m in (outermost, *others)))
+        raise TypeError(
+            f"model must wrap one transformers PreTrainedModel, {type(model).__name__} has several: {names}"
+        )
+    return outermost
+
+
+def _decoder(model: nn.Module) -> PreTrainedModel:
+    decoder: PreTrainedModel = _served(model).base_model  # type: ignore[assignment]
     # The innermost model that holds all attention layers: a language model head may call it past its base model (OPT).
     layers = set(_causal_layers(decoder))
     if layers:
@@ -195,6 +209,16 @@ def _patch_of(decoder: PreTrainedModel) -> Patch | None:
 
 def _is_entered(decoder: PreTrainedModel) -> bool:
     return decoder.config._attn_implementation in attention.IMPLEMENTATIONS.values()
+
+
+def _base(decoder: PreTrainedModel, own: str) -> str:
+    """The implementation for what is not sparse, in a model that has chosen `own`."""
+    if own in attention.IMPLEMENTATIONS:
+        return own
+    # FlashAttention and others know sinks and softcaps; of the two here, eager alone does.
+    text = decoder.config.get_text_config(decoder=True)
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    return "sdpa" if decoder._supports_sdpa and not capped else "eager"
 
 
 def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
@@ -235,8 +259,6 @@ def _check_served(model: PreTrainedModel, decoder: PreTrainedModel, config: Spar
     for cls in way_down - {nn.ModuleList}:
         if not _hands_down(cls):
             raise refuse(f"{cls.__name__} does not hand its keyword arguments down to the attention function")
-    if any(hasattr(layer, "sinks") for layer in layers):
-        raise refuse("its attention has learned sinks, which SparQ does not know")
     if layer_types and "full_attention" not in layer_types:
         raise refuse(
             f"none of its layers attends to the whole context (they are {', '.join(sorted(set(layer_types)))})"

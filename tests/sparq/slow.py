@@ -23,8 +23,9 @@ def slow_head(
     scale: float,
     softcap: float | None,
     mean_value: bool,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """One KV head over its valid positions: q [G, d], keys and values [n, d], float64.
+    """One KV head over its valid positions: q [G, d], keys and values [n, d], sinks [G], float64.
 
     Returns the output [G, d], α [G] and the positions read.
     """
@@ -47,6 +48,11 @@ def slow_head(
     y = torch.stack([torch.softmax(cap(keys[p] @ row * scale, softcap), dim=0) @ values[p] for row in q])
     alpha = s_hat[:, p].sum(1)
     output = alpha[:, None] * y + (1 - alpha[:, None]) * values.mean(0) if mean_value else y
+    if sinks is not None:
+        # The positions read are the share α of the softmax without a sink; the sink joins its denominator.
+        read = torch.stack([cap(keys[p] @ row * scale, softcap).exp().sum() for row in q])
+        denominator = read / alpha
+        output = output * (denominator / (denominator + sinks.exp()))[:, None]
     return output, alpha, p
 
 
@@ -55,7 +61,7 @@ def cap(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 class Slow:
-    """Knobs as in `SparqConfig`; decodes every layer without a sliding window sparsely."""
+    """Knobs as in `SparqConfig`; decodes every layer that sees the whole context sparsely."""
 
     def __init__(
         self,
@@ -89,20 +95,27 @@ class Slow:
         scaling: float | None = None,
         softcap: float | None = None,
         sliding_window: int | None = None,
+        s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         batch, heads, queries, head_dim = query.shape
         kv_heads, layer = key.shape[1], module.layer_idx
         group = heads // kv_heads
         scale = head_dim**-0.5 if scaling is None else scaling
-        dense = queries > 1 or sliding_window is not None or layer < self.dense_layers
+        types = getattr(module.config, "layer_types", None)
+        windowed = sliding_window is not None or (types is not None and types[layer] != "full_attention")
+        dense = queries > 1 or windowed or layer < self.dense_layers
         output = torch.zeros(batch, queries, heads, head_dim, dtype=torch.float64)
         for b in range(batch):
             for h in range(kv_heads):
                 mine = slice(h * group, (h + 1) * group)
                 q, keys, values = query[b, mine].double(), key[b, h].double(), value[b, h].double()
+                sinks = None if s_aux is None else s_aux[mine].double()
                 if dense:
                     logits = cap(q @ keys.T * scale, softcap).masked_fill(~attention_mask[b, 0], -torch.inf)
+                    if sinks is not None:  # a last position that holds nothing
+                        logits = torch.cat([logits, sinks[:, None, None].expand(-1, queries, 1)], dim=-1)
+                        keys, values = (torch.cat([x, torch.zeros_like(x[:1])]) for x in (keys, values))
                     # a row of padding sees nothing; what it gives is never read
                     output[b, :, mine] = torch.softmax(logits, -1).nan_to_num().matmul(values).transpose(0, 1)
                     continue
@@ -120,6 +133,7 @@ class Slow:
                     scale=scale,
                     softcap=softcap,
                     mean_value=self.mean_value,
+                    sinks=sinks,
                 )
                 self.alphas.setdefault(layer, []).extend(alpha.tolist())
                 if h == 0:

@@ -433,28 +433,6 @@ def test_normal_use_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        dict(num_beams=3),
-        dict(num_beams=3, num_return_sequences=2),
-        dict(do_sample=True, top_k=20),
-        dict(do_sample=True, num_return_sequences=3),
-    ],
-    ids=str,
-)
-def test_other_ways_to_generate(how: dict) -> None:
-    inputs, model = prompt(), build()
-    torch.manual_seed(3)
-    expected = generate(model, inputs, **how)
-    sparq.patch(model, r=16, k=51, min_length=0)  # the longest row has 51 positions in the last step
-    torch.manual_seed(3)
-    assert generate(model, inputs, **how) == expected
-    sparq.patch(model, **SPARSE)
-    assert generate(model, inputs, **how) != expected
-    assert sparq.report(model).total.sparse_steps == 3 * 11
-
-
 def test_beams_read_their_own_cache() -> None:
     """The tokens that a beam search has found, fed again one by one, are as likely as the search said."""
     inputs, model = prompt(batch=1, padding=0), sparq.patch(build(), **SPARSE)
@@ -474,21 +452,6 @@ def test_beams_read_their_own_cache() -> None:
     logits = torch.cat([first, teacher_forced(model, inputs, tokens[:, :-1])], dim=1)
     likelihood = logits.log_softmax(-1).gather(-1, tokens[..., None]).sum()
     torch.testing.assert_close(likelihood, found.sequences_scores[0], rtol=1e-4, atol=1e-4)
-
-
-def test_many_turns_on_one_cache() -> None:
-    def talk(model) -> list[list[list[int]]]:
-        ids, cache, replies = prompt(batch=1, padding=0)["input_ids"], DynamicCache(config=model.config), []
-        for turn in range(3):
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            replies.append(generate(model, inputs, tokens=6, past_key_values=cache))
-            question = prompt(batch=1, length=7, padding=0, seed=10 + turn)["input_ids"]
-            ids = torch.cat([ids, torch.tensor(replies[-1]), question], dim=1)
-        return replies
-
-    expected = talk(build())
-    assert talk(sparq.patch(build(), r=16, k=1000, min_length=0)) == expected
-    assert talk(sparq.patch(build(), r=2, k=4, min_length=0)) != expected
 
 
 def test_one_prompt_cache_for_several_continuations() -> None:

@@ -180,6 +180,16 @@ def test_the_implementation_may_be_chosen_while_patched() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("family, base", [("llama", "sparq"), ("gemma2", "sparq_eager"), ("gpt_oss", "sparq_eager")])
+def test_what_is_dense_goes_to_an_implementation_that_knows_softcaps_and_sinks(family: str, base: str) -> None:
+    """FlashAttention knows both, and SDPA neither; it cannot be had here, only chosen."""
+    model = build(family)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert sparq.patch(model, **SPARSE).config._attn_implementation == base
+    expected = logits(sparq.patch(build(family), **SPARSE))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_context_manager() -> None:
     model = build()
     before, stock = snapshot(model), logits(model)

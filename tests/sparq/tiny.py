@@ -28,7 +28,9 @@ COMMON = dict(
 )
 GQA = dict(num_key_value_heads=2)
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
-# family: configuration class, model class, what is added to COMMON
+ROPE = dict(rope_type="default", rope_theta=10_000.0)
+WINDOWS = dict(sliding_window=16, layer_types=ALTERNATING)
+# family: configuration class, model class, what is added to COMMON; a `vision_config` makes the rest the text's
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", GQA),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
@@ -52,8 +54,68 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3": (
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
-        GQA | dict(head_dim=16, sliding_window=16, layer_types=ALTERNATING, query_pre_attn_scalar=16),
+        GQA | WINDOWS | dict(head_dim=16, query_pre_attn_scalar=16),
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        GQA | WINDOWS | dict(head_dim=16, num_local_experts=4, num_experts_per_tok=2, rope_parameters=ROPE),
+    ),
+    "granite": ("GraniteConfig", "GraniteForCausalLM", GQA | dict(attention_multiplier=0.3)),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", GQA),
+    # its logits are scaled by 1/16 by default, which would hide in the tests' tolerance what attention does
+    "cohere2": ("Cohere2Config", "Cohere2ForCausalLM", GQA | WINDOWS | dict(logit_scale=1.0)),
+    "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", GQA),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", GQA),
+    "glm4": ("Glm4Config", "Glm4ForCausalLM", GQA | dict(head_dim=16)),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", GQA | dict(num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        GQA | dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        GQA
+        | dict(
+            head_dim=16,
+            num_local_experts=2,
+            intermediate_size_mlp=96,
+            attention_chunk_size=16,
+            layer_types=["chunked_attention", "full_attention", "chunked_attention"],
+        ),
+    ),
+    "qwen2_vl": (
+        "Qwen2VLConfig",
+        "Qwen2VLForConditionalGeneration",
+        GQA
+        | dict(
+            rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[2, 3, 3]),
+            vision_config=dict(depth=1, embed_dim=32, hidden_size=64, num_heads=2, patch_size=14),
+        ),
+    ),
+}
+NAMES = {
+    "llama": "Llama",
+    "gpt_neox": "GPT-NeoX (Pythia)",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "phi3": "Phi-3",
+    "gemma2": "Gemma 2",
+    "gemma3": "Gemma 3",
+    "gpt_oss": "gpt-oss",
+    "granite": "Granite",
+    "olmo2": "OLMo 2",
+    "cohere2": "Cohere 2 (Command R7B)",
+    "starcoder2": "StarCoder 2",
+    "smollm3": "SmolLM 3",
+    "glm4": "GLM 4",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3-MoE",
+    "llama4": "Llama 4",
+    "qwen2_vl": "Qwen2-VL",
 }
 
 
@@ -61,7 +123,10 @@ def build(family: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrained
     """A seeded random model: the same call gives the same weights."""
     config_class, model_class, added = FAMILIES[family]
     torch.manual_seed(seed)
-    config = getattr(transformers, config_class)(**(COMMON | added | changes))
+    parts = COMMON | added | changes
+    if vision := parts.pop("vision_config", None):
+        parts = dict(text_config=parts, vision_config=vision)
+    config = getattr(transformers, config_class)(**parts)
     return getattr(transformers, model_class)(config).eval()
 
 
