@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sparq import attention
-from sparq.cache import upgrade
+from sparq.cache import begin_pass, end_pass, upgrade
 from sparq.config import SparqConfig
 from sparq.counters import Counters, Report
 from sparq.step import Step
@@ -59,12 +59,16 @@ class Patch:
             cache = dict(zip(self._parameters, args, strict=False)).get("past_key_values")
         if isinstance(cache, Cache):
             upgrade(cache)
+            begin_pass(cache)
         else:
             cache = None
         return args, {**kwargs, "sparq_step": Step(cache, self.config, self.counters)}
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if not kwargs["sparq_step"].attention_calls:
+        step: Step = kwargs["sparq_step"]
+        if step.cache is not None:
+            end_pass(step.cache)
+        if not step.attention_calls:
             raise RuntimeError(
                 f"sparq: {type(module).__name__} did not hand its keyword arguments to the attention function, so no "
                 "step was sparse; sparq.unpatch(model) undoes the patch. Please report this model."

@@ -136,6 +136,8 @@ def check_arguments(call: Arguments) -> None:
         raise ValueError(f"scale must be finite or None, got {scale}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+    if softcap is not None and not 1e-30 <= softcap <= 1e30:
+        raise ValueError(f"softcap must be 1e-30 to 1e30, which float32 arithmetic can divide by, got {softcap}")
 
 
 def check_memory(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
