@@ -40,6 +40,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/attention.py --json benchmarks/results/attention.json
 	$(BIN)/python benchmarks/attention.py --copies 1 --json benchmarks/results/attention-one-cache.json
 	$(BIN)/python benchmarks/generation.py --json benchmarks/results/generation.json
+	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json
 
 # The kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC with libasan and libubsan).
 sanitize: $(STAMP)

@@ -299,6 +299,11 @@ def end_pass(cache: Cache) -> None:
     cache._sparq_pass = None  # type: ignore[attr-defined]
 
 
+def allocated_bytes(cache: Cache) -> int:
+    """Bytes that the SparQ layers of a cache hold, growth slack included; layers of other types are not counted."""
+    return sum(layer.allocated_bytes for layer in cache.layers if isinstance(layer, SparqLayer))
+
+
 def _grown(storage: Tensor | None, states: Tensor, used: int, capacity: int) -> Tensor:
     """Storage [B, Hkv, capacity, d] for more of `states` that begins with the `used` positions of `storage`."""
     batch, heads, _, head_dim = states.shape

@@ -38,6 +38,7 @@ class Counters:
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerCounters] = {}
+        self.cache_bytes = 0  # the most that one cache has held
         self._warned: set[str] = set()
         self._lock = threading.Lock()
 
@@ -53,6 +54,11 @@ class Counters:
                 return
             self._warned.add(message)
         warnings.warn(message, stacklevel=2)
+
+    def cache(self, held: int) -> None:
+        if held > self.cache_bytes:
+            with self._lock:
+                self.cache_bytes = max(self.cache_bytes, held)
 
     def dense(self, layer: int, reason: str, bytes_dense: int) -> None:
         with self._lock:
@@ -98,6 +104,7 @@ class Report:
     backend: str
     layers: dict[int, LayerReport]
     total: LayerReport
+    cache_bytes: int  # the most one cache has held in SparQ's layers: K, V, the component copy of K, slack to grow
 
     @classmethod
     def of(cls, counters: Counters, config: SparqConfig, backend: str) -> Report:
@@ -112,7 +119,7 @@ class Report:
                 alpha_sum = layer.alpha_sum.cpu()  # layers may lie on several devices
                 everything.alpha_sum = alpha_sum if everything.alpha_sum is None else everything.alpha_sum + alpha_sum
                 everything.alpha_count += layer.alpha_count
-        return cls(config, backend, layers, _frozen(everything))
+        return cls(config, backend, layers, _frozen(everything), counters.cache_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -131,6 +138,8 @@ class Report:
         out = io.StringIO()
         Console(file=out, width=100).print(table)
         print(self.config, file=out)
+        if self.cache_bytes:
+            print(f"largest cache: {self.cache_bytes / 1e6:,.1f} MB (K, V, the component copy of K)", file=out)
         for reason, steps in sorted(self.total.dense_steps.items(), key=lambda item: -item[1]):
             print(f"dense, {steps} layer steps: {reason}", file=out)
         return out.getvalue().rstrip()

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sparq import attention
-from sparq.cache import begin_pass, end_pass, upgrade
+from sparq.cache import allocated_bytes, begin_pass, end_pass, upgrade
 from sparq.config import SparqConfig
 from sparq.counters import Counters, Report
 from sparq.step import Step
@@ -68,6 +68,7 @@ class Patch:
         step: Step = kwargs["sparq_step"]
         if step.cache is not None:
             end_pass(step.cache)
+            step.counters.cache(allocated_bytes(step.cache))
         if not step.attention_calls:
             raise RuntimeError(
                 f"sparq: {type(module).__name__} did not hand its keyword arguments to the attention function, so no "

@@ -141,11 +141,16 @@ def check_arguments(call: Arguments) -> None:
 
 
 def check_memory(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
-    """Raise for a tensor whose storage was freed under it (`storage.resize_(0)`, as FSDP does): whoever reads it dies,
-    PyTorch's own operators too."""
+    """Raise for a tensor whose storage was freed under it (`storage.resize_(0)`, as FSDP does) or lies askew (a view of
+    foreign bytes): whoever reads it may die, PyTorch's own operators too."""
     for name, tensor in zip(names, tensors, strict=False):
-        if tensor is not None and not tensor.data_ptr() and tensor.numel():
+        if tensor is None:
+            continue
+        address, size = tensor.data_ptr(), tensor.dtype.itemsize
+        if address == 0 and tensor.numel():
             raise RuntimeError(f"{name} {list(tensor.shape)} has no memory: its storage has been freed")
+        if address % size:
+            raise ValueError(f"{name} must lie at a multiple of its element's {size} bytes, got address {address:#x}")
 
 
 def check_rows(length: Tensor, start: Tensor | None, key: Tensor) -> None:

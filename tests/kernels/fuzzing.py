@@ -147,7 +147,7 @@ def changed(call: Any, changes: Sequence[Change]) -> Any:
             continue  # PyTorch itself cannot touch it without dying
         try:
             new = change.apply(old)
-        except (RuntimeError, IndexError, TypeError, ValueError):
+        except (RuntimeError, IndexError, TypeError, ValueError, MemoryError):
             continue  # what cannot be made cannot be handed over
         call = call._replace(**{change.argument: new})
     return call
