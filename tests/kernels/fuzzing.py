@@ -209,7 +209,8 @@ class Decode:
         check_result(call, clean)
 
         wrong = changed(call, self.changes)
-        if self.queries is not None and isinstance(wrong.query, Tensor) and wrong.query.dim() == 4:
+        shaped = isinstance(wrong.query, Tensor) and wrong.query.dim() == 4 and wrong.query.layout == torch.strided
+        if self.queries is not None and shaped:
             wrong = wrong._replace(query=wrong.query[:, :, :1].expand(-1, -1, self.queries, -1))
         if self.giant is not None:
             wrong = giant(wrong, self.giant)
@@ -314,7 +315,9 @@ def check_result(call: Arguments, result: DecodeOutput) -> None:
     assert result.output.isfinite().all() and result.alpha.isfinite().all(), "what is not finite came out"
     expected = DecodeOutput(*decode_reference(*plain, **options))
     tolerance = TOLERANCE[call.query.dtype]
-    torch.testing.assert_close(result.alpha, expected.alpha, rtol=1e-4, atol=1e-5)
+    # Two sets of positions may be equally good up to rounding: then the group's scores sum up to the same.
+    summed, right = (x.view(*call.key.shape[:2], -1).sum(-1) for x in (result.alpha, expected.alpha))
+    torch.testing.assert_close(summed, right, rtol=1e-4, atol=1e-5)
     for b in range(call.query.shape[0]):
         for h in range(call.key.shape[1]):
             check_positions(call, result, b, h)
@@ -323,6 +326,7 @@ def check_result(call: Arguments, result: DecodeOutput) -> None:
     group = call.query.shape[1] // call.key.shape[1]
     same = (result.positions == expected.positions).all(-1)[..., 0].repeat_interleave(group, 1)  # [B, Hq]
     torch.testing.assert_close(result.output[same], expected.output[same], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(result.alpha[same], expected.alpha[same], rtol=1e-4, atol=1e-5)
 
 
 def giant(call: Arguments, cached: int) -> Arguments:
