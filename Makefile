@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 INTERPRETED := tests/kernels/test_gpu_interpreted.py || [ $$? -eq 5 ]
 QUESTIONS := $(foreach name,amber basalt cobalt dahlia ember,--question "The pass key of $(name) is")
 
-.PHONY: demo test test-oldest lint format bench sanitize clean
+.PHONY: demo test test-oldest lint format bench sanitize fuzz clean
 
 demo: $(STAMP)
 	@echo "== A model that comes with the repository answers five questions about a text of 7,700 bytes =="
@@ -40,10 +40,16 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/attention.py --json benchmarks/results/attention.json
 	$(BIN)/python benchmarks/attention.py --copies 1 --json benchmarks/results/attention-one-cache.json
 	$(BIN)/python benchmarks/generation.py --json benchmarks/results/generation.json
+	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json
 
 # The kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC with libasan and libubsan).
 sanitize: $(STAMP)
 	$(BIN)/python tests/kernels/sanitize.py
+
+# Wrong and right calls of the operators, in processes that may die: 10,000 of each, then some under the sanitizers.
+fuzz: $(STAMP)
+	$(BIN)/python tests/kernels/fuzz.py --cases 10000
+	$(BIN)/python tests/kernels/fuzz.py --cases 1000 --sanitize
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info

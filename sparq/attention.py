@@ -69,16 +69,14 @@ def sparq_attention(
         prompt = query_length
         if 0 < step.drafts < query_length == key.shape[2] and not is_static:
             prompt -= step.drafts
-    # With a static cache a prompt, and any chunk, is looked at as if it were its last token: what is valid is known
-    # now, and the next step, which goes on from the index, may be a compiled one.
-    steps = query[:, :, -1:] if is_static else query[:, :, prompt:]
+    steps = query[:, :, prompt:]
+    if is_static and not 0 < steps.shape[2] <= MAX_QUERY_LENGTH:
+        # Looked at as if it were its last token: what is valid is known now, and the next step, which goes on from the
+        # index, may be a compiled one.
+        _prepare(step, layer_idx, query[:, :, -1:], key, value, attention_mask, dropout, kwargs)
     if not steps.shape[2]:
         return dense()
     ready = _prepare(step, layer_idx, steps, key, value, attention_mask, dropout, kwargs)
-    if prompt == query_length:
-        return dense()
-    if is_static and query_length > 1 and not isinstance(ready, str):
-        ready = "several new tokens at once"
     if isinstance(ready, str):
         bytes_dense = 2 * key.numel() * key.element_size()
         if step.counts_on_device:
@@ -90,9 +88,9 @@ def sparq_attention(
     softcap = kwargs.get("softcap") if base == "eager" else None
     output = _decode(step, layer_idx, steps, key, value, ready, scaling, softcap, kwargs.get("s_aux")).transpose(1, 2)
     if prompt:
-        rows = [x[:, :, :prompt] for x in (query, key, value)]
+        query, key, value = (x[:, :, :prompt] for x in (query, key, value))
         mask = None if attention_mask is None else attention_mask[:, :, :prompt, :prompt]
-        before, _ = _dense(base, module, *rows, mask, scaling, dropout, **kwargs)
+        before, _ = _dense(base, module, query, key, value, mask, scaling, dropout, **kwargs)
         output = torch.cat([before, output], 1)
     return output, None
 
@@ -122,14 +120,16 @@ def _prepare(
         return reason
     layer = step.layer(layer_idx)
     if isinstance(layer, SparqStaticLayer):
-        static = step.static_plan(attention_mask, layer.cumulative_length, key)
+        static = step.static_plan(attention_mask, layer.cumulative_length, key, query.shape[2])
         if static.dense_reason is not None:
             return static.dense_reason
-        return _Ready(static, *layer.index(static.mask))
+        components, value_sum, other_sum = layer.index(static.mask)
+        return _Ready(static, components, value_sum, other_sum)
     plan = step.plan(attention_mask, key.shape[2], key.shape[0], key.device, query.shape[2])
     if plan.dense_reason is not None:
         return plan.dense_reason
-    return _Ready(plan, *layer.index(plan.start, plan.mask), None)
+    components, value_sum = layer.index(plan.start, plan.mask)
+    return _Ready(plan, components, value_sum, None)
 
 
 def _decode(

@@ -140,6 +140,20 @@ class SparqLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self._length
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy or a file: the tokens held, without slack to grow and without the index, which is made again when
+        a sparse step asks for it."""
+        state = self.__dict__.copy()
+        fresh = SparqLayer().__dict__
+        for name in ("components", "indexed", "value_sum", "summed", "summed_start", "summed_mask"):
+            state[name] = fresh[name]
+        for name in ("_key_storage", "_value_storage"):
+            if state[name] is not None:
+                # a view would take all of its storage along
+                state[name] = state[name][:, :, : self._length].clone(memory_format=torch.contiguous_format)
+        state["_owned"] = True
+        return state
+
     @property
     def allocated_bytes(self) -> int:
         """Bytes of storage held: K, V, the component copy of K and the sum of V, growth slack included."""
@@ -286,6 +300,34 @@ def upgrade(cache: Cache) -> None:
             cache.layers[i] = SparqLayer.adopt(layer)
         elif type(layer) is StaticLayer:
             cache.layers[i] = SparqStaticLayer.adopt(layer)
+
+
+def begin_pass(cache: Cache) -> None:
+    """Note how many tokens the layers hold, until `end_pass`.
+
+    Raises:
+        RuntimeError: an exception has ended the pass before this one between two layers, and nobody has put it right.
+            Where there is no mask to be of the wrong size, transformers goes on and answers wrongly.
+    """
+    lengths = [layer.get_seq_length() if isinstance(layer, SparqLayer) else None for layer in cache.layers]
+    before = getattr(cache, "_sparq_pass", None)
+    if before is not None:
+        grown = {now - then for now, then in zip(lengths, before, strict=False) if now is not None and then is not None}
+        if len(grown) > 1 or len(before) != len(lengths):
+            raise RuntimeError(
+                f"sparq: a forward pass was interrupted between layers, which now hold {lengths} tokens; crop each of "
+                "them to the shortest, or start with a new cache"
+            )
+    cache._sparq_pass = lengths  # type: ignore[attr-defined]
+
+
+def end_pass(cache: Cache) -> None:
+    cache._sparq_pass = None  # type: ignore[attr-defined]
+
+
+def allocated_bytes(cache: Cache) -> int:
+    """Bytes that the SparQ layers of a cache hold, growth slack included; layers of other types are not counted."""
+    return sum(layer.allocated_bytes for layer in cache.layers if isinstance(layer, (SparqLayer, SparqStaticLayer)))
 
 
 def _grown(storage: Tensor | None, states: Tensor, used: int, capacity: int) -> Tensor:

@@ -35,7 +35,7 @@ class LayerCounters:
     alpha_sum: Tensor | None = None  # left on its device: reading it back would wait for the step
     alpha_count: int = 0
     other_sums: int = 0  # steps that blended in the mean over other positions than their mask says
-    ignored_biases: int = 0  # sparse steps under a mask with a bias
+    ignored_biases: int = 0  # sparse steps under a mask with a bias, or not a causal one
 
     @property
     def decode_steps(self) -> int:
@@ -61,6 +61,7 @@ class Counters:
         self.layers: dict[int, LayerCounters] = {}  # counted by Python
         self.totals: dict[int, Totals] = {}  # counted on the device, besides
         self.sparse_on: set[tuple[torch.device, torch.dtype]] = set()  # where and in what sparse steps were made
+        self.cache_bytes = 0  # the most that one cache has held
         self._warned: set[str] = set()
         self._lock = threading.Lock()
 
@@ -78,6 +79,11 @@ class Counters:
                 return
             self._warned.add(message)
         warnings.warn(message, stacklevel=2)
+
+    def cache(self, held: int) -> None:
+        if held > self.cache_bytes:
+            with self._lock:
+                self.cache_bytes = max(self.cache_bytes, held)
 
     def dense(self, layer: int, reason: str, bytes_dense: int) -> None:
         with self._lock:
@@ -160,7 +166,7 @@ class LayerReport:
     bytes_read: int
     bytes_dense: int
     other_sums: int  # compiled steps whose mean value was over other positions than those of their mask
-    ignored_biases: int  # compiled steps whose mask had a bias, which was not added to the scores
+    ignored_biases: int  # compiled steps whose mask had a bias, which was not added, or was not causal
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,7 @@ class Report:
     backend: str  # what sparse steps ran on; before the first of them, what they would run on
     layers: dict[int, LayerReport]
     total: LayerReport
+    cache_bytes: int  # the most one cache has held in SparQ's layers: K, V, the component copy of K, slack to grow
 
     @classmethod
     def of(cls, counters: Counters, config: SparqConfig, backend: str) -> Report:
@@ -184,7 +191,7 @@ class Report:
             if layer.alpha_sum is not None:
                 alpha_sum = layer.alpha_sum.cpu()  # layers may lie on several devices
                 everything.alpha_sum = alpha_sum if everything.alpha_sum is None else everything.alpha_sum + alpha_sum
-        return cls(config, backend, layers, _frozen(everything))
+        return cls(config, backend, layers, _frozen(everything), counters.cache_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -203,6 +210,8 @@ class Report:
         out = io.StringIO()
         Console(file=out, width=100).print(table)
         print(self.config, file=out)
+        if self.cache_bytes:
+            print(f"largest cache: {self.cache_bytes / 1e6:,.1f} MB (K, V, the component copy of K)", file=out)
         for reason, steps in sorted(self.total.dense_steps.items(), key=lambda item: -item[1]):
             print(f"dense, {steps} layer steps: {reason}", file=out)
         if self.total.other_sums:
@@ -213,8 +222,8 @@ class Report:
             )
         if self.total.ignored_biases:
             print(
-                f"WRONG SCORES, {self.total.ignored_biases} layer steps: the mask had a bias, which a compiled step "
-                "or one on a GPU with a static cache does not see",
+                f"WRONG SCORES, {self.total.ignored_biases} layer steps: the mask had a bias or was not causal, which "
+                "a compiled step or one on a GPU with a static cache does not see",
                 file=out,
             )
         return out.getvalue().rstrip()

@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import sparq_kernels
+import torch
 from sparq_kernels.arguments import MAX_QUERY_LENGTH
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sparq import attention
-from sparq.cache import refuse_quantized, upgrade
+from sparq.cache import allocated_bytes, begin_pass, end_pass, refuse_quantized, upgrade
 from sparq.config import SparqConfig
 from sparq.counters import Counters, Report
 from sparq.step import Step
@@ -62,13 +63,19 @@ class Patch:
         if isinstance(cache, Cache):
             refuse_quantized(cache)
             upgrade(cache)
+            begin_pass(cache)
         else:
             cache = None
         drafts = kwargs.pop("sparq_drafts", 0)
         return args, {**kwargs, "sparq_step": Step(cache, self.config, self.counters, drafts)}
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if not kwargs["sparq_step"].attention_calls:
+        step: Step = kwargs["sparq_step"]
+        if step.cache is not None:
+            end_pass(step.cache)
+            if not torch.compiler.is_compiling():
+                step.counters.cache(allocated_bytes(step.cache))
+        if not step.attention_calls:
             raise RuntimeError(
                 f"sparq: {type(module).__name__} did not hand its keyword arguments to the attention function, so no "
                 "step was sparse; sparq.unpatch(model) undoes the patch. Please report this model."
@@ -113,7 +120,7 @@ def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Mode
     if current is not None:
         current.config, current.counters = config, Counters()
         return model
-    decoder._sparq_patch = Patch(model, decoder, config)  # type: ignore[assignment]
+    decoder._sparq_patch = Patch(served, decoder, config)  # type: ignore[assignment]
     return model
 
 

@@ -51,7 +51,7 @@ class Step:
             )
         self.counts_on_device = len(static) > 0 or torch.compiler.is_compiling()
         self._plan: tuple[tuple[Tensor | None, int, torch.device, int], Plan] | None = None
-        self._static_plan: tuple[Tensor | None, torch.device, StaticPlan] | None = None
+        self._static_plan: tuple[Tensor | None, tuple[torch.device, int], StaticPlan] | None = None
         self._static_counts: tuple[StaticPlan, tuple[int, ...], Tensor] | None = None
 
     def layer(self, layer_idx: int) -> Any:
@@ -70,12 +70,12 @@ class Step:
             self._plan = (asked, self._make_plan(attention_mask, length, batch, device, queries))
         return self._plan[1]
 
-    def static_plan(self, attention_mask: Tensor | None, length: Tensor, keys: Tensor) -> StaticPlan:
-        """The plan of the newest token on a static cache: keys [B, Hkv, S, d], `length` (int64 []) of S are filled."""
+    def static_plan(self, attention_mask: Tensor | None, length: Tensor, keys: Tensor, queries: int = 1) -> StaticPlan:
+        """The plan of the newest tokens on a static cache: keys [B, Hkv, S, d], `length` (int64 []) of S are filled."""
         held = self._static_plan
-        if held is None or held[0] is not attention_mask or held[1] != keys.device:
-            plan = StaticPlan.make(attention_mask, length, keys.shape[0], keys.shape[2], self.config)
-            self._static_plan = held = (attention_mask, keys.device, plan)
+        if held is None or held[0] is not attention_mask or held[1] != (keys.device, queries):
+            plan = StaticPlan.make(attention_mask, length, keys.shape[0], keys.shape[2], self.config, queries)
+            self._static_plan = held = (attention_mask, (keys.device, queries), plan)
         return held[2]
 
     def static_counts(self, plan: StaticPlan, *shape: int) -> Tensor:

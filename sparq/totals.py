@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from sparq_kernels.arguments import MAX_QUERY_LENGTH
 from torch import Tensor
 
 OTHER_REASON = "another reason (the step ran in a compiled graph)"
@@ -10,7 +11,7 @@ OTHER_REASON = "another reason (the step ran in a compiled graph)"
 REASONS = (
     OTHER_REASON,
     "sliding-window layer",
-    "several new tokens at once",
+    f"more than {MAX_QUERY_LENGTH} new tokens at once",
     "one of the first dense_layers",
     "query, key and value differ in dtype",
     "keys and values differ in shape",
@@ -24,6 +25,7 @@ REASONS = (
     "attention to other keys and values than the cached ones cannot be read sparsely",
     "attention mask that is not [batch, 1, 1, length]",
     "attention mask with a bias",
+    "attention mask that is not causal",
 )
 # What a sparse step adds, in this order; then come the doubts about a step, then a count for each reason.
 SPARSE = ("sparse_steps", "positions_cached", "positions_read", "bytes_read", "bytes_dense", "alpha_count")

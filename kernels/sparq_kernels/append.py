@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import DTYPES, check_memory
 from .backends import triton_kernels
 from .layout import BLOCK, num_blocks
 
@@ -40,11 +41,13 @@ def append(
 
     key, value: [B, Hkv, capacity, d], last axis contiguous.
     key_components: [B, Hkv, blocks, d, BLOCK], room for at least `capacity` positions.
-    value_sum: [B, Hkv, d] float32, to which the value is added; None leaves the sum alone.
+    value_sum: [B, Hkv, d] float32 (float64 allowed with a float64 storage), to which the value is added; None leaves
+        the sum alone.
     new_key, new_value: [B, Hkv, 1, d], the storage's dtype.
     position: where it goes: an int, or int64 [B] on the storage's device, one for each row.
-    Raises ValueError for a wrong shape, stride, device or position, TypeError for a wrong dtype.  A tensor of positions
-    on a GPU is not looked at: one outside the storage writes nothing.
+    Raises ValueError for a wrong shape, stride, device or position, TypeError for a wrong dtype, RuntimeError for
+    memory that cannot be written, before anything is written.  A tensor of positions on a GPU is not looked at: one
+    outside the storage writes nothing.
     """
     per_row = isinstance(position, Tensor)
     _append_op(
@@ -91,7 +94,7 @@ def append_cuda(*arguments: Any) -> None:
 
 
 def append_fake(*arguments: Any) -> None:
-    pass
+    _check_devices(AppendArguments(*arguments))  # one tensor on `meta` is enough for the dispatcher to come here
 
 
 torch.library.define(
@@ -117,17 +120,40 @@ def check_append(call: AppendArguments) -> None:
         if len(_checked) >= MAX_CHECKED:
             _checked.clear()
         _checked.add(layout)
+    # What follows is not of the layout, and PyTorch would find it when some of the tensors were written already.
+    for name, tensor in zip(call._fields, call[:4], strict=False):
+        if tensor is not None:
+            _check_writable(name, tensor)
+    check_memory(call._fields, call[:7])
     if call.position is None and not 0 <= call.offset < call.key.shape[2]:
         raise ValueError(f"position must be in [0, {call.key.shape[2]}), got {call.offset}")
 
 
-def _check_layout(call: AppendArguments) -> None:
+def _check_writable(name: str, tensor: Tensor) -> None:
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{name} was made in inference mode and cannot be written outside of it")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        owner = tensor if tensor._base is None else tensor._base
+        if owner.is_leaf:
+            raise RuntimeError(f"{name} is a leaf that requires a gradient and cannot be written")
+
+
+def _check_devices(call: AppendArguments) -> None:
     for name in ("key", "value", "key_components", "new_key", "new_value"):
         if getattr(call, name) is None:  # the dispatcher lets that pass
             raise TypeError(f"{name} must be a tensor, got None")
+    for name, tensor in call._asdict().items():
+        if isinstance(tensor, Tensor) and tensor.device != call.key.device:
+            raise ValueError(f"{name} must be on key's device {call.key.device}, got {tensor.device}")
+
+
+def _check_layout(call: AppendArguments) -> None:
+    _check_devices(call)
     key = call.key
     if key.dim() != 4:
         raise ValueError(f"key must be [B, Hkv, capacity, d], got {list(key.shape)}")
+    if key.dtype not in DTYPES:
+        raise TypeError(f"key must be float32, bfloat16, float16 or float64, got {key.dtype}")
     batch, heads, capacity, head_dim = key.shape
     blocks = num_blocks(capacity)
     stored = call.key_components.shape
@@ -150,8 +176,8 @@ def _check_layout(call: AppendArguments) -> None:
     if call.value_sum is not None:
         if call.value_sum.shape != (batch, heads, head_dim):
             raise ValueError(f"value_sum must be [{batch}, {heads}, {head_dim}], got {list(call.value_sum.shape)}")
-        if call.value_sum.dtype != torch.float32 and call.value_sum.dtype != key.dtype:
-            raise TypeError(f"value_sum must be float32, got {call.value_sum.dtype}")
+        if call.value_sum.dtype != torch.float32 and not (call.value_sum.dtype == key.dtype == torch.float64):
+            raise TypeError(f"value_sum must be float32 (or float64 with float64 keys), got {call.value_sum.dtype}")
         if call.value_sum.stride(2) != 1 and head_dim > 1:
             raise ValueError(f"value_sum must be contiguous in its last axis, got strides {call.value_sum.stride()}")
     if call.position is not None:
@@ -159,6 +185,17 @@ def _check_layout(call: AppendArguments) -> None:
             raise ValueError(f"position must be [{batch}], got {list(call.position.shape)}")
         if call.position.dtype != torch.int64:
             raise TypeError(f"position must be int64, got {call.position.dtype}")
-    for name, tensor in call._asdict().items():
-        if isinstance(tensor, Tensor) and tensor.device != key.device:
-            raise ValueError(f"{name} must be on key's device {key.device}, got {tensor.device}")
+    for name, tensor in zip(call._fields, call[:4], strict=False):
+        if tensor is not None and _overlaps_itself(tensor):
+            raise ValueError(f"{name} is written, so its elements must not share memory; got strides {tensor.stride()}")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may lie at one address: every axis must step over all that the finer ones span."""
+    span = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= span:
+                return True
+            span += stride * (size - 1)
+    return False

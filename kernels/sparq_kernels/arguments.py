@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from .reference import max_positions
 
 MAX_HEAD_DIM = 512
 MAX_QUERY_LENGTH = 16  # beyond, reading the whole cache once is less than reading parts of it for every query
+MAX_CACHED = 2**31 - BLOCK  # kernels count positions in 32 bits
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -52,18 +54,27 @@ class Arguments(NamedTuple):
         return (*described, *self[8:])
 
 
-def check_arguments(call: Arguments) -> None:
-    """Raise for a shape, dtype, device, stride or option that an implementation could not survive."""
-    query, key, key_components, value, value_sum, length, start, mask = call[:8]
-    r, k, k_divisor, local, scale, softcap = call[8:14]
-    required = {"query": query, "key": key, "key_components": key_components, "value": value, "value_sum": value_sum}
-    for name, tensor in {**required, "length": length}.items():
-        if tensor is None:  # the dispatcher lets that pass
+def check_tensors(call: Arguments) -> None:
+    """Raise where a tensor is missing, lies elsewhere, or query and key have no shapes to speak of.  One tensor on
+    `meta` is enough for the dispatcher to ask for shapes only, so that is all the checking such a call gets."""
+    query, key = call.query, call.key
+    for name in call._fields[:6]:
+        if getattr(call, name) is None:  # the dispatcher lets that pass
             raise TypeError(f"{name} must be a tensor, got None")
     if query.dim() != 4:
         raise ValueError(f"query must be [B, Hq, Q, d], got {list(query.shape)}")
     if key.dim() != 4:
         raise ValueError(f"key must be [B, Hkv, S, d], got {list(key.shape)}")
+    for name, tensor in zip(call._fields, call[:8], strict=False):
+        if tensor is not None and tensor.device != query.device:
+            raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+
+
+def check_arguments(call: Arguments) -> None:
+    """Raise for a shape, dtype, device, stride or option that an implementation could not survive."""
+    check_tensors(call)
+    query, key, key_components, value, value_sum, length, start, mask = call[:8]
+    r, k, k_divisor, local, scale, softcap = call[8:14]
     batch, num_heads, query_length, head_dim = query.shape
     num_kv_heads, cached = key.shape[1], key.shape[2]
     if not 1 <= query_length <= MAX_QUERY_LENGTH:
@@ -71,6 +82,8 @@ def check_arguments(call: Arguments) -> None:
         raise ValueError(f"query must hold {wanted}, got {query_length}; prompts are dense attention")
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"query must have a head_dim of 1 to {MAX_HEAD_DIM}, got {head_dim}")
+    if cached > MAX_CACHED:
+        raise ValueError(f"key must hold at most {MAX_CACHED:,} positions, got {cached:,}")
     if batch < 1 or cached < 1:
         raise ValueError(f"key must hold at least one row and one position, got {list(key.shape)}")
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
@@ -87,22 +100,18 @@ def check_arguments(call: Arguments) -> None:
     if value_sum.shape != (batch, num_kv_heads, head_dim):
         raise ValueError(f"value_sum must be [{batch}, {num_kv_heads}, {head_dim}], got {list(value_sum.shape)}")
 
-    dtype, device = query.dtype, query.device
+    dtype = query.dtype
     if dtype not in DTYPES:
         raise TypeError(f"query must be float32, bfloat16, float16 or float64, got {dtype}")
     for name, tensor in (("key", key), ("key_components", key_components), ("value", value)):
         if tensor.dtype != dtype:
             raise TypeError(f"{name} must have query's dtype {dtype}, got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on query's device {device}, got {tensor.device}")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name} must be contiguous in its last axis, got strides {tensor.stride()}")
     if key_components.stride(3) != BLOCK and head_dim > 1:
         raise ValueError(f"key_components must have contiguous blocks [d, {BLOCK}], got {key_components.stride()}")
     if value_sum.dtype != torch.float32 and not (value_sum.dtype == dtype == torch.float64):
         raise TypeError(f"value_sum must be float32 (or float64 with float64 inputs), got {value_sum.dtype}")
-    if value_sum.device != device:
-        raise ValueError(f"value_sum must be on query's device {device}, got {value_sum.device}")
 
     for name, per_row in (("length", length), ("start", start)):
         if per_row is None:
@@ -111,15 +120,11 @@ def check_arguments(call: Arguments) -> None:
             raise ValueError(f"{name} must be [{batch}], got {list(per_row.shape)}")
         if per_row.dtype != torch.int64:
             raise TypeError(f"{name} must be int64, got {per_row.dtype}")
-        if per_row.device != device:
-            raise ValueError(f"{name} must be on query's device {device}, got {per_row.device}")
     if mask is not None:
         if mask.shape != (batch, cached):
             raise ValueError(f"mask must be [{batch}, {cached}], got {list(mask.shape)}")
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, got {mask.dtype}")
-        if mask.device != device:
-            raise ValueError(f"mask must be on query's device {device}, got {mask.device}")
 
     if not 1 <= r <= head_dim:
         raise ValueError(f"r must be 1 to head_dim ({head_dim}), got {r}")
@@ -133,6 +138,21 @@ def check_arguments(call: Arguments) -> None:
         raise ValueError(f"scale must be finite or None, got {scale}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+    if softcap is not None and not 1e-30 <= softcap <= 1e30:
+        raise ValueError(f"softcap must be 1e-30 to 1e30, which float32 arithmetic can divide by, got {softcap}")
+
+
+def check_memory(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
+    """Raise for a tensor whose storage was freed under it (`storage.resize_(0)`, as FSDP does) or lies askew (a view of
+    foreign bytes): whoever reads it may die, PyTorch's own operators too."""
+    for name, tensor in zip(names, tensors, strict=False):
+        if tensor is None:
+            continue
+        address, size = tensor.data_ptr(), tensor.dtype.itemsize
+        if address == 0 and tensor.numel():
+            raise RuntimeError(f"{name} {list(tensor.shape)} has no memory: its storage has been freed")
+        if address % size:
+            raise ValueError(f"{name} must lie at a multiple of its element's {size} bytes, got address {address:#x}")
 
 
 def check_rows(length: Tensor, start: Tensor | None, key: Tensor) -> None:

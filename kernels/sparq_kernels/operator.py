@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .arguments import Arguments, check_arguments, check_rows
+from .arguments import Arguments, check_arguments, check_memory, check_rows, check_tensors
 from .backends import triton_kernels
 from .reference import decode_reference
 
@@ -102,6 +102,7 @@ def decode_default(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Arguments(*arguments)
     check_arguments(call)
     if call.query.device.type == "cpu":
+        check_memory(call._fields, call[:8])
         check_rows(call.length, call.start, call.key)
     return decode_reference(
         *call[:8],
@@ -122,7 +123,9 @@ def decode_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if call.query is None or call.query.dtype == torch.float64 or cpu.kernel() is None:
         return decode_default(*arguments)
     call = _with_contiguous_rows(call)
-    result = cpu.run(_planned(call, cpu.plan), call)
+    plan = _planned(call, cpu.plan)
+    check_memory(call._fields, call[:8])
+    result = cpu.run(plan, call)
     if result is None:
         check_rows(call.length, call.start, call.key)
         raise RuntimeError("length or start changed while the operator ran")
@@ -170,6 +173,7 @@ def _with_contiguous_rows(call: Arguments) -> Arguments:
 
 def decode_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Arguments(*arguments)
+    check_tensors(call)
     query, key = call.query, call.key
     k_max = call.k_max if call.return_positions else 0
     return (

@@ -29,25 +29,30 @@ def runtime(name: str) -> str:
     return path
 
 
+def instrumented(cache: Path) -> dict[str, str]:
+    """The environment for a Python with the sanitizers and a kernel built for them, which is put into `cache`."""
+    environment = {
+        **os.environ,
+        "SPARQ_CXXFLAGS": FLAGS,
+        "SPARQ_CACHE_DIR": str(cache),
+        "PYTHONPATH": str(ROOT / "kernels"),
+    }
+    build = "import sparq_kernels.cpu as cpu; print(cpu.build())"  # the compiler itself runs without the preload
+    subprocess.run([sys.executable, "-c", build], env=environment, check=True)
+    # The allocator's own large pages and Python's leaks are none of our business.
+    return {
+        **environment,
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory(prefix="sparq-sanitize-") as cache:
-        environment = {
-            **os.environ,
-            "SPARQ_CXXFLAGS": FLAGS,
-            "SPARQ_CACHE_DIR": cache,
-            "PYTHONPATH": str(ROOT / "kernels"),
-        }
-        # The allocator's own large pages and Python's leaks are none of our business.
-        instrumented = {
-            "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
-            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
-            "UBSAN_OPTIONS": "print_stacktrace=1",
-        }
-        build = "import sparq_kernels.cpu as cpu; print(cpu.build())"  # the compiler itself runs without the preload
-        subprocess.run([sys.executable, "-c", build], env=environment, check=True)
         # -s: a sanitizer ends the process, and pytest would take its report along
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *(sys.argv[1:] or TESTS)]
-        return subprocess.run(command, env={**environment, **instrumented}, cwd=ROOT).returncode
+        return subprocess.run(command, env=instrumented(Path(cache)), cwd=ROOT).returncode
 
 
 if __name__ == "__main__":

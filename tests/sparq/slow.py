@@ -104,7 +104,8 @@ class Slow:
         scale = head_dim**-0.5 if scaling is None else scaling
         types = getattr(module.config, "layer_types", None)
         windowed = sliding_window is not None or (types is not None and types[layer] != "full_attention")
-        dense = queries > 1 or windowed or layer < self.dense_layers
+        prompt = queries > 1 and attention_mask[:, 0, 0].sum(-1).max() <= 1  # its first token sees itself alone
+        dense = prompt or queries > 16 or windowed or layer < self.dense_layers
         output = torch.zeros(batch, queries, heads, head_dim, dtype=torch.float64)
         for b in range(batch):
             for h in range(kv_heads):
@@ -119,24 +120,25 @@ class Slow:
                     # a row of padding sees nothing; what it gives is never read
                     output[b, :, mine] = torch.softmax(logits, -1).nan_to_num().matmul(values).transpose(0, 1)
                     continue
-                valid = attention_mask[b, 0, 0].nonzero()[:, 0]
-                n = len(valid)
-                k = max(128, math.floor(n / (2 * self.ratio))) if self.k is None else self.k
-                k = min(k, n)
-                output[b, 0, mine], alpha, p = slow_head(
-                    q[:, 0],
-                    keys[valid],
-                    values[valid],
-                    r=self.r,
-                    k=k,
-                    local=k // 4 if self.local is None else min(self.local, k),
-                    scale=scale,
-                    softcap=softcap,
-                    mean_value=self.mean_value,
-                    sinks=sinks,
-                )
-                self.alphas.setdefault(layer, []).extend(alpha.tolist())
-                if h == 0:
-                    self.read[layer] = self.read.get(layer, 0) + len(p)
-                    self.cached[layer] = self.cached.get(layer, 0) + n
+                for i in range(queries):
+                    valid = attention_mask[b, 0, i].nonzero()[:, 0]
+                    n = len(valid)
+                    k = max(128, math.floor(n / (2 * self.ratio))) if self.k is None else self.k
+                    k = min(k, n)
+                    output[b, i, mine], alpha, p = slow_head(
+                        q[:, i],
+                        keys[valid],
+                        values[valid],
+                        r=self.r,
+                        k=k,
+                        local=k // 4 if self.local is None else min(self.local, k),
+                        scale=scale,
+                        softcap=softcap,
+                        mean_value=self.mean_value,
+                        sinks=sinks,
+                    )
+                    self.alphas.setdefault(layer, []).extend(alpha.tolist())
+                    if h == 0:
+                        self.read[layer] = self.read.get(layer, 0) + len(p)
+                        self.cached[layer] = self.cached.get(layer, 0) + n
         return output.to(query.dtype), None

@@ -316,16 +316,6 @@ def test_a_row_becomes_sparse_when_it_has_more_than_k_positions() -> None:
     assert (layer.sparse_steps, layer.dense_steps) == (7, {"k covers the context": 5})
 
 
-def test_several_tokens_at_once_are_dense() -> None:
-    inputs, model = prompt(batch=1, padding=0), sparq.patch(build(), **SPARSE)
-    with torch.no_grad():
-        cache = model(inputs["input_ids"][:, :20]).past_key_values
-        chunked = model(inputs["input_ids"][:, 20:], past_key_values=cache).logits
-        expected = build()(inputs["input_ids"]).logits[:, 20:]
-    torch.testing.assert_close(chunked, expected, rtol=1e-4, atol=1e-4)
-    assert sparq.report(model).total.dense_steps == {"several new tokens at once": 3}
-
-
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_dense_steps_equal_the_stock_model(implementation: str) -> None:
     inputs, tokens = prompt(), next_tokens()
@@ -465,24 +455,6 @@ def test_one_prompt_cache_for_several_continuations() -> None:
     first = generate(model, longer, past_key_values=copies[0])
     assert generate(model, longer, past_key_values=copies[1]) == first
     assert generate(model, longer, past_key_values=cache) == first
-
-
-@pytest.mark.parametrize("how", ["assistant", "prompt lookup"])
-def test_assisted_generation(how: str) -> None:
-    """Drafts are checked several tokens at once, dense, and those rejected are cropped from the cache."""
-    inputs, model = prompt(batch=1, padding=0), build()
-    expected = generate(model, inputs, tokens=24)
-    assistant = sparq.patch(build(num_hidden_layers=1), r=2, k=4, min_length=0)
-    helped = dict(assistant_model=assistant) if how == "assistant" else dict(prompt_lookup_num_tokens=3)
-    for knobs in (dict(r=16, k=1000), dict(r=4, k=12)):
-        sparq.patch(model, min_length=0, **knobs)
-        tokens = generate(model, inputs, tokens=24, **helped)
-        if knobs["k"] == 1000:
-            assert tokens == expected
-        dense = sparq.report(model).total.dense_steps
-        assert dense["several new tokens at once"] > 0
-    if how == "assistant":
-        assert sparq.report(assistant).total.sparse_steps > 0
 
 
 def test_padding_is_read_back_once_in_a_step_and_compared_in_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -375,6 +375,39 @@ def test_copies_stand_alone(how: str) -> None:
     check(other, other_plain, start)
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("cropped", [0, 250])
+def test_copies_carry_the_tokens_and_nothing_else(how: str, cropped: int) -> None:
+    layer, start = filled(), torch.tensor([0, 7])
+    layer.index(start)
+    layer.crop(-cropped)
+    length = 300 - cropped
+    if how == "pickle":
+        written = pickle.dumps(layer)
+        assert len(written) < 2 * 2 * HEADS * length * HEAD_DIM * 4 + 4000
+        other = pickle.loads(written)
+    else:
+        other = copy.deepcopy(layer)
+    used = 2 * layer.keys.numel() * layer.keys.element_size()
+    assert other.allocated_bytes == used < layer.allocated_bytes
+    assert other.keys.untyped_storage().nbytes() == used / 2
+    assert other.index(start)[1].data_ptr() != layer.index(start)[1].data_ptr()
+    for one in (layer, other):
+        plain = filled(cls=DynamicLayer)
+        plain.crop(-cropped)
+        for own in (one, plain):
+            own.update(*states(1, seed=3))
+        check(one, plain, start)
+
+
+def test_a_copy_of_an_adopted_layer_is_its_own() -> None:
+    plain = filled(cls=DynamicLayer)
+    other = copy.deepcopy(SparqLayer.adopt(plain))
+    assert other.keys.data_ptr() != plain.keys.data_ptr()
+    check(other, plain)
+    assert copy.deepcopy(SparqLayer()).keys is None
+
+
 def test_dynamic_cache_can_be_made_from_its_own_contents() -> None:
     cache = DynamicCache()
     cache.update(*states(30), 0)

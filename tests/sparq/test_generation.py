@@ -49,8 +49,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "sampling, several returned": dict(do_sample=True, top_p=0.9, temperature=0.8, num_return_sequences=3),
     "penalties": dict(repetition_penalty=1.3, no_repeat_ngram_size=2),
     "the end at different steps": dict(eos_token_id=[28, 72]),
-    "prompt in chunks": dict(prefill_chunk_size=16),
-    "prompt in chunks, the last of one token": dict(prefill_chunk_size=13),
+    "prompt in chunks": dict(prefill_chunk_size=20),
+    "prompt in chunks, the last of one token": dict(prefill_chunk_size=39),
+    "prompt in small chunks": dict(prefill_chunk_size=16),
 }
 # Sparse where the random tokens do not end it at once: 12 tokens, the first of them from the prompt.
 STEPS = {"beams that stop early": None, "the end at different steps": None}
@@ -77,7 +78,8 @@ def test_sparse_steps_equal_the_definition(way: str) -> None:
     if way in STEPS:
         assert 0 < steps <= 3 * 11
     else:
-        assert steps == 3 * (12 if way == "prompt in chunks, the last of one token" else 11)
+        chunks = {"prompt in chunks, the last of one token": 1, "prompt in small chunks": 2}  # that are decode steps
+        assert steps == 3 * (11 + chunks.get(way, 0))
 
 
 def test_beams_with_scores_equal_the_definition() -> None:

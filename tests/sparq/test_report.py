@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+from sparq_kernels import BLOCK
+from transformers import DynamicCache
 
 import sparq
 from sparq import Report, SparqConfig
@@ -126,6 +128,23 @@ def test_a_report_is_a_moment() -> None:
     teacher_forced(model, prompt(), next_tokens(steps=2))
     assert early.to_dict() == before
     assert sparq.report(model).total.sparse_steps == 2 * early.total.sparse_steps
+
+
+def test_cache_bytes_are_of_the_largest_cache() -> None:
+    """3 layers of 2 KV heads of 16 in float32, 2 rows: storage for 256 positions and one block of components."""
+    model = sparq.patch(build(), **KNOBS)
+    assert sparq.report(model).cache_bytes == 0 and "largest cache" not in str(sparq.report(model))
+    one_position = 3 * 2 * 2 * 16 * 4
+    with torch.no_grad():
+        model(**prompt(), past_key_values=DynamicCache(config=model.config))
+    assert sparq.report(model).cache_bytes == 2 * 256 * one_position  # no index yet
+    teacher_forced(model, prompt(), next_tokens(steps=1))
+    whole = (2 * 256 + BLOCK) * one_position + one_position  # and the sum of V
+    assert sparq.report(model).cache_bytes == sparq.report(model).to_dict()["cache_bytes"] == whole
+    teacher_forced(model, prompt(batch=1), next_tokens(batch=1, steps=1))  # a smaller one
+    assert sparq.report(model).cache_bytes == whole
+    assert f"largest cache: {whole / 1e6:,.1f} MB" in str(sparq.report(model))
+    assert sparq.report(sparq.patch(model, **KNOBS)).cache_bytes == 0
 
 
 def test_needs_a_patched_model() -> None:

@@ -92,6 +92,14 @@ def test_a_mask_that_is_not_causal_is_dense() -> None:
     assert sparq.report(model).total.dense_steps == {"attention mask that is not causal": 3}
 
 
+def test_assisted_decoding_with_a_patched_assistant() -> None:
+    inputs, model = prompt(batch=1, padding=0), build()
+    expected = generate(model, inputs, 24)
+    assistant = sparq.patch(build(num_hidden_layers=1), r=2, k=4, min_length=0)
+    assert generate(sparq.patch(model, k=1000, min_length=0), inputs, 24, assistant_model=assistant) == expected
+    assert sparq.report(assistant).total.sparse_steps > 0
+
+
 DRAFTS: dict[str, dict[str, Any]] = {
     "prompt lookup": dict(prompt_lookup_num_tokens=4),
     "assistant": dict(assistant_model=None, num_assistant_tokens=5, num_assistant_tokens_schedule="constant"),

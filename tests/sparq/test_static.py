@@ -310,7 +310,7 @@ def test_other_ways_to_generate(how: dict) -> None:
 def test_a_prompt_in_chunks() -> None:
     inputs, model = prompt(), sparq.patch(build(), **SPARSE)
     expected = generate(model, inputs)
-    assert generate(model, inputs, cache_implementation="static", prefill_chunk_size=16) == expected
+    assert generate(model, inputs, cache_implementation="static", prefill_chunk_size=20) == expected
 
 
 def test_a_cache_that_is_reset_and_used_again() -> None:
@@ -516,3 +516,20 @@ def test_threads_lose_no_count() -> None:
     for thread in threads:
         thread.join()
     assert sparq.report(model).total.sparse_steps == 4 * 3 * 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("visible", [True, False])
+def test_a_chunk_whose_mask_is_not_causal_is_dense(visible: bool) -> None:
+    """A later token that an earlier one sees, or drafts side by side."""
+    outputs = []
+    for model in (sparq.patch(build(), **SPARSE), build()):
+        cache = static(model)
+        model(**prompt(batch=1, padding=0), past_key_values=cache)
+        mask = torch.zeros(1, 1, 2, cache.max_cache_len, dtype=torch.bool)
+        mask[..., 0, :41] = mask[..., 1, :42] = True
+        mask[0, 0, *((0, 41) if visible else (1, 40))] = visible
+        outputs.append(model(next_tokens(1, 2), attention_mask=mask, past_key_values=cache).logits)
+        if model.config._attn_implementation == "sparq":
+            assert sparq.report(model).total.dense_steps == {"attention mask that is not causal": 3}
+    torch.testing.assert_close(*outputs)

@@ -1,0 +1,27 @@
+"""The memory benchmark counts what caches hold."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_bytes_of_every_cache(tmp_path: Path) -> None:
+    out = tmp_path / "memory.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--contexts", "2048", "3000", "--batch", "2"]
+    run = subprocess.run([*command, "--json", str(out)], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "growing" in run.stdout
+    even, odd = json.loads(out.read_text())["rows"]
+    position = 16 * 2 * 8 * 64 * 2  # layers, batch rows, KV heads, head_dim, bytes of bfloat16
+    summed = 2 * position  # of V, in float32
+    assert even["bytes"] == {
+        "stock dynamic": 2 * 2048 * position,
+        "stock static": 2 * 2048 * position,
+        "SparQ, used": 3 * 2048 * position + summed,
+        "SparQ, prompt": 3 * 2048 * position + summed,
+        "SparQ, growing": 3 * 4096 * position + summed,
+    }
+    assert odd["bytes"]["stock dynamic"] == 2 * 3000 * position
+    assert odd["bytes"]["SparQ, prompt"] == (2 * 3072 + 4096) * position + summed

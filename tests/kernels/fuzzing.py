@@ -1,0 +1,501 @@
+"""Random calls of the operators, right and wrong, and what must hold of each.
+
+A call is made from a recipe of plain values, so that one that ends the process can be named and made again. A recipe
+first makes a right call, whose result must be right. Then some of its arguments are changed in ways that callers get
+wrong. Whatever comes of that is a right result or an exception that names a mistake, and leaves all else as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import sparq_kernels
+import torch
+from hypothesis import strategies as st
+from sparq_kernels import BLOCK
+from sparq_kernels.append import AppendArguments
+from sparq_kernels.arguments import Arguments
+from sparq_kernels.layout import num_blocks
+from sparq_kernels.operator import DecodeOutput
+from sparq_kernels.reference import decode_reference
+from torch import Tensor
+
+from tests.kernels.cases import TOLERANCE, call_of, make_case, new_token, small_integers, storage_of
+
+REFUSALS = (ValueError, TypeError, RuntimeError, MemoryError, OverflowError)
+QUERIES = (1,)  # new tokens per row that the operator serves
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
+OTHER_DTYPES = (*DTYPES, "int64", "int32", "uint8", "bool", "complex64", "float8_e4m3fn")
+POISON = (math.nan, math.inf, -math.inf, 3e38)
+DRAWS = {"normal": torch.randn, "integers": small_integers}
+
+# --- What callers get wrong -------------------------------------------------------------------------------------------
+
+
+def _axis(x: Tensor, n: int) -> int:
+    return n % max(x.dim(), 1)
+
+
+def _resized(x: Tensor, n: int, size: int) -> Tensor:
+    shape = list(x.shape)
+    shape[_axis(x, n)] = size
+    new = torch.zeros(shape, dtype=x.dtype)
+    common = tuple(slice(min(a, b)) for a, b in zip(shape, x.shape, strict=True))
+    new[common] = x[common]
+    return new
+
+
+def _misaligned(x: Tensor, n: int) -> Tensor:
+    """The same values, `1 + n % 7` bytes behind an address that is right for the dtype."""
+    if x.dtype not in (torch.float32, torch.float64, torch.float16, torch.int64):
+        return x
+    raw = np.zeros(x.numel() * x.element_size() + 8, dtype=np.uint8)
+    begin = 1 + n % 7
+    moved = raw[begin : begin + x.numel() * x.element_size()].view(x.numpy().dtype).reshape(x.shape)
+    moved[...] = x.numpy()
+    return torch.from_numpy(moved)
+
+
+def _overlapping(x: Tensor, n: int) -> Tensor:
+    """Neighbours along an axis share memory."""
+    strides = list(x.stride())
+    strides[_axis(x, n)] //= 2
+    return x.as_strided(x.shape, strides)
+
+
+def _freed(x: Tensor, n: int) -> Tensor:
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def _in_inference_mode(x: Tensor, n: int) -> Tensor:
+    with torch.inference_mode():
+        return x.clone()
+
+
+# name: (tensor, n) → what is handed over in its place. The first ones keep shape, dtype and values.
+TENSOR_CHANGES: dict[str, Callable[[Tensor, int], Any]] = {
+    "spread": lambda x, n: x.new_zeros(*x.shape, 3)[..., 1].copy_(x),
+    "transposed": lambda x, n: x.transpose(-1, n % x.dim()).contiguous().transpose(-1, n % x.dim()),
+    "moved": lambda x, n: torch.cat([x.new_zeros(1 + n), x.flatten()])[1 + n :].view(x.shape),
+    "misaligned": _misaligned,
+    "negated": lambda x, n: torch._neg_view(x.neg()) if x.is_floating_point() else x,
+    "with a gradient": lambda x, n: x.clone().requires_grad_() if x.is_floating_point() else x,
+    "of inference mode": _in_inference_mode,
+    "flipped": lambda x, n: x.flip(_axis(x, n)),
+    "repeated": lambda x, n: x.narrow(_axis(x, n), 0, 1).expand_as(x),  # a stride of 0
+    "overlapping": _overlapping,
+    "zeros without memory": lambda x, n: torch._efficientzerotensor(x.shape, dtype=x.dtype),
+    "extreme": lambda x, n: (
+        torch.full_like(x, (-1, 2**31, -(2**63), 2**63 - 1, 1 << 40)[n % 5]) if x.dtype == torch.int64 else x
+    ),
+    "none": lambda x, n: None,
+    "one axis more": lambda x, n: x.unsqueeze(n % (x.dim() + 1)),
+    "one axis less": lambda x, n: x.select(_axis(x, n), 0),
+    "flat": lambda x, n: x.flatten(),
+    "scalar": lambda x, n: x.flatten()[0],
+    "one less": lambda x, n: x.narrow(_axis(x, n), 0, x.shape[_axis(x, n)] - 1),
+    "one more": lambda x, n: _resized(x, n, x.shape[_axis(x, n)] + 1),
+    "empty": lambda x, n: _resized(x, n, 0),
+    "one only": lambda x, n: x.narrow(_axis(x, n), 0, 1),
+    "doubled": lambda x, n: torch.cat([x, x], _axis(x, n)),
+    "huge": lambda x, n: x.narrow(_axis(x, n), 0, 1).expand(
+        *(1 << 33 if i == _axis(x, n) else size for i, size in enumerate(x.shape))
+    ),
+    "other dtype": lambda x, n: x.to(getattr(torch, OTHER_DTYPES[n % len(OTHER_DTYPES)])),
+    "meta": lambda x, n: x.to("meta"),
+    "sparse": lambda x, n: x.to_sparse(),
+    "mkldnn": lambda x, n: x.to_mkldnn() if x.dtype == torch.float32 else x,
+    "freed": _freed,
+    "something else": lambda x, n: (3, 2.5, "x", [1.0], x.shape, x.dtype, object())[n % 7],
+}
+NUMBERS = (-(2**63), -1, 0, 1, 2, 7, 2047, 2**31, 2**32 + 1, 2**63 - 1, 2**63, 2**200, -(2**200))
+NUMBERS += (1.5, math.nan, math.inf, -math.inf, 1e308, 1e-320, -0.0, None, True, "4", (3,))
+
+
+def is_freed(x: Tensor) -> bool:
+    try:
+        return x.device.type == "cpu" and x.untyped_storage().nbytes() == 0
+    except NotImplementedError:  # sparse
+        return False
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of one argument: a tensor by a name of `TENSOR_CHANGES` and its number, any other by its index in `NUMBERS`."""
+
+    argument: str
+    kind: str
+    n: int
+
+    def apply(self, value: Any) -> Any:
+        if self.kind == "number":
+            return NUMBERS[self.n % len(NUMBERS)]
+        return TENSOR_CHANGES[self.kind](value, self.n) if isinstance(value, Tensor) and value.dim() else value
+
+
+def changed(call: Any, changes: Sequence[Change]) -> Any:
+    """A call [named tuple] with these changes; one that cannot be made any more (of an emptied tensor) is left out."""
+    for change in changes:
+        old = getattr(call, change.argument)
+        if isinstance(old, Tensor) and old.numel() and is_freed(old):
+            continue  # PyTorch itself cannot touch it without dying
+        try:
+            new = change.apply(old)
+        except (RuntimeError, IndexError, TypeError, ValueError, MemoryError):
+            continue  # what cannot be made cannot be handed over
+        call = call._replace(**{change.argument: new})
+    return call
+
+
+def changes_of(
+    arguments: Sequence[str], tensors: Sequence[str], kinds: Sequence[str] = (*TENSOR_CHANGES,)
+) -> st.SearchStrategy[tuple[Change, ...]]:
+    def change(name: str) -> st.SearchStrategy[Change]:
+        kind = st.sampled_from([*kinds, "number"]) if name in tensors else st.just("number")
+        return st.builds(Change, st.just(name), kind, st.integers(0, 29))
+
+    return st.lists(st.sampled_from(arguments).flatmap(change), max_size=3).map(tuple)
+
+
+# --- Decode -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One right call, the changes made of it, and where poison is put."""
+
+    batch: int
+    num_kv_heads: int
+    group: int
+    cached: int
+    head_dim: int
+    dtype: str
+    lengths: tuple[int, ...] | None
+    starts: tuple[int, ...] | None
+    holes: float
+    options: tuple[tuple[str, Any], ...]
+    draw: str
+    seed: int
+    threads: int
+    public: bool  # by `sparq_kernels.decode`, else by `torch.ops`
+    changes: tuple[Change, ...]
+    queries: int | None  # new tokens per row, if another number than 1
+    giant: int | None  # cached positions that share one piece of memory
+    poison: tuple[tuple[str, int, int, float], ...]  # (tensor, row, KV head, value)
+
+    def check(self) -> None:
+        torch.set_num_threads(self.threads)
+        case = make_case(
+            self.batch,
+            self.num_kv_heads * self.group,
+            self.num_kv_heads,
+            self.cached,
+            self.head_dim,
+            DTYPES[self.dtype],
+            lengths=None if self.lengths is None else list(self.lengths),
+            starts=None if self.starts is None else list(self.starts),
+            holes=self.holes,
+            seed=self.seed,
+            draw=DRAWS[self.draw],
+        )
+        call = call_of(case, **dict(self.options))
+        clean = run_decode(call, self.public)
+        check_result(call, clean)
+
+        wrong = changed(call, self.changes)
+        shaped = isinstance(wrong.query, Tensor) and wrong.query.dim() == 4 and wrong.query.layout == torch.strided
+        if self.queries is not None and shaped:
+            wrong = wrong._replace(query=wrong.query[:, :, :1].expand(-1, -1, self.queries, -1))
+        if self.giant is not None:
+            wrong = giant(wrong, self.giant)
+        try:
+            result = run_decode(wrong, self.public)
+        except REFUSALS:
+            pass
+        else:
+            check_result(wrong, result)
+        if self.poison:
+            self.check_poison(call, clean)
+        again = run_decode(call, self.public)  # nothing that it reads was written, and nothing remembered is wrong
+        for name in clean._fields:
+            assert same_bits(getattr(again, name), getattr(clean, name)), f"{name} differs when called again"
+
+    def check_poison(self, call: Arguments, clean: DecodeOutput) -> None:
+        """What is not a number stays in its head."""
+        ill = torch.zeros(self.batch, self.num_kv_heads, dtype=torch.bool)
+        tensors = {name: getattr(call, name).clone() for name in {name for name, *_ in self.poison}}
+        for name, row, head, value in self.poison:
+            b, h = row % self.batch, head % self.num_kv_heads
+            ill[b, h] = True
+            heads = slice(h * self.group, (h + 1) * self.group) if name == "query" else h
+            # one element of every row of it, or all
+            target = tensors[name][b, heads]
+            largest = torch.finfo(target.dtype).max
+            (target if head % 2 else target[..., :1]).fill_(min(value, largest) if math.isfinite(value) else value)
+        poisoned = call._replace(**tensors)
+        result = run_decode(poisoned, self.public)
+        for name in clean._fields:
+            ours, theirs = getattr(result, name), getattr(clean, name)
+            if theirs is None:
+                continue
+            assert ours.shape == theirs.shape
+            well = ~(ill if ours.shape[1] == self.num_kv_heads else ill.repeat_interleave(self.group, 1))
+            assert same_bits(ours[well], theirs[well]), f"{name} of a head without poison has changed"
+        for b, h in ill.nonzero().tolist():
+            check_positions(call, result, b, h)
+
+
+def run_decode(call: Arguments, public: bool) -> DecodeOutput:
+    if public:
+        names = Arguments._fields
+        return sparq_kernels.decode(*call[:5], **dict(zip(names[5:], call[5:], strict=True)))
+    return DecodeOutput(*torch.ops.sparq_kernels.decode(*call))
+
+
+def same_bits(ours: Tensor | None, theirs: Tensor | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    return ours.shape == theirs.shape and ours.dtype == theirs.dtype and torch.equal(_bytes(ours), _bytes(theirs))
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return torch.empty(x.numel(), dtype=x.dtype).copy_(x.detach().flatten()).view(torch.uint8)
+
+
+def valid_of(call: Arguments) -> Tensor:
+    s = torch.arange(call.key.shape[2])
+    valid = s < call.length[:, None]
+    if call.start is not None:
+        valid = valid & (s >= call.start[:, None])
+    return valid if call.mask is None else valid & call.mask
+
+
+def check_positions(call: Arguments, result: DecodeOutput, b: int, h: int) -> None:
+    if not call.return_positions or result.positions is None:
+        return
+    positions = result.positions[b, h, 0]
+    chosen = positions[positions >= 0]
+    assert (positions[len(chosen) :] == -1).all() and (chosen.diff() > 0).all()
+    valid = valid_of(call)[b]
+    n = int(valid.sum())
+    assert len(chosen) == min(n, max(call.k, n // call.k_divisor if call.k_divisor else 0))
+    assert valid[chosen].all()
+
+
+def check_result(call: Arguments, result: DecodeOutput) -> None:
+    """A call that was answered was answered rightly."""
+    tensors = [x for x in call[:8] if x is not None]
+    assert all(isinstance(x, Tensor) for x in tensors), "answered something that is no tensor"
+    assert len({x.device for x in tensors}) == 1, f"answered tensors on several devices: {[x.device for x in tensors]}"
+    assert result.output.device == call.query.device and result.output.dtype == call.query.dtype
+    assert result.output.shape == call.query.shape and result.alpha.shape == call.query.shape[:3]
+    if call.query.device.type == "meta" or call.query.shape[2] not in QUERIES:
+        return
+    # The reference, on plain copies: strides and the like do not matter there.
+    plain = [
+        None if x is None else x.detach().resolve_neg().clone(memory_format=torch.contiguous_format) for x in call[:8]
+    ]
+    options: dict[str, Any] = dict(zip(Arguments._fields[8:], call[8:], strict=True))
+    options["scale"] = call.softmax_scale
+    options["return_positions"] = True
+    valid = valid_of(call)
+    sound = [*plain[:1], *(x.masked_fill(~valid[:, None, :, None], 0) for x in (plain[1], plain[3]))]
+    rows_read = plain[2].transpose(-1, -2).flatten(2, 3)[:, :, : call.key.shape[2]]
+    sound.append(rows_read.masked_fill(~valid[:, None, :, None], 0))
+    sound.append(plain[4].masked_fill(~valid.any(-1)[:, None, None], 0))
+    # infinite or larger than what float32 holds when multiplied: results are then a matter of rounding
+    if not all(x.isfinite().all() and x.abs().max() < 1e3 for x in sound) or abs(options["scale"]) > 1e3:
+        return
+    assert result.output.isfinite().all() and result.alpha.isfinite().all(), "what is not finite came out"
+    expected = DecodeOutput(*decode_reference(*plain, **options))
+    tolerance = TOLERANCE[call.query.dtype]
+    # Two sets of positions may be equally good up to rounding: then the group's scores sum up to the same.
+    summed, right = (x.view(*call.key.shape[:2], -1).sum(-1) for x in (result.alpha, expected.alpha))
+    torch.testing.assert_close(summed, right, rtol=1e-4, atol=1e-5)
+    for b in range(call.query.shape[0]):
+        for h in range(call.key.shape[1]):
+            check_positions(call, result, b, h)
+    if not call.return_positions or result.positions is None:
+        return  # which positions stand behind the output is not known: ties within rounding may go either way
+    group = call.query.shape[1] // call.key.shape[1]
+    same = (result.positions == expected.positions).all(-1)[..., 0].repeat_interleave(group, 1)  # [B, Hq]
+    torch.testing.assert_close(result.output[same], expected.output[same], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(result.alpha[same], expected.alpha[same], rtol=1e-4, atol=1e-5)
+
+
+def giant(call: Arguments, cached: int) -> Arguments:
+    """As many positions, of which all are one: more than there is memory for."""
+    try:
+        return call._replace(
+            key=call.key[:, :, :1].expand(-1, -1, cached, -1),
+            value=call.value[:, :, :1].expand(-1, -1, cached, -1),
+            key_components=call.key_components[:, :, :1].expand(-1, -1, num_blocks(cached), -1, -1),
+            mask=None,
+        )
+    except (RuntimeError, TypeError, AttributeError, IndexError):
+        return call
+
+
+@st.composite
+def decodes(draw: st.DrawFn) -> Decode:
+    batch, num_kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 6))
+    head_dim = draw(st.integers(1, 20) | st.sampled_from([32, 64, 80]))
+    small, near_tile = st.integers(1, 40), st.integers(250, 262)
+    cached = draw(
+        st.sampled_from([small, small, small, near_tile, near_tile, st.integers(500, 600), None]).flatmap(
+            lambda sizes: st.integers(BLOCK - 2, BLOCK + 2) if sizes is None else sizes
+        )
+    )
+    if cached > 600:  # dear: few heads
+        num_kv_heads, group, head_dim = 1, min(group, 2), min(head_dim, 20)
+    k = draw(st.integers(1, cached + 10))
+    rows = st.lists(st.integers(0, cached), min_size=batch, max_size=batch).map(tuple)
+    options = {
+        "r": draw(st.integers(1, head_dim)),
+        "k": k,
+        "k_divisor": draw(st.none() | st.integers(1, 20)),
+        "local": draw(st.none() | st.integers(0, k)),
+        "scale": draw(st.none() | st.floats(0.01, 2.0)),
+        "softcap": draw(st.none() | st.floats(0.5, 50.0)),
+        "mean_value": draw(st.booleans()),
+        "return_positions": draw(st.booleans()),
+    }
+    poisoned = st.tuples(
+        st.sampled_from(["query", "key", "value", "key_components", "value_sum"]),
+        st.integers(0, 2),
+        st.integers(0, 5),
+        st.sampled_from(POISON),
+    )
+    return Decode(
+        batch,
+        num_kv_heads,
+        group,
+        cached,
+        head_dim,
+        draw(st.sampled_from([*DTYPES])),
+        draw(st.none() | rows),
+        draw(st.none() | rows),
+        draw(st.sampled_from([0.0, 0.0, 0.2, 0.9, 1.0])),
+        tuple(options.items()),
+        draw(st.sampled_from([*DRAWS])),
+        draw(st.integers(0, 1 << 30)),
+        draw(st.sampled_from([1, 1, 3])),
+        draw(st.booleans()),
+        draw(changes_of(Arguments._fields, Arguments._fields[:8])),
+        draw(st.none() | st.none() | st.sampled_from([0, 2, 3, 16, 17])),
+        draw(st.sampled_from([None] * 19 + [1 << 31, 1 << 33, 1 << 40, 1 << 55])) if draw(st.booleans()) else None,
+        draw(st.lists(poisoned, max_size=2).map(tuple)),
+    )
+
+
+# --- Append -----------------------------------------------------------------------------------------------------------
+
+WRITTEN = ("key", "value", "key_components", "value_sum")
+
+
+@dataclass(frozen=True)
+class Append:
+    batch: int
+    heads: int
+    capacity: int
+    head_dim: int
+    dtype: str
+    position: int | tuple[int, ...]
+    summed: bool
+    public: bool  # by `sparq_kernels.append`, else by `torch.ops`
+    changes: tuple[Change, ...]
+
+    def check(self) -> None:
+        shape = (self.batch, self.heads, self.capacity, self.head_dim)
+        tensors = [*storage_of(*shape, DTYPES[self.dtype]), *new_token(*shape[:2], shape[3], DTYPES[self.dtype])]
+        if not self.summed:
+            tensors[3] = None  # type: ignore[call-overload]
+        per_row = isinstance(self.position, tuple)
+        position, offset = (torch.tensor(self.position), 0) if per_row else (None, self.position)
+        right = AppendArguments(*tensors, position, offset)  # type: ignore[arg-type]
+        for call in (
+            right._replace(
+                **{name: x.clone() for name, x in right._asdict().items() if name in WRITTEN and x is not None}
+            ),
+            changed(right, self.changes),
+        ):
+            before = contents(call)
+            try:
+                if self.public:
+                    where = call.offset if call.position is None else call.position
+                    sparq_kernels.append(*call[:6], position=where)
+                    call = call._replace(offset=call.offset if call.position is None else 0)
+                else:
+                    torch.ops.sparq_kernels.append(*call)
+            except REFUSALS:
+                assert call is not right, "a right call was refused"
+                for name, old in before.items():
+                    assert same_bits(getattr(call, name).resolve_neg(), old), f"refused, yet {name} has changed"
+            else:
+                check_appended(call, before)
+
+
+def contents(call: AppendArguments) -> dict[str, Tensor]:
+    """Copies of what can be looked at."""
+    return {name: x.detach().resolve_neg().clone() for name, x in call._asdict().items() if can_be_read(x)}
+
+
+def can_be_read(x: Any) -> bool:
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.layout != torch.strided or x.numel() > 1 << 26:
+        return False
+    return x._is_zerotensor() or not x.numel() or not is_freed(x)
+
+
+def check_appended(call: AppendArguments, before: dict[str, Tensor]) -> None:
+    tensors = [x for x in call[:7] if x is not None]
+    assert all(isinstance(x, Tensor) for x in tensors), "took something that is no tensor"
+    assert len({x.device for x in tensors}) == 1, f"took tensors on several devices: {[x.device for x in tensors]}"
+    if call.key.device.type == "meta":
+        return
+    offsets = (
+        torch.full((call.key.shape[0],), call.offset) if call.position is None else before["position"] + call.offset
+    )
+    expected = {name: before[name] for name in WRITTEN if name in before}
+    for b, s in enumerate(offsets.tolist()):
+        assert 0 <= s < call.key.shape[2], f"wrote to position {s}"
+        expected["key"][b, :, s] = before["new_key"][b, :, 0]
+        expected["value"][b, :, s] = before["new_value"][b, :, 0]
+        expected["key_components"][b, :, s // BLOCK, :, s % BLOCK] = before["new_key"][b, :, 0]
+        if "value_sum" in expected:
+            expected["value_sum"][b] += before["new_value"][b, :, 0]
+    for name, right in expected.items():
+        assert same_bits(getattr(call, name).detach().resolve_neg(), right), f"{name} does not hold what was appended"
+
+
+@st.composite
+def appends(draw: st.DrawFn) -> Append:
+    batch, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    capacity = draw(st.integers(1, 40) | st.integers(BLOCK - 2, BLOCK + 2))
+    where = st.integers(0, capacity - 1)
+    return Append(
+        batch,
+        heads,
+        capacity,
+        draw(st.integers(1, 20)),
+        draw(st.sampled_from([*DTYPES])),
+        draw(where | st.lists(where, min_size=batch, max_size=batch).map(tuple)),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        # PyTorch's own way around a negated tensor fails after the call where an argument is None.
+        draw(
+            changes_of(
+                AppendArguments._fields,
+                AppendArguments._fields[:7],
+                [kind for kind in TENSOR_CHANGES if kind != "negated"],
+            )
+        ),
+    )
+
+
+RECIPES: dict[str, st.SearchStrategy[Any]] = {"decode": decodes(), "append": appends()}
