@@ -100,7 +100,7 @@ def disagreement(shape: Shape, x: Inputs) -> str | None:
         k=shape.k,
         return_positions=True,
     )
-    output, alpha, positions = decode_reference(
+    output, alpha, positions, _ = decode_reference(
         x.query,
         x.key,
         x.components,

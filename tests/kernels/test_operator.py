@@ -51,9 +51,9 @@ def test_fake_shapes() -> None:
         case = make_case(2, cached=300, dtype=torch.bfloat16)
         fakes = [x if x is None else mode.from_tensor(x) for x in case.tensors]
         knobs = (4, 20, 3, None, None, None, True)
-        output, alpha, positions = OP(*fakes, *knobs, True)
+        output, alpha, positions, lse = OP(*fakes, *knobs, True)
         assert output.shape == (2, 4, 1, 16) and output.dtype == torch.bfloat16
-        assert alpha.shape == (2, 4, 1) and alpha.dtype == torch.float32
+        assert alpha.shape == lse.shape == (2, 4, 1) and alpha.dtype == lse.dtype == torch.float32
         assert positions.shape == (2, 2, 1, 100) and positions.dtype == torch.int64
         assert OP(*fakes, *knobs, False)[2].shape == (2, 2, 1, 0)
 
@@ -116,8 +116,9 @@ def tensors(**shapes: Any) -> dict[str, torch.Tensor]:
 
 
 MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
-    (tensors(query=(1, 4, 16)), ValueError, r"query must be \[B, Hq, 1, d\], got \[1, 4, 16\]"),
-    (tensors(query=(1, 4, 2, 16)), ValueError, "query must hold one new token per row, got 2"),
+    (tensors(query=(1, 4, 16)), ValueError, r"query must be \[B, Hq, Q, d\], got \[1, 4, 16\]"),
+    (tensors(query=(1, 4, 0, 16)), ValueError, "query must hold 1 to 16 new tokens per row, got 0"),
+    (tensors(query=(1, 4, 17, 16)), ValueError, "query must hold 1 to 16 new tokens per row, got 17; prompts"),
     (tensors(query=(1, 5, 1, 16)), ValueError, r"query heads \(5\) must be a multiple of key heads \(2\)"),
     (tensors(query=(1, 0, 1, 16)), ValueError, r"query heads \(0\)"),
     (tensors(query=(1, 4, 1, 600)), ValueError, "head_dim of 1 to 512, got 600"),

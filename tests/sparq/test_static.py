@@ -526,9 +526,9 @@ def test_a_chunk_whose_mask_is_not_causal_is_dense(visible: bool) -> None:
     for model in (sparq.patch(build(), **SPARSE), build()):
         cache = static(model)
         model(**prompt(batch=1, padding=0), past_key_values=cache)
-        mask = torch.zeros(1, 1, 2, cache.max_cache_len, dtype=torch.bool)
+        mask = torch.zeros(1, 1, 2, SIZE, dtype=torch.bool)
         mask[..., 0, :41] = mask[..., 1, :42] = True
-        mask[0, 0, *((0, 41) if visible else (1, 40))] = visible
+        mask[(0, 0, 0, 41) if visible else (0, 0, 1, 40)] = visible
         outputs.append(model(next_tokens(1, 2), attention_mask=mask, past_key_values=cache).logits)
         if model.config._attn_implementation == "sparq":
             assert sparq.report(model).total.dense_steps == {"attention mask that is not causal": 3}
