@@ -149,7 +149,9 @@ class Counters:
             counters.bytes_read += bytes_read
             counters.bytes_dense += bytes_dense
             total = alpha.detach().sum()  # with its graph, every step of a model run without no_grad would stay alive
-            counters.alpha_sum = total if counters.alpha_sum is None else counters.alpha_sum + total
+            before = counters.alpha_sum
+            # The model may have been moved since.
+            counters.alpha_sum = total if before is None else before.to(total.device) + total
             counters.alpha_count += alpha.numel()
 
 

@@ -28,7 +28,7 @@ def needs(package: str, why: str) -> pytest.MarkDecorator:
 
 
 needs_torchao = needs("torchao", "it is loud at every import of transformers' models; pip install --no-deps torchao")
-needs_bitsandbytes = needs("bitsandbytes", "it takes 125 MB; pip install --no-deps bitsandbytes")
+needs_bitsandbytes = needs("bitsandbytes", "pip install --no-deps bitsandbytes")
 needs_peft = needs("peft", "pip install --no-deps peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's
 
