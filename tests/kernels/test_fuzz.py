@@ -33,7 +33,7 @@ RIGHT = Decode(
     threads=1,
     public=True,
     changes=(),
-    queries=None,
+    queries=1,
     giant=None,
     poison=(),
 )
