@@ -5,6 +5,9 @@ from a trial run.  So nothing waits for the GPU, a step can be captured in a CUD
 autotuning.  What is compiled into a kernel (`tl.constexpr`) does not change while a cache grows, except where a row
 outgrows `FUSED_WIDTHS`, `SELECT_WIDTHS` or `LONG_ROW`.
 
+The numbers below follow from registers, shared memory and bytes in flight, as the compiler reports them
+(tests/kernels/test_gpu_compiled.py).  None of them has been measured on a GPU yet.
+
 Scratch memory is allocated per call, from PyTorch's caching allocator: that is a cache per device and stream, known to
 CUDA graphs, and never shared by two streams.  No kernel expects it to be initialised.
 """
