@@ -211,7 +211,7 @@ class Decode:
 
         wrong = changed(call, self.changes)
         shaped = isinstance(wrong.query, Tensor) and wrong.query.dim() == 4 and wrong.query.layout == torch.strided
-        if self.queries not in QUERIES and shaped:
+        if self.queries not in QUERIES and shaped and not is_freed(wrong.query):
             wrong = wrong._replace(query=wrong.query[:, :, :1].expand(-1, -1, self.queries, -1))
         if self.giant is not None:
             wrong = giant(wrong, self.giant)
