@@ -434,7 +434,10 @@ class Append:
                 if self.public:
                     where = call.offset if call.position is None else call.position
                     sparq_kernels.append(*call[:6], position=where)
-                    call = call._replace(offset=call.offset if call.position is None else 0)
+                    if isinstance(where, int):
+                        call = call._replace(position=None, offset=where)
+                    else:
+                        call = call._replace(offset=0)
                 else:
                     torch.ops.sparq_kernels.append(*call)
             except REFUSALS:
@@ -463,7 +466,9 @@ def check_appended(call: AppendArguments, before: dict[str, Tensor]) -> None:
     if call.key.device.type == "meta":
         return
     offsets = (
-        torch.full((call.key.shape[0],), call.offset) if call.position is None else before["position"] + call.offset
+        torch.full((call.key.shape[0],), int(call.offset))
+        if call.position is None
+        else before["position"] + call.offset
     )
     expected = {name: before[name] for name in WRITTEN if name in before}
     for b, s in enumerate(offsets.tolist()):
