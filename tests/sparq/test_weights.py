@@ -126,6 +126,29 @@ def test_bitsandbytes(tmp_path: Path, config: BitsAndBytesConfig, slack: float) 
     check(model, slack)
 
 
+@needs_bitsandbytes
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["8 bit", "4 bit"])
+def test_bitsandbytes_after_patching(kind: str) -> None:
+    """Layer by layer, as its documentation does it by hand: transformers quantises while it loads."""
+    from bitsandbytes import nn as quantised
+
+    model, twin = sparq.patch(build(**SHAPE), **SPARSE), build(**SHAPE)
+    for one in (model, twin):
+        for layer in one.model.layers:
+            for name, old in list(layer.self_attn.named_children()):
+                shape = dict(input_features=old.in_features, output_features=old.out_features, bias=False)
+                if kind == "8 bit":
+                    new: nn.Module = quantised.Linear8bitLt(**shape, has_fp16_weights=False)
+                    new.weight = quantised.Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
+                else:
+                    new = quantised.Linear4bit(**shape, compute_dtype=torch.float32)
+                    new.weight = quantised.Params4bit(old.weight.data, requires_grad=False)
+                setattr(layer.self_attn, name, new.to("cpu"))  # this move quantises
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype in (torch.int8, torch.uint8)
+    patched_equals_unpatched_twin(model, twin)
+
+
 def lora(model: PreTrainedModel, seed: int = 7) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
