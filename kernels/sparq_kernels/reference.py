@@ -39,14 +39,18 @@ def decode_reference(
     for i in range(query.shape[2]):
         later = query.shape[2] - 1 - i  # new tokens that this query does not see
         seen = (length - later).clamp(min=0)
-        unseen = valid_positions(length, start, mask, key.shape[2]) & ~valid_positions(seen, None, None, key.shape[2])
+        own_sum = value_sum
+        if later:
+            cached = key.shape[2]
+            unseen = valid_positions(length, start, mask, cached) & ~valid_positions(seen, None, None, cached)
+            own_sum = value_sum - value.masked_fill(~unseen[:, None, :, None], 0).sum(2, dtype=value_sum.dtype)
         results.append(
             _decode_one(
                 query[:, :, i : i + 1],
                 key,
                 key_components,
                 value,
-                value_sum - value.masked_fill(~unseen[:, None, :, None], 0).sum(2, dtype=value_sum.dtype),
+                own_sum,
                 seen,
                 start,
                 mask,
