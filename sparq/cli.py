@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
 import sparq
+import sparq.lm_eval.command
 from sparq.clock import DecodeClock
 
 
@@ -25,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sparq", description=sparq.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands)
+    commands.add_parser("lm-eval", help="lm-evaluation-harness, all its arguments, and a model `sparq`", add_help=False)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["lm-eval"]:
+        return sparq.lm_eval.command.main(argv[1:])  # before this parser can take an argument for its own
     args = parser.parse_args(argv)
     try:
         return args.run(args)

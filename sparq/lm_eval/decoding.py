@@ -1,0 +1,82 @@
+"""How a model decodes while it is evaluated: densely, with SparQ, or with a method that SparQ is compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+import sparq
+from sparq.counters import Report
+from sparq.lm_eval import methods
+from sparq.lm_eval.comparison import Comparison
+
+METHODS: dict[str, type | None] = {
+    "dense": None,
+    "sparq": sparq.SparqConfig,
+    "sparq_variant": methods.SparqVariant,
+    "oracle": methods.Oracle,
+    "window": methods.Window,
+    "h2o": methods.H2O,
+    "quest": methods.Quest,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """A method and its knobs."""
+
+    method: str
+    config: Any  # an instance of what METHODS has for it
+
+    @classmethod
+    def take_knobs(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Take out of `arguments` whatever any method has a knob for, and is not None."""
+        names = {field.name for config in METHODS.values() if config is not None for field in dataclasses.fields(config)}
+        taken = {name: arguments.pop(name) for name in sorted(names & set(arguments))}
+        return {name: value for name, value in taken.items() if value is not None}
+
+    @classmethod
+    def of(cls, method: str, knobs: dict[str, Any]) -> Decoding:
+        """
+        Raises:
+            TypeError, ValueError: no such method, a knob that it does not have, or a bad value of one it has.
+        """
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        config = METHODS[method]
+        known = [] if config is None else [field.name for field in dataclasses.fields(config)]
+        for name, value in knobs.items():
+            if name not in known:
+                has = f"its knobs are {', '.join(known)}" if known else "it has none"
+                raise TypeError(f"method {method!r} has no knob {name!r} (got {value!r}); {has}")
+        if method == "sparq":
+            knobs = {"min_length": 0} | knobs
+        return cls(method, None if config is None else config(**knobs))
+
+    @property
+    def prefill_kind(self) -> str:
+        """What tells caches apart that this method leaves after a prefill from others."""
+        return "h2o" if self.method == "h2o" else ""
+
+    @contextmanager
+    def on(self, model: PreTrainedModel) -> Iterator[Callable[[], Report] | None]:
+        """Let `model` decode so within a `with` block; gives what reports its steps, None where all are dense."""
+        if self.method == "dense":
+            yield None
+        elif self.method == "sparq":
+            with sparq.patched(model, self.config):
+                yield lambda: sparq.report(model)
+        else:
+            comparison = Comparison(model, self.config)
+            try:
+                yield comparison.report
+            finally:
+                comparison.remove()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": self.method} | ({} if self.config is None else dataclasses.asdict(self.config))

@@ -1,0 +1,106 @@
+"""Contexts read densely into a cache, from which decoding goes on."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+
+class Prefills:
+    """What prefills left behind, for runs over one model that differ only in how they decode; the oldest go first.
+
+    Args:
+        max_bytes: of K and V kept, at least 0.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
+        self.max_bytes = max_bytes
+        self.hits = self.misses = 0
+        self._kept: OrderedDict[Any, tuple[Cache, Tensor, int]] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: Any) -> tuple[Cache, Tensor] | None:
+        """A copy of the cache, and the logits."""
+        if key not in self._kept:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._kept.move_to_end(key)
+        cache, logits, _ = self._kept[key]
+        return copy.deepcopy(cache), logits
+
+    def put(self, key: Any, cache: Cache, logits: Tensor) -> None:
+        size = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+        if size > self.max_bytes:
+            return
+        self._kept[key] = (copy.deepcopy(cache), logits, size)
+        self._bytes += size
+        while self._bytes > self.max_bytes:
+            self._bytes -= self._kept.popitem(last=False)[1][2]
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 [B, longest]."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def step(model: Any, cache: Cache, ids: Tensor, mask: Tensor | None, all_logits: bool = False) -> Tensor:
+    """Feed tokens [B, Q] to `model`; `mask` [B, cached and new] marks what is not padding, None: nothing is.
+
+    Returns:
+        The logits of the last token, [B, 1, vocabulary], or, with `all_logits`, of all, [B, Q, vocabulary].
+    """
+    inputs: dict[str, Any] = {}
+    if mask is not None:
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        inputs = dict(attention_mask=mask, position_ids=positions[:, -ids.shape[1] :])
+    if not all_logits and ids.shape[1] > 1 and model._supports_logits_to_keep():
+        inputs["logits_to_keep"] = 1
+    logits = model(input_ids=ids, past_key_values=cache, use_cache=True, **inputs).logits
+    return logits if all_logits else logits[:, -1:]
+
+
+def prefill(
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    all_logits: bool = False,
+    prefills: Prefills | None = None,
+    kind: str = "",
+) -> tuple[Cache, Tensor]:
+    """The cache of left-padded contexts and the logits as `step` gives them; contexts that are the same are read once.
+
+    Args:
+        ids, mask: [B, P], as from `left_padded`.
+        prefills: what to look in first, and to leave the result in.
+        kind: what sets this cache apart from others of the same tokens.
+    """
+    unique, inverse = torch.unique(torch.cat([ids, mask], 1), dim=0, return_inverse=True)
+    if len(unique) == len(ids):
+        unique, inverse = torch.cat([ids, mask], 1), None
+    key = (kind, all_logits, tuple(unique.shape), unique.cpu().numpy().tobytes())
+    found = None if prefills is None else prefills.get(key)
+    if found is None:
+        unique_ids, unique_mask = unique.chunk(2, 1)
+        cache: Cache = DynamicCache(config=model.config)
+        logits = step(model, cache, unique_ids, None if unique_mask.all() else unique_mask, all_logits)
+        if prefills is not None:
+            prefills.put(key, cache, logits)
+    else:
+        cache, logits = found
+    if inverse is not None:
+        cache.batch_select_indices(inverse)
+        logits = logits[inverse]
+    return cache, logits
