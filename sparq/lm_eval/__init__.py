@@ -1,0 +1,1 @@
+"""Evaluations of language models with EleutherAI's lm-eval: SparQ and the methods it is compared with."""
