@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparq.config import SparqConfig
 from sparq.totals import DOUBTS, REASONS, SPARSE, Totals
 
 
@@ -175,14 +174,14 @@ class LayerReport:
 class Report:
     """Proof of activity of a patched model, since it was patched. `str()` is a table, `to_dict()` plain data."""
 
-    config: SparqConfig
+    config: Any  # a SparqConfig, or the dataclass of a method that is compared with SparQ
     backend: str  # what sparse steps ran on; before the first of them, what they would run on
     layers: dict[int, LayerReport]
     total: LayerReport
     cache_bytes: int  # the most one cache has held in SparQ's layers: K, V, the component copy of K, slack to grow
 
     @classmethod
-    def of(cls, counters: Counters, config: SparqConfig, backend: str) -> Report:
+    def of(cls, counters: Counters, config: Any, backend: str) -> Report:
         everything = LayerCounters()
         layers = {}
         for index, layer in counters.settled().items():

@@ -1,0 +1,167 @@
+"""Heavy hitters: positions are evicted for good, by the attention that they have had."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from sparq_kernels.reference import masked_softmax
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from sparq.config import _check_int
+from sparq.lm_eval.methods.method import Method, best, newest
+
+OBSERVED_AT_ONCE = 1 << 24  # elements of a prompt's attention: 64 MB in float32
+
+
+class H2OLayer(DynamicLayer):
+    """A dynamic layer of a cache that remembers what attention its positions have had, and which are left.
+
+    The evicted keys and values stay where they are, unread: dense attention, and the mask, go on to fit. `crop` takes
+    positions away, but neither the attention that their queries have paid nor the evictions that they have caused:
+    a copy of the cache is the way back.
+    """
+
+    scores: Tensor | None  # [B, Hkv, S] float32 (float64 for keys of float64): attention, summed
+    kept: Tensor | None  # [B, Hkv, S] bool: not evicted
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.scores = self.kept = None
+
+    @classmethod
+    def adopt(cls, layer: DynamicLayer) -> H2OLayer:
+        """One in place of `layer`, none of whose tokens has been attended to yet."""
+        new = cls()
+        if layer.is_initialized:
+            new.dtype, new.device, new.is_initialized = layer.dtype, layer.device, True
+            new.keys, new.values = layer.keys, layer.values
+            new._extend()
+        return new
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self._extend()
+        return keys, values
+
+    def _extend(self) -> None:
+        """New positions have had no attention yet, and are kept."""
+        if self.get_seq_length() == 0:
+            return
+        assert self.keys is not None
+        shape = self.keys.shape[:3]
+        dtype = torch.float64 if self.keys.dtype == torch.float64 else torch.float32
+        scores = torch.zeros(shape, dtype=dtype, device=self.keys.device)
+        kept = torch.ones(shape, dtype=torch.bool, device=self.keys.device)
+        if self.scores is not None and self.kept is not None:
+            before = self.scores.shape[2]
+            scores[:, :, :before], kept[:, :, :before] = self.scores, self.kept
+        self.scores, self.kept = scores, kept
+
+    def reset(self) -> None:
+        self.keys = self.values = self.scores = self.kept = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        length = self.get_seq_length()  # what the argument means differs between versions of transformers
+        if self.scores is not None and self.kept is not None:
+            self.scores, self.kept = self.scores[:, :, :length], self.kept[:, :, :length]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.scores is not None and self.kept is not None:
+            beams = beam_idx.to(self.scores.device)
+            self.scores, self.kept = self.scores[beams], self.kept[beams]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.scores is not None and self.kept is not None:
+            self.scores = self.scores.repeat_interleave(repeats, dim=0)
+            self.kept = self.kept.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.scores is not None and self.kept is not None:
+            self.scores, self.kept = self.scores[indices], self.kept[indices]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class H2O(Method):
+    """H2O (Zhang et al., arXiv 2306.14048): the most recent positions, and those that have had most attention so far.
+
+    A position's score is the attention probability paid to it by all queries after it and its own, summed: in the
+    prompt, which is dense, and in the decode steps, where it is the softmax over what is left. Each decode step, before
+    it attends, evicts the lowest scores until k are left, the current position included; these never come back. For a
+    GQA group the scores are summed over the group: one set of positions, as K and V are held once for all of it.
+
+    Per KV head, 2·k·d elements are read, and k scores read and written, counted in the cache's dtype. From `ratio`:
+    k·(2·d + 2) = 2·S·d / ratio.
+
+    Args:
+        local: the most recent of the k positions, the current one included, at least 1. None: half of k, as in the
+            paper; the authors of SparQ took k / 4.
+    """
+
+    local: int | None = None
+
+    observes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        Method.__post_init__(self)
+        _check_int("local", self.local, 1, True)
+        if self.k is not None and self.local is not None and self.local > self.k:
+            raise ValueError(
+                f"local must not be larger than k, which counts the local window: got local={self.local} and k={self.k}"
+            )
+
+    def positions(self, valid: int, head_dim: int) -> int:
+        if self.k is not None:
+            return min(valid, self.k)
+        return min(valid, max(1, int(valid * head_dim / (self.ratio * (head_dim + 1)))))
+
+    def observe(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, state: H2OLayer) -> None:
+        """Add the attention of a prompt, or of any newest Q tokens that have been computed densely.
+
+        Args:
+            query: [B, Hkv, G, Q, d]; key: [B, Hkv, S, d].
+            mask: bool [B, Q, S], what each query sees; one that does not see itself is padding, and not counted.
+                None: everything before it and itself.
+            state: the layer that holds `key`.
+        """
+        batch, kv_heads, group, queries, _ = query.shape
+        length = key.shape[2]
+        assert state.scores is not None
+        wide = state.scores.dtype
+        scores, keys = state.scores.clone(), key.to(wide)
+        chunk = max(1, OBSERVED_AT_ONCE // (batch * kv_heads * group * length))
+        for start in range(0, queries, chunk):
+            q = query[:, :, :, start : start + chunk].to(wide)
+            own = torch.arange(start, start + q.shape[3], device=key.device) + length - queries  # their own positions
+            if mask is None:
+                seen = length - queries + start + q.shape[3]  # later positions nobody sees
+                allowed = (torch.arange(seen, device=key.device) <= own[:, None])[None]
+            else:
+                seen = length
+                allowed = mask[:, start : start + chunk]
+                allowed = allowed & allowed.gather(-1, own[None, :, None].expand(allowed.shape[0], -1, 1))
+            logits = q @ keys[:, :, None, :seen].transpose(-1, -2) * scale  # [B, Hkv, G, chunk, seen]
+            scores[:, :, :seen] += masked_softmax(logits, allowed[:, None, None]).sum((2, 3))
+        state.scores = scores
+
+    def _select(self, query: Tensor, key: Tensor, valid: Tensor, scale: float, state: H2OLayer) -> Tensor:
+        if not isinstance(state, H2OLayer) or state.scores is None or state.kept is None:
+            raise TypeError(f"state must be the H2OLayer that holds the keys, got {state!r}")
+        budget = self._budget(valid, query.shape[-1])
+        local = (budget // 2).clamp(min=1) if self.local is None else budget.clamp(max=self.local)
+        left = state.kept[:, :, None] & valid[:, None, None]  # [B, Hkv, 1, S]
+        kept = best(state.scores[:, :, None], left, budget, forced=newest(valid, local)[:, None, None])
+        attention = masked_softmax(query @ key.transpose(-1, -2) * scale, kept)  # [B, Hkv, G, S]
+        state.scores = state.scores + attention.sum(2)
+        state.kept = kept[:, :, 0]
+        return kept
+
+    def _elements(self, kept: Tensor, valid: Tensor, query: Tensor) -> int:
+        return (2 * query.shape[-1] + 2) * int(kept.sum())

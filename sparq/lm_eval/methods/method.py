@@ -1,0 +1,123 @@
+"""What all methods have in common: a budget, a choice of positions, and exact attention over these."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from sparq_kernels.reference import masked_softmax
+from torch import Tensor
+
+from sparq.config import _check_int
+
+
+class Attended(NamedTuple):
+    """One decode step of one layer."""
+
+    output: Tensor  # [B, Hkv, G, d], in the query's dtype
+    kept: Tensor  # bool [B, Hkv, 1, S], one set of positions for the GQA group, or [B, Hkv, G, S]: one for each head
+    mass: Tensor  # [B, Hkv, G]: share of the exact attention that the kept positions have
+    elements: int  # read of K, V and what the method keeps beside them, summed over rows and KV heads
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method(ABC):
+    """A rule for the positions that a decode step attends to.
+
+    Args:
+        k: positions attended, the current one included, at least 1. None: as many as `ratio` allows.
+        ratio: the compression wanted of the bytes read; fills in `k`, which then grows with the context, where it is
+            None. No floor: a short context may leave one position.
+        dense_layers: the first layers of the model that stay dense.
+
+    Raises:
+        TypeError, ValueError: naming the knob, its value and what would be right.
+    """
+
+    k: int | None = None
+    ratio: float = 8
+    dense_layers: int = 0
+
+    observes: ClassVar[bool] = False  # whether it has to see the prompt's attention, too
+
+    def __post_init__(self) -> None:
+        _check_int("k", self.k, 1, True)
+        _check_int("dense_layers", self.dense_layers, 0, False)
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)):
+            raise TypeError(f"ratio must be a number, got {self.ratio!r} of type {type(self.ratio).__name__}")
+        if not (math.isfinite(self.ratio) and self.ratio >= 1):
+            raise ValueError(f"ratio must be a finite number of at least 1, got {self.ratio!r}")
+
+    def positions(self, valid: int, head_dim: int) -> int:
+        """How many of a row's `valid` cached positions are attended, at the most."""
+        wanted = int(valid / self.ratio) if self.k is None else self.k
+        return min(valid, max(1, wanted))
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scale: float, state: Any = None
+    ) -> Attended:
+        """One decode step.
+
+        Args:
+            query: [B, Hkv, G, d], the newest token's, by KV head.
+            key, value: [B, Hkv, S, d], the newest token included.
+            valid: bool [B, S], False for padding.
+            scale: what logits are multiplied with.
+            state: of a method that `observes`: what it knows of this layer's past; brought up to date.
+
+        float64 is computed in float64, everything else in float32.
+        """
+        q, keys = widened(query), widened(key)
+        kept = self._select(q, keys, valid, scale, state)
+        logits = q @ keys.transpose(-1, -2) * scale
+        output = masked_softmax(logits, kept) @ clean(value, valid)
+        return Attended(
+            output.to(query.dtype), kept, exact_mass(logits, kept, valid), self._elements(kept, valid, query)
+        )
+
+    @abstractmethod
+    def _select(self, query: Tensor, key: Tensor, valid: Tensor, scale: float, state: Any) -> Tensor:
+        """The positions to attend to, bool [B, Hkv, 1 or G, S]; arguments as in `attend`, widened."""
+
+    def _elements(self, kept: Tensor, valid: Tensor, query: Tensor) -> int:
+        """Elements read: here K and V of the kept positions."""
+        return 2 * query.shape[-1] * int(kept.sum())
+
+    def _budget(self, valid: Tensor, head_dim: int) -> Tensor:
+        """`positions` of each row, int64 [B]."""
+        counts = [self.positions(n, head_dim) for n in valid.sum(-1).tolist()]
+        return torch.tensor(counts, device=valid.device)
+
+
+def best(score: Tensor, allowed: Tensor, budget: Tensor, forced: Tensor | None = None) -> Tensor:
+    """The `budget` allowed positions with the largest scores, the `forced` before all others; ties to the lower index.
+
+    score: [B, Hkv, sets, N]; allowed, forced: bool, broadcastable to it; budget: [B]. Returns bool like score.
+    """
+    if forced is not None:
+        score = score.masked_fill(forced, torch.inf)
+    order = score.masked_fill(~allowed, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(-1)
+    return (rank < budget[:, None, None, None]) & allowed
+
+
+def newest(valid: Tensor, count: Tensor) -> Tensor:
+    """The last `count` [B] valid positions of each row: bool [B, S] for valid [B, S]."""
+    newest_first = valid.flip(-1).cumsum(-1).flip(-1)  # 1 at the last valid position, 2 at the one before, ...
+    return valid & (newest_first <= count[:, None])
+
+
+def clean(values: Tensor, valid: Tensor) -> Tensor:
+    """Widened [B, Hkv, S, d] with 0 at invalid positions: padding may hold anything, NaN included."""
+    return widened(values).masked_fill(~valid[:, None, :, None], 0)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def exact_mass(logits: Tensor, kept: Tensor, valid: Tensor) -> Tensor:
+    return masked_softmax(logits, valid[:, None, None]).masked_fill(~kept, 0).sum(-1)
