@@ -16,7 +16,8 @@ def cnn_dailymail(source: dict, tokenizer: str | None = None, pretrained: str | 
     """Documents of sparq_cnn_dailymail, {"test": dataset}: id, article, highlights, tokenizer.
 
     source: arguments of datasets.load_dataset. tokenizer, pretrained: the model's arguments, which lm-eval hands to its
-    tasks; the tokenizer cuts every summary to the length of its reference. Raises ValueError without one.
+    tasks; the tokenizer cuts every summary to the length of its reference. Raises ValueError without one, ImportError
+    without the package rouge-score.
     """
     name = tokenizer or pretrained
     if not isinstance(name, str):
@@ -24,6 +25,9 @@ def cnn_dailymail(source: dict, tokenizer: str | None = None, pretrained: str | 
             "sparq_cnn_dailymail cuts summaries to the reference's number of tokens and needs the model's tokenizer: "
             'name it with --model_args pretrained=... or --metadata \'{"tokenizer": "..."}\''
         )
+    # What is missing is missed now, not when everything has been generated.
+    load_tokenizer(name)
+    rouge_scorer()
     documents = [
         {"id": row["id"], "article": row["article"], "highlights": row["highlights"], "tokenizer": name}
         for row in datasets.load_dataset(**source)["validation"]
@@ -46,7 +50,6 @@ def load_tokenizer(name: str):
     return transformers.AutoTokenizer.from_pretrained(name)
 
 
-@functools.cache
 def rouge_scorer():
     try:
         from rouge_score import rouge_scorer
