@@ -36,7 +36,9 @@ class Decoding:
     @classmethod
     def take_knobs(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         """Take out of `arguments` whatever any method has a knob for, and is not None."""
-        names = {field.name for config in METHODS.values() if config is not None for field in dataclasses.fields(config)}
+        names = {
+            field.name for config in METHODS.values() if config is not None for field in dataclasses.fields(config)
+        }
         taken = {name: arguments.pop(name) for name in sorted(names & set(arguments))}
         return {name: value for name, value in taken.items() if value is not None}
 

@@ -67,7 +67,7 @@ class SparqLM(HFLM):
             raise ValueError(f"pretrained must be a causal model, {self.pretrained} is {self.backend}")
         with self.decoding.on(self.model):
             pass  # raises now where the method cannot serve the model
-        self._tasks: dict[str, dict[str, Any]] = {}
+        self.steps: dict[str, dict[str, Any]] = {}  # of each task: what its decode steps did; empty where all are dense
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return self._by_task(super().loglikelihood, requests, disable_tqdm)
@@ -91,15 +91,17 @@ class SparqLM(HFLM):
         return answers
 
     def _remember(self, task: str, steps: LayerReport) -> None:
-        if not steps.sparse_steps:
-            log.warning(f"sparq: {task} had no sparse step, so its score is that of dense attention: {_why(steps)}")
-        self._tasks[task] = {
+        self.steps[task] = {
             "mean_alpha": steps.mean_alpha,
             "layer_steps": {"sparse": steps.sparse_steps, "dense": steps.dense_steps},
             "positions": {"cached": steps.positions_cached, "read": steps.positions_read},
             "bytes": {"read": steps.bytes_read, "dense": steps.bytes_dense},
             "compression": steps.bytes_dense / steps.bytes_read if steps.bytes_read else None,
         }
+        if not steps.sparse_steps:
+            log.warning(
+                f"sparq: {task} had no sparse step, so its score is that of dense attention: {_why(self.steps[task])}"
+            )
 
     @torch.no_grad()
     def _loglikelihood_tokens(
@@ -212,16 +214,19 @@ class SparqLM(HFLM):
         Raises:
             RuntimeError: no step of the whole run was sparse.
         """
-        if self._tasks and not any(task["layer_steps"]["sparse"] for task in self._tasks.values()):
-            why = "; ".join(sorted(self._tasks))
-            raise RuntimeError(f"sparq: not one step of this run was sparse, so its scores are dense ones ({why})")
-        return super().get_model_info() | {"sparq": self._configuration() | {"tasks": self._tasks}}
+        if self.steps and not any(steps["layer_steps"]["sparse"] for steps in self.steps.values()):
+            why = "; ".join(f"{task}: {_why(steps)}" for task, steps in self.steps.items())
+            raise RuntimeError(
+                f"sparq: no step of this run was sparse, so its scores are those of dense attention: {why}"
+            )
+        return super().get_model_info() | {"sparq": self._configuration() | {"tasks": self.steps}}
 
 
-def _why(steps: LayerReport) -> str:
-    if not steps.decode_steps:
+def _why(steps: dict[str, Any]) -> str:
+    dense = steps["layer_steps"]["dense"]
+    if not dense:
         return (
-            "it had no decode step at all; where continuations are one token long, the prefill predicts them, unless "
+            "it made no decode step at all; a continuation of one token is predicted by the prefill, unless "
             "decode_context_tokens=1 is among the model_args"
         )
-    return ", ".join(f"{count} layer steps: {reason}" for reason, count in steps.dense_steps.items())
+    return ", ".join(f"{count} layer steps: {reason}" for reason, count in dense.items())

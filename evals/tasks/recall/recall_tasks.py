@@ -91,7 +91,9 @@ def documentation(length: int, texts: int = 100, **_: Any) -> dict[str, datasets
     """Held-out documentation, the last bytes of which are scored."""
     rng = np.random.default_rng(SEED + 2)
     plain = [_plain(rng, length - 1) for _ in range(texts)]
-    return {"test": datasets.Dataset.from_list([{"prompt": t[:-SCORED_TEXT], "answer": t[-SCORED_TEXT:]} for t in plain])}
+    return {
+        "test": datasets.Dataset.from_list([{"prompt": t[:-SCORED_TEXT], "answer": t[-SCORED_TEXT:]} for t in plain])
+    }
 
 
 def documentation_scores(document: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, Any]:

@@ -24,6 +24,11 @@ def niah_multikey_2(length: int, **others: Any) -> dict[str, datasets.Dataset]:
     return _cued(niah_utils.niah_multikey_2(max_seq_lengths=[length], **others))
 
 
+def niah_multikey_3(length: int, **others: Any) -> dict[str, datasets.Dataset]:
+    """The same with random identifiers, 36 characters each, for words and numbers."""
+    return _cued(niah_utils.niah_multikey_3(max_seq_lengths=[length], **others))
+
+
 def _cued(data: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
     def cue(document: dict[str, Any]) -> dict[str, str]:
         found = re.search(r"The special magic (\w+) for (.+) mentioned in", document["gen_prefix"])
