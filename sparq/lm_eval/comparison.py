@@ -87,7 +87,13 @@ class Comparison:
         ]
 
     def remove(self) -> None:
-        """Take the method off: the model is as it was. Does nothing the second time."""
+        """Take the method off: the model is as it was. Does nothing the second time.
+
+        Raises:
+            ValueError: the model has been patched since, and would be given back what this takes away.
+        """
+        if self._handles and _patch_of(self._decoder) is not None:
+            raise ValueError("model has been patched since the comparison began: sparq.unpatch(model) first")
         for handle in self._handles:
             handle.remove()
         if self._handles and _is_compared(self._decoder):

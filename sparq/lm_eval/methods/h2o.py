@@ -157,7 +157,7 @@ class H2O(Method):
         kept = best(state.scores[:, :, None], left, budget, forced=newest(valid, local)[:, None, None])
         attention = masked_softmax(query @ key.transpose(-1, -2) * scale, kept)  # [B, Hkv, G, S]
         state.scores = state.scores + attention.sum(2)
-        state.kept = kept[:, :, 0]
+        state.kept = state.kept & (kept[:, :, 0] | ~valid[:, None])  # padding is not evicted
         return kept
 
     def _elements(self, kept: Tensor, valid: Tensor, query: Tensor) -> int:
