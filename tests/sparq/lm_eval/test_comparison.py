@@ -439,8 +439,10 @@ def test_models_and_calls_that_are_not_served() -> None:
         model(**inputs, output_attentions=True)
     with pytest.raises(ValueError, match="StaticLayer: take a DynamicCache"):
         generate(model, inputs, cache_implementation="static")
+    offloaded = DynamicCache(config=model.config)
+    offloaded.offloading = True  # to make one takes a device
     with pytest.raises(ValueError, match="an offloaded cache"):
-        model(**inputs, past_key_values=DynamicCache(config=model.config, offloading=True))
+        model(**inputs, past_key_values=offloaded)
     with pytest.raises(ValueError, match=r"sparq cannot serve T5.*encoder-decoder"):
         config = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
         Comparison(T5ForConditionalGeneration(config), Oracle())

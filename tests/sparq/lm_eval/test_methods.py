@@ -198,6 +198,20 @@ def test_h2o(
     assert any(head.evicted for head in heads.values())
 
 
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_a_prompts_attention_is_never_all_in_memory(padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, softmax = [], h2o_module.masked_softmax
+
+    def spying(logits: Tensor, allowed: Tensor) -> Tensor:
+        made.append(logits.numel())
+        return softmax(logits, allowed)
+
+    monkeypatch.setattr(h2o_module, "masked_softmax", spying)
+    monkeypatch.setattr(h2o_module, "OBSERVED_AT_ONCE", 3 * 2 * 2 * 100 * 7)  # seven queries
+    case(padding, length=101, prompt=100).layer(H2O(k=6))
+    assert len(made) == 15 and max(made) <= 3 * 2 * 2 * 100 * 7
+
+
 def test_h2o_observes_several_new_tokens_in_the_middle() -> None:
     """5 tokens after a prompt of 12, then one: as a prompt of 17."""
     for padding in ("none", "left"):
