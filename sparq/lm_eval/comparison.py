@@ -72,7 +72,7 @@ class Comparison:
         served = _served(model)
         self._decoder = decoder = _decoder(served)
         if _patch_of(decoder) is not None or _is_entered(decoder):
-            raise ValueError("model must not be patched while a method is compared with it: sparq.unpatch(model) first")
+            raise ValueError("model must not be patched, nor share its configuration with a patched one: unpatch that")
         if _is_compared(decoder):
             raise ValueError("model has a comparison method already: remove() it first")
         _check_served(served, decoder, method.config if isinstance(method, SparqVariant) else SparqConfig())
@@ -87,7 +87,13 @@ class Comparison:
         ]
 
     def remove(self) -> None:
-        """Take the method off: the model is as it was. Does nothing the second time."""
+        """Take the method off: the model is as it was. Does nothing the second time.
+
+        Raises:
+            ValueError: the model has been patched since, and would be given back what this takes away.
+        """
+        if self._handles and _patch_of(self._decoder) is not None:
+            raise ValueError("model has been patched since the comparison began: sparq.unpatch(model) first")
         for handle in self._handles:
             handle.remove()
         if self._handles and _is_compared(self._decoder):
@@ -106,9 +112,10 @@ class Comparison:
                 f"the attention implementation has been changed to {module.config._attn_implementation!r} since "
                 f"{type(self.method).__name__} was put on the model: remove() the comparison first"
             )
-        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        positional = dict(zip(self._parameters, args, strict=False))
+        given = positional | kwargs
         cache = given.get("past_key_values")
-        if cache is None and self.method.observes and "past_key_values" not in dict(zip(self._parameters, args)):  # noqa: B905
+        if cache is None and self.method.observes and "past_key_values" not in positional:
             use_cache = given.get("use_cache")
             if getattr(module.config, "use_cache", False) if use_cache is None else use_cache:
                 # As the model itself would make it, too late to be seen from here.

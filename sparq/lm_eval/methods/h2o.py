@@ -70,7 +70,7 @@ class H2OLayer(DynamicLayer):
         if self.scores is not None and self.kept is not None:
             self.scores, self.kept = self.scores[:, :, :length], self.kept[:, :, :length]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         if self.scores is not None and self.kept is not None:
             beams = beam_idx.to(self.scores.device)
@@ -123,13 +123,10 @@ class H2O(Method):
         return min(valid, max(1, int(valid * head_dim / (self.ratio * (head_dim + 1)))))
 
     def observe(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, state: H2OLayer) -> None:
-        """Add the attention of a prompt, or of any newest Q tokens that have been computed densely.
+        """Add the attention of these queries to the scores in `state`, the layer that holds `key`.
 
-        Args:
-            query: [B, Hkv, G, Q, d]; key: [B, Hkv, S, d].
-            mask: bool [B, Q, S], what each query sees; one that does not see itself is padding, and not counted.
-                None: everything before it and itself.
-            state: the layer that holds `key`.
+        Evicted positions are among those that they see, and stay evicted. The queries are taken in chunks, so that
+        the attention of a long prompt is never all in memory.
         """
         batch, kv_heads, group, queries, _ = query.shape
         length = key.shape[2]
@@ -160,7 +157,7 @@ class H2O(Method):
         kept = best(state.scores[:, :, None], left, budget, forced=newest(valid, local)[:, None, None])
         attention = masked_softmax(query @ key.transpose(-1, -2) * scale, kept)  # [B, Hkv, G, S]
         state.scores = state.scores + attention.sum(2)
-        state.kept = kept[:, :, 0]
+        state.kept = state.kept & (kept[:, :, 0] | ~valid[:, None])  # padding is not evicted
         return kept
 
     def _elements(self, kept: Tensor, valid: Tensor, query: Tensor) -> int:

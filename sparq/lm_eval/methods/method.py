@@ -74,9 +74,19 @@ class Method(ABC):
         kept = self._select(q, keys, valid, scale, state)
         logits = q @ keys.transpose(-1, -2) * scale
         output = masked_softmax(logits, kept) @ clean(value, valid)
-        return Attended(
-            output.to(query.dtype), kept, exact_mass(logits, kept, valid), self._elements(kept, valid, query)
-        )
+        mass = exact_mass(logits, kept, valid)
+        return Attended(output.to(query.dtype), kept, mass, self._elements(kept, valid, query))
+
+    def observe(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, state: Any) -> None:
+        """Take note of the attention of tokens that are computed densely; of a method that `observes`.
+
+        Args:
+            query: [B, Hkv, G, Q, d], the newest tokens'; key: [B, Hkv, S, d], these tokens included.
+            mask: bool [B, Q, S], what each query sees; one that does not see itself is padding. None: everything
+                before it and itself.
+            state: as of `attend`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no use for the attention of a prompt")
 
     @abstractmethod
     def _select(self, query: Tensor, key: Tensor, valid: Tensor, scale: float, state: Any) -> Tensor:

@@ -46,6 +46,8 @@ class Quest(Method):
                 f"page must be larger than ratio, for the bounds of the pages alone read 1/page of the bytes: got "
                 f"page={self.page} and ratio={self.ratio}"
             )
+        if self.k is not None and self.page_size > self.k:
+            raise ValueError(f"page must not be larger than k, got page={self.page_size} and k={self.k}")
 
     @property
     def page_size(self) -> int:
@@ -55,8 +57,11 @@ class Quest(Method):
 
     def pages(self, valid: int) -> int:
         """How many pages of a row with `valid` positions are attended."""
-        wanted = valid * (self.page_size - self.ratio) / (self.ratio * self.page_size) if self.k is None else self.k
-        return min(math.ceil(valid / self.page_size), max(1, int(wanted / self.page_size)))
+        total = math.ceil(valid / self.page_size)
+        if self.k is not None:
+            return total if self.k >= valid else self.k // self.page_size
+        wanted = valid * (self.page_size - self.ratio) / (self.ratio * self.page_size)
+        return min(total, max(1, int(wanted / self.page_size)))
 
     def positions(self, valid: int, head_dim: int) -> int:
         missing = -valid % self.page_size  # of the newest page
@@ -78,9 +83,8 @@ class Quest(Method):
     def _bounds(self, key: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Smallest and largest of K in each page, [B, Hkv, pages, d], and which pages a row has, bool [B, pages]."""
         pages = -(-valid.shape[1] // self.page_size)
-        valid_first = valid.to(torch.uint8).argsort(
-            dim=-1, descending=True, stable=True
-        )  # [B, S]: no padding inside pages
+        # No padding inside the pages.
+        valid_first = valid.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)  # [B, S]
         keys = key.gather(2, valid_first[:, None, :, None].expand_as(key))
         beyond = torch.arange(keys.shape[2], device=key.device) >= valid.sum(-1, keepdim=True)  # [B, S]
         slack = pages * self.page_size - keys.shape[2]

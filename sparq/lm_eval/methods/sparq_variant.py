@@ -71,14 +71,14 @@ class SparqVariant(Method):
             alpha = torch.where(kept.sum(-1) >= count, 1.0, alpha)[..., None]
             mean = (values.sum(2) / count.clamp(min=1))[:, :, None]  # [B, Hkv, 1, d]
             output = alpha * output + (1 - alpha) * mean
-        return Attended(
-            output.to(query.dtype), kept, exact_mass(logits, kept, valid), self._elements(kept, valid, query)
-        )
+        mass = exact_mass(logits, kept, valid)
+        return Attended(output.to(query.dtype), kept, mass, self._elements(kept, valid, query))
 
     def _approximate(self, query: Tensor, key: Tensor, valid: Tensor, scale: float) -> Tensor:
         """Steps 1 and 2: the scores by r components alone, [B, Hkv, G, S]."""
         magnitude = query.abs().sum(2, keepdim=True) if self.shared else query.abs()  # [B, Hkv, 1 or G, d]
-        components = magnitude.argsort(-1, descending=True, stable=True)[..., : self.config.components(query.shape[-1])]
+        r = self.config.components(query.shape[-1])
+        components = magnitude.argsort(dim=-1, descending=True, stable=True)[..., :r]
         taken = torch.zeros_like(magnitude, dtype=torch.bool).scatter(-1, components, True)
         partial = query.masked_fill(~taken, 0)
         logits = partial @ key.transpose(-1, -2) * scale
