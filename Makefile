@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 INTERPRETED := tests/kernels/test_gpu_interpreted.py || [ $$? -eq 5 ]
 QUESTIONS := $(foreach name,amber basalt cobalt dahlia ember,--question "The pass key of $(name) is")
 
-.PHONY: demo test test-oldest lint format bench sanitize fuzz clean
+.PHONY: demo test test-oldest lint format bench eval sanitize fuzz clean
 
 demo: $(STAMP)
 	@echo "== A model that comes with the repository answers five questions about a text of 7,700 bytes =="
@@ -42,6 +42,11 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/generation.py --json benchmarks/results/generation.json
 	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json
 
+# The offline tasks, for both bundled models, over methods and compression ratios (evals/README.md).
+eval: $(STAMP)
+	$(BIN)/python evals/sweep.py evals/models/recall-llama evals/models/recall-gpt-neox --json evals/results/sweep.json
+	$(BIN)/python evals/results.py evals/results/sweep.json
+
 # The kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC with libasan and libubsan).
 sanitize: $(STAMP)
 	$(BIN)/python tests/kernels/sanitize.py
@@ -60,5 +65,5 @@ $(OLDEST)/.installed: constraints-oldest.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $*
 	$*/bin/python -m pip install --quiet --upgrade pip
-	PYTHONWARNINGS=ignore $*/bin/python -m pip install --quiet --constraint $(filter constraints%,$^) --editable '.[dev,bench]'
+	PYTHONWARNINGS=ignore $*/bin/python -m pip install --quiet --constraint $(filter constraints%,$^) --editable '.[dev,bench,eval]'
 	touch $@

@@ -3,8 +3,8 @@
     python evals/sweep.py evals/models/recall-llama evals/models/recall-gpt-neox --json evals/results/sweep.json
 
 Everything goes through lm-evaluation-harness and its model `sparq`, as `sparq lm-eval` does. A task's contexts are
-prefilled once and decoded by every method. The last 32 tokens of each context, in which the question stands, are decoded
-too: no answer comes from the dense prefill but through the cache.
+prefilled once and decoded by every method. The last 32 tokens of each context, in which the question stands, are
+decoded too: no answer comes from the dense prefill but through the cache.
 """
 
 import argparse

@@ -39,7 +39,8 @@ class Prefills:
         return copy.deepcopy(cache), logits
 
     def put(self, key: Any, cache: Cache, logits: Tensor) -> None:
-        size = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+        tensors: list[Tensor] = [getattr(layer, name) for layer in cache.layers for name in ("keys", "values")]
+        size = sum(tensor.nbytes for tensor in tensors)
         if size > self.max_bytes:
             return
         self._kept[key] = (copy.deepcopy(cache), logits, size)

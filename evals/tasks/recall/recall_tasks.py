@@ -84,7 +84,7 @@ def repetitions(length: int, texts: int = 100, **_: Any) -> dict[str, datasets.D
 def repetition_scores(document: dict[str, Any], results: list[str]) -> dict[str, int]:
     """How many characters of the answer are matched before the first that is not."""
     matches = [a == b for a, b in zip(results[0], document["answer"], strict=False)]
-    return {"matched_characters": (matches + [False]).index(False)}
+    return {"matched_characters": ([*matches, False]).index(False)}
 
 
 def documentation(length: int, texts: int = 100, **_: Any) -> dict[str, datasets.Dataset]:

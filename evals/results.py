@@ -1,0 +1,175 @@
+"""Tables and a plot of what `evals/sweep.py` has measured.
+
+    python evals/results.py evals/results/sweep.json
+
+writes tables.md and scores.png beside it.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+METHODS = {  # name in the sweep: as the tables call it, colour
+    "sparq": ("SparQ", "#0072b2"),
+    "oracle": ("oracle top-k", "#009e73"),
+    "quest": ("Quest", "#e69f00"),
+    "h2o": ("H2O", "#cc79a7"),
+    "window": ("sinks + window", "#7f7f7f"),
+}
+KINDS = {  # prefix of the tasks: title, format of a score, format of its error
+    "recall_pass_key": ("Pass keys: share right of five digits", "{:.0%}", "{:.0%}"),
+    "recall_repetition": ("Repetition: characters matched, at most 128", "{:.0f}", "{:.0f}"),
+    "ruler_niah": ("RULER's needles, asked in the needle's words: share right", "{:.0%}", "{:.0%}"),
+    "recall_documentation": ("Held-out documentation: bits per byte (less is better)", "{:.3f}", "{:.3f}"),
+}
+PANELS = {  # of the plot
+    "recall_pass_key_4k": "pass keys, 4k: share right",
+    "ruler_niah_multikey_2_cued_4k": "RULER multi-key 2, 4k: share right",
+    "recall_repetition_4k": "repetition, 4k: characters matched",
+    "recall_documentation_4k": "documentation, 4k: bits per byte",
+}
+Score = dict[str, Any]
+
+
+def tables(content: dict[str, Any]) -> str:
+    scores = content["scores"]
+    known = content["circumstances"]
+    parts = [
+        "# Scores of the offline tasks",
+        "Made by `make eval` (`evals/sweep.py`, `evals/results.py`); `evals/README.md` says what is measured and how. "
+        f"Commit {known['commit']}, Python {known['python']}, torch {known['torch']}, transformers "
+        f"{known['transformers']}, lm-eval {known['lm_eval']}, {known['machine']}; "
+        f"{known['seconds'] / 60:.0f} minutes. *moved*: bytes of K and V (and of what the method keeps beside them) "
+        "that decode steps read, dense ÷ method. ± is the standard error over documents.",
+    ]
+    for model in unique(score["model"] for score in scores):
+        mine = [score for score in scores if score["model"] == model]
+        parts.append(f"## {model}")
+        grid = [score for score in mine if score["ratio"] is not None]
+        for prefix, (title, form, error_form) in KINDS.items():
+            kind = [score for score in grid if score["task"].startswith(prefix)]
+            if kind:
+                parts += [f"### {title}", _grid_table(kind, form, error_form)]
+        deep = [score for score in grid if score["by_depth"] and score["tokens"] == 4096]
+        if deep:
+            parts += ["### Pass keys by depth: 4k, percent of the text before the fact", _depth_table(deep)]
+        changed = [score for score in mine if score["ratio"] is None]
+        if changed:
+            parts += ["### Ablations of SparQ at ratio 8, 4k", _ablation_table(changed)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _grid_table(scores: list[Score], form: str, error_form: str) -> str:
+    tasks = sorted(unique(score["task"] for score in scores), key=lambda task: (_short(task)[:-2], task))
+    rows = [["method", "ratio", "moved", *(f"{_short(task)} ({_documents(scores, task)})" for task in tasks)]]
+    for name, ratio in unique((score["name"], score["ratio"]) for score in scores):
+        found = {score["task"]: score for score in scores if (score["name"], score["ratio"]) == (name, ratio)}
+        moved = [score["compression"] for score in found.values()]
+        cells = [f"{form.format(found[task]['mean'])} ± {error_form.format(found[task]['error'])}" for task in tasks]
+        rows.append([METHODS.get(name, (name,))[0], str(ratio), f"{sum(moved) / len(moved):.1f}x", *cells])
+    return markdown(rows)
+
+
+def _depth_table(scores: list[Score]) -> str:
+    depths = list(scores[0]["by_depth"])
+    rows = [["method", "ratio", *(f"{depth} %" for depth in depths)]]
+    for score in scores:
+        name = METHODS.get(score["name"], (score["name"],))[0]
+        rows.append([name, str(score["ratio"]), *(f"{score['by_depth'][depth]:.0%}" for depth in depths)])
+    return markdown(rows)
+
+
+def _ablation_table(scores: list[Score]) -> str:
+    tasks = unique(score["task"] for score in scores)
+    rows = [["", "moved", *(f"{_short(task)} ({_documents(scores, task)})" for task in tasks)]]
+    for name in unique(score["name"] for score in scores):
+        found = {score["task"]: score for score in scores if score["name"] == name}
+        cells = []
+        for task in tasks:
+            _, form, error_form = next(kind for prefix, kind in KINDS.items() if task.startswith(prefix))
+            cells.append(f"{form.format(found[task]['mean'])} ± {error_form.format(found[task]['error'])}")
+        moved = [score["compression"] for score in found.values()]
+        rows.append([name, f"{sum(moved) / len(moved):.1f}x", *cells])
+    return markdown(rows)
+
+
+def _documents(scores: list[Score], task: str) -> str:
+    return "n=" + "/".join(str(n) for n in unique(score["documents"] for score in scores if score["task"] == task))
+
+
+def _short(task: str) -> str:
+    for start in ("recall_", "ruler_"):
+        task = task.removeprefix(start)
+    return task.replace("_cued", "").replace("_", " ")
+
+
+def unique(items: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(items))
+
+
+def markdown(rows: list[list[str]]) -> str:
+    head, *body = rows
+    align = ["---", *("---:" for _ in head[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, align, *body])
+
+
+def plot(content: dict[str, Any], path: Path) -> None:
+    """Score against bytes moved: a row for each model, a column for each of PANELS, a line for each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    scores = [score for score in content["scores"] if score["ratio"] is not None]
+    models = unique(score["model"] for score in scores)
+    size = (4 * len(PANELS), 3.2 * len(models) + 0.5)
+    figure, grid = plt.subplots(len(models), len(PANELS), figsize=size, squeeze=False, layout="constrained")
+    for model, line in zip(models, grid, strict=True):
+        for (task, title), axes in zip(PANELS.items(), line, strict=True):
+            found = [score for score in scores if (score["model"], score["task"]) == (model, task)]
+            for score in found:
+                if score["name"] == "dense":
+                    axes.axhline(score["mean"], color="black", linewidth=1, linestyle="--", label="dense")
+            for name, (label, colour) in METHODS.items():
+                points = sorted((s for s in found if s["name"] == name), key=lambda s: s["compression"])
+                axes.errorbar(
+                    [point["compression"] for point in points],
+                    [point["mean"] for point in points],
+                    [point["error"] for point in points],
+                    color=colour,
+                    label=label,
+                    marker="o",
+                    markersize=4,
+                    capsize=2,
+                    linewidth=2 if name == "sparq" else 1.2,
+                    zorder=3 if name == "sparq" else 2,
+                )
+            axes.set_xscale("log", base=2)
+            axes.set_xticks([2, 4, 8, 16])
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_title(title, fontsize=10)
+            axes.grid(alpha=0.3)
+        line[0].set_ylabel(model)
+    for axes in grid[-1]:
+        axes.set_xlabel("times fewer bytes of the cache read")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path, help="what evals/sweep.py has written")
+    arguments = parser.parse_args()
+    content = json.loads(arguments.json.read_text())
+    arguments.json.with_name("tables.md").write_text(tables(content))
+    plot(content, arguments.json.with_name("scores.png"))
+
+
+if __name__ == "__main__":
+    main()
