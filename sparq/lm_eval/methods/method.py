@@ -110,8 +110,8 @@ def best(score: Tensor, allowed: Tensor, budget: Tensor, forced: Tensor | None =
     if forced is not None:
         score = score.masked_fill(forced, torch.inf)
     order = score.masked_fill(~allowed, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    rank = order.argsort(-1)
-    return (rank < budget[:, None, None, None]) & allowed
+    taken = torch.arange(order.shape[-1], device=order.device) < budget[:, None, None, None]
+    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, taken.expand_as(order)) & allowed
 
 
 def newest(valid: Tensor, count: Tensor) -> Tensor:

@@ -398,7 +398,7 @@ def test_several_tokens_are_dense_and_observed() -> None:
 
 
 def bias_mask(length: int) -> Tensor:
-    return -0.1 * torch.arange(length).float().expand(1, 1, 1, length)
+    return -0.01 * torch.arange(length).float().expand(1, 1, 1, length)
 
 
 @torch.no_grad()

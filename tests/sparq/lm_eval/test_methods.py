@@ -357,6 +357,12 @@ def test_all_positions_are_dense_attention(make: Callable[..., Method]) -> None:
         torch.testing.assert_close(attended.mass, torch.ones_like(attended.mass))
 
 
+def test_a_variant_with_all_positions_does_not_blend_at_all() -> None:
+    blended, plain = (case("holes").steps(SparqVariant(r=3, k=23, mean_value=mean)) for mean in (True, False))
+    for (_, actual, _), (_, expected, _) in zip(blended, plain, strict=True):
+        assert torch.equal(actual.output, expected.output)
+
+
 @pytest.mark.parametrize("make", METHODS)
 def test_rows_are_independent_of_their_padding(make: Callable[..., Method]) -> None:
     of = case("left")
