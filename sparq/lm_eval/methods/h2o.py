@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from sparq.config import _check_int
 from sparq.lm_eval.methods.method import Method, best, newest
 
-OBSERVED_AT_ONCE = 1 << 24  # elements of a prompt's attention: 64 MB in float32
+OBSERVED_AT_ONCE = 1 << 20  # elements of a prompt's attention: 4 MB in float32, which a processor cache holds
 
 
 class H2OLayer(DynamicLayer):

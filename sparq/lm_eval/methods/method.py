@@ -109,9 +109,13 @@ def best(score: Tensor, allowed: Tensor, budget: Tensor, forced: Tensor | None =
     """
     if forced is not None:
         score = score.masked_fill(forced, torch.inf)
-    order = score.masked_fill(~allowed, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    taken = torch.arange(order.shape[-1], device=order.device) < budget[:, None, None, None]
-    return torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, taken.expand_as(order)) & allowed
+    score = score.masked_fill(~allowed, -torch.inf)
+    wanted = budget[:, None, None, None]
+    largest = score.topk(int(budget.max()), dim=-1).values
+    least = largest.gather(-1, (wanted - 1).clamp(min=0).expand(*score.shape[:-1], 1))  # the last that is wanted
+    above, level = score > least, score == least
+    room = wanted - above.sum(-1, keepdim=True)
+    return (above | (level & (level.cumsum(-1) <= room))) & allowed & (wanted > 0)
 
 
 def newest(valid: Tensor, count: Tensor) -> Tensor:
@@ -122,7 +126,8 @@ def newest(valid: Tensor, count: Tensor) -> Tensor:
 
 def clean(values: Tensor, valid: Tensor) -> Tensor:
     """Widened [B, Hkv, S, d] with 0 at invalid positions: padding may hold anything, NaN included."""
-    return widened(values).masked_fill(~valid[:, None, :, None], 0)
+    values = widened(values)
+    return values if valid.all() else values.masked_fill(~valid[:, None, :, None], 0)
 
 
 def widened(tensor: Tensor) -> Tensor:

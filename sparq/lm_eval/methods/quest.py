@@ -83,6 +83,12 @@ class Quest(Method):
     def _bounds(self, key: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Smallest and largest of K in each page, [B, Hkv, pages, d], and which pages a row has, bool [B, pages]."""
         pages = -(-valid.shape[1] // self.page_size)
+        if valid.all():
+            whole = key.shape[2] // self.page_size * self.page_size
+            parts = [key[:, :, :whole].unflatten(2, (-1, self.page_size)), key[:, :, None, whole:]]
+            parts = [part for part in parts if part.numel()]
+            low, high = torch.cat([p.amin(3) for p in parts], 2), torch.cat([p.amax(3) for p in parts], 2)
+            return low, high, torch.ones(valid.shape[0], pages, dtype=torch.bool, device=key.device)
         # No padding inside the pages.
         valid_first = valid.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)  # [B, S]
         keys = key.gather(2, valid_first[:, None, :, None].expand_as(key))
