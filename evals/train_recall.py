@@ -58,13 +58,24 @@ class Stage:
     learning_rate: tuple[float, float]  # shares of the full rates at the stage's start and end
 
 
-STAGES = (
+FIRST_STAGES = (
     Stage(256, batch=8, steps=1100, position_span=2048, mix=(0.1, 0.25, 0.3, 0.35), learning_rate=(1.0, 1.0)),
     Stage(512, batch=8, steps=350, position_span=4096, mix=(0.05, 0.2, 0.4, 0.35), learning_rate=(1.0, 0.6)),
-    Stage(1024, batch=4, steps=600, position_span=4096, mix=(0.0, 0.15, 0.5, 0.35), learning_rate=(0.6, 0.2)),
-    Stage(4096, batch=1, steps=140, position_span=8192, mix=(0.0, 0.1, 0.5, 0.4), learning_rate=(0.2, 0.02)),
-    Stage(1024, batch=4, steps=250, position_span=8192, mix=(0.0, 0.2, 0.6, 0.2), learning_rate=(0.3, 0.02)),
 )
+STAGES = {
+    "llama": (
+        *FIRST_STAGES,
+        Stage(1024, batch=4, steps=600, position_span=4096, mix=(0.0, 0.15, 0.5, 0.35), learning_rate=(0.6, 0.2)),
+        Stage(4096, batch=1, steps=140, position_span=8192, mix=(0.0, 0.1, 0.5, 0.4), learning_rate=(0.2, 0.02)),
+        Stage(1024, batch=4, steps=250, position_span=8192, mix=(0.0, 0.2, 0.6, 0.2), learning_rate=(0.3, 0.02)),
+    ),
+    "gpt-neox": (
+        *FIRST_STAGES,
+        Stage(1024, batch=4, steps=300, position_span=4096, mix=(0.0, 0.15, 0.5, 0.35), learning_rate=(0.6, 0.4)),
+        Stage(4096, batch=1, steps=70, position_span=8192, mix=(0.0, 0.1, 0.5, 0.4), learning_rate=(0.2, 0.02)),
+        Stage(1024, batch=4, steps=150, position_span=8192, mix=(0.0, 0.2, 0.6, 0.2), learning_rate=(0.3, 0.02)),
+    ),
+}
 
 
 def draw_batch(text: RecallText, stage: Stage) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -220,8 +231,8 @@ def main() -> None:
     name = f"recall-{arguments.architecture}"
     output = arguments.output or Path(__file__).parent / "models" / name
     checkpoint = arguments.checkpoint or Path(tempfile.gettempdir()) / f"{name}.pt"
-    log_path = output / "training-log.jsonl"
-    model = train(arguments.architecture, STAGES, arguments.seed, checkpoint, log_path, arguments.resume)
+    log_path, stages = output / "training-log.jsonl", STAGES[arguments.architecture]
+    model = train(arguments.architecture, stages, arguments.seed, checkpoint, log_path, arguments.resume)
     model.save_pretrained(output)
     save_byte_tokenizer(output)
 
