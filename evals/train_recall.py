@@ -1,12 +1,14 @@
-"""Train a byte-level Llama of 1.6 M parameters that finds what it read thousands of bytes ago.
+"""Train a small byte-level model that finds what it read thousands of bytes ago.
 
-    python evals/train_recall.py
+    python evals/train_recall.py --architecture llama
 
-runs the whole recipe (about half an hour on 2 CPU cores) and writes evals/models/recall-llama. Stages and learning
-rates count steps, so the machine's speed does not change the recipe. `--resume` continues after an interruption.
+runs the whole recipe (about half an hour on 2 CPU cores) and writes evals/models/recall-llama; `gpt-neox` makes
+evals/models/recall-gpt-neox. Stages and learning rates count steps, so the machine's speed does not change the
+recipe. `--resume` continues after an interruption.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -18,14 +20,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import recall_gpt_neox
+import recall_llama
 import torch
 import torch.nn.functional as F
 import transformers
 from byte_tokenizer import save_byte_tokenizer
 from muon import Muon
-from recall_model import BOS, OFFSETS, PAD, build, forward
+from recall_model import BOS, PAD
 from recall_text import RecallText, Role
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 ENVIRONMENT = {
     # glibc must keep the step's buffers, not return and fault them in anew: training is several times faster.
@@ -36,6 +40,7 @@ ENVIRONMENT = {
     "GOMP_SPINCOUNT": "2000",
 }
 
+ARCHITECTURES = {"llama": recall_llama, "gpt-neox": recall_gpt_neox}
 LAYERS = 4
 MUON_LR, ADAMW_LR = 0.01, 2e-3
 WARMUP_STEPS = 50
@@ -53,13 +58,24 @@ class Stage:
     learning_rate: tuple[float, float]  # shares of the full rates at the stage's start and end
 
 
-STAGES = (
+FIRST_STAGES = (
     Stage(256, batch=8, steps=1100, position_span=2048, mix=(0.1, 0.25, 0.3, 0.35), learning_rate=(1.0, 1.0)),
     Stage(512, batch=8, steps=350, position_span=4096, mix=(0.05, 0.2, 0.4, 0.35), learning_rate=(1.0, 0.6)),
-    Stage(1024, batch=4, steps=600, position_span=4096, mix=(0.0, 0.15, 0.5, 0.35), learning_rate=(0.6, 0.2)),
-    Stage(4096, batch=1, steps=140, position_span=8192, mix=(0.0, 0.1, 0.5, 0.4), learning_rate=(0.2, 0.02)),
-    Stage(1024, batch=4, steps=250, position_span=8192, mix=(0.0, 0.2, 0.6, 0.2), learning_rate=(0.3, 0.02)),
 )
+STAGES = {
+    "llama": (
+        *FIRST_STAGES,
+        Stage(1024, batch=4, steps=600, position_span=4096, mix=(0.0, 0.15, 0.5, 0.35), learning_rate=(0.6, 0.2)),
+        Stage(4096, batch=1, steps=140, position_span=8192, mix=(0.0, 0.1, 0.5, 0.4), learning_rate=(0.2, 0.02)),
+        Stage(1024, batch=4, steps=250, position_span=8192, mix=(0.0, 0.2, 0.6, 0.2), learning_rate=(0.3, 0.02)),
+    ),
+    "gpt-neox": (
+        *FIRST_STAGES,
+        Stage(1024, batch=4, steps=300, position_span=4096, mix=(0.0, 0.15, 0.5, 0.35), learning_rate=(0.6, 0.4)),
+        Stage(4096, batch=1, steps=70, position_span=8192, mix=(0.0, 0.1, 0.5, 0.4), learning_rate=(0.2, 0.02)),
+        Stage(1024, batch=4, steps=150, position_span=8192, mix=(0.0, 0.2, 0.6, 0.2), learning_rate=(0.3, 0.02)),
+    ),
+}
 
 
 def draw_batch(text: RecallText, stage: Stage) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -81,20 +97,17 @@ def draw_batch(text: RecallText, stage: Stage) -> tuple[torch.Tensor, torch.Tens
 
 
 def loss_function(
-    model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor
+    logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The weighted loss, and each byte's cross-entropy and whether it was predicted right, [B, S]."""
-    logits, target = forward(model, ids[:, :-1], positions), ids[:, 1:]
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape)
     return (cross_entropy * weights).sum() / weights.sum(), cross_entropy, logits.argmax(-1) == target
 
 
-def make_optimizers(model: LlamaForCausalLM) -> tuple[Muon, torch.optim.AdamW]:
+def make_optimizers(architecture: str, model: PreTrainedModel) -> tuple[Muon, torch.optim.AdamW]:
     """Muon for the matrices, AdamW for the rest and for queries and keys with offsets, which Muon would wipe out."""
-    layers = model.model.layers
-    attentions = [layer.self_attn for layer in layers[: len(OFFSETS)]]
-    with_offsets = {id(projection.weight) for attn in attentions for projection in (attn.q_proj, attn.k_proj)}
-    matrices = [p for p in layers.parameters() if p.ndim == 2 and id(p) not in with_offsets]
+    with_offsets = {id(projection.weight) for projection in ARCHITECTURES[architecture].offset_projections(model)}
+    matrices = [p for p in model.base_model.layers.parameters() if p.ndim == 2 and id(p) not in with_offsets]
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     return Muon(matrices, lr=MUON_LR), torch.optim.AdamW(rest, lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.0)
@@ -131,9 +144,12 @@ class Log:
         return means
 
 
-def train(stages: tuple[Stage, ...], seed: int, checkpoint: Path, log_path: Path, resume: bool) -> LlamaForCausalLM:
-    model, text = build(LAYERS, seed), RecallText(seed)
-    optimizers = make_optimizers(model)
+def train(
+    architecture: str, stages: tuple[Stage, ...], seed: int, checkpoint: Path, log_path: Path, resume: bool
+) -> PreTrainedModel:
+    forward = ARCHITECTURES[architecture].forward
+    model, text = ARCHITECTURES[architecture].build(LAYERS, seed), RecallText(seed)
+    optimizers = make_optimizers(architecture, model)
     first_step = tokens = 0
     earlier_seconds = 0.0
     if resume:
@@ -157,7 +173,13 @@ def train(stages: tuple[Stage, ...], seed: int, checkpoint: Path, log_path: Path
         threads=torch.get_num_threads(),
     )
     role_weights = torch.tensor([WEIGHTS[role] for role in Role])
-    compiled = torch.compile(loss_function, dynamic=False)
+
+    @functools.partial(torch.compile, dynamic=False)
+    def compiled(
+        ids: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return loss_function(forward(model, ids[:, :-1], positions), ids[:, 1:], weights)
+
     start = time.time()
     stage_start = stage_end = 0
     for stage in stages:
@@ -165,7 +187,7 @@ def train(stages: tuple[Stage, ...], seed: int, checkpoint: Path, log_path: Path
         for step in range(max(first_step, stage_start), stage_end):
             ids, roles, positions = draw_batch(text, stage)
             roles = roles[:, 1:]
-            loss, cross_entropy, right = compiled(model, ids, role_weights[roles], positions)
+            loss, cross_entropy, right = compiled(ids, role_weights[roles], positions)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             first_rate, last_rate = stage.learning_rate
@@ -196,8 +218,9 @@ def train(stages: tuple[Stage, ...], seed: int, checkpoint: Path, log_path: Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "models" / "recall-llama")
-    parser.add_argument("--checkpoint", type=Path, default=Path(tempfile.gettempdir()) / "recall-llama.pt")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="llama")
+    parser.add_argument("--output", type=Path, help="a folder; by default evals/models/recall-ARCHITECTURE")
+    parser.add_argument("--checkpoint", type=Path, help="by default recall-ARCHITECTURE.pt among temporary files")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -205,10 +228,13 @@ def main() -> None:
     if any(os.environ.get(name) != value for name, value in ENVIRONMENT.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ENVIRONMENT)
     torch.set_num_threads(arguments.threads)
-    log_path = arguments.output / "training-log.jsonl"
-    model = train(STAGES, arguments.seed, arguments.checkpoint, log_path, arguments.resume)
-    model.save_pretrained(arguments.output)
-    save_byte_tokenizer(arguments.output)
+    name = f"recall-{arguments.architecture}"
+    output = arguments.output or Path(__file__).parent / "models" / name
+    checkpoint = arguments.checkpoint or Path(tempfile.gettempdir()) / f"{name}.pt"
+    log_path, stages = output / "training-log.jsonl", STAGES[arguments.architecture]
+    model = train(arguments.architecture, stages, arguments.seed, checkpoint, log_path, arguments.resume)
+    model.save_pretrained(output)
+    save_byte_tokenizer(output)
 
 
 if __name__ == "__main__":

@@ -161,20 +161,20 @@ def test_code_is_run_only_where_it_is_said(
 def test_a_checkpoint_of_the_training_is_not_unpickled(tmp_path: Path, goes_off: Path) -> None:
     """Its default place is the folder for temporary files, where others may write."""
     checkpoint, log = tmp_path / "state.pt", tmp_path / "log.jsonl"
-    model = train_recall.train((), 0, checkpoint, log, resume=False)
+    model = train_recall.train("llama", (), 0, checkpoint, log, resume=False)
     state = {
         "model": {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()},
-        "optimizers": [optimizer.state_dict() for optimizer in train_recall.make_optimizers(model)],
+        "optimizers": [optimizer.state_dict() for optimizer in train_recall.make_optimizers("llama", model)],
         "rng": np.random.default_rng(3).bit_generator.state,
         "step": 3,
         "tokens": 4,
         "seconds": 1.5,
     }
     torch.save(state, checkpoint)
-    resumed = train_recall.train((), 0, checkpoint, log, resume=True)
+    resumed = train_recall.train("llama", (), 0, checkpoint, log, resume=True)
     assert not any(parameter.any() for parameter in resumed.parameters())
 
     torch.save(state | {"seconds": Bomb(goes_off)}, checkpoint)
     with pytest.raises(pickle.UnpicklingError):
-        train_recall.train((), 0, checkpoint, log, resume=True)
+        train_recall.train("llama", (), 0, checkpoint, log, resume=True)
     assert not goes_off.exists()
