@@ -30,6 +30,7 @@ PANELS = {  # of the plot
     "recall_repetition_4k": "repetition, 4k: characters matched",
     "recall_documentation_4k": "documentation, 4k: bits per byte",
 }
+NAMES = {name: label for name, (label, _) in METHODS.items()} | {"defaults": "SparQ, the defaults"}
 Score = dict[str, Any]
 
 
@@ -68,7 +69,7 @@ def _grid_table(scores: list[Score], form: str, error_form: str) -> str:
         found = {score["task"]: score for score in scores if (score["name"], score["ratio"]) == (name, ratio)}
         moved = [score["compression"] for score in found.values()]
         cells = [f"{form.format(found[task]['mean'])} ± {error_form.format(found[task]['error'])}" for task in tasks]
-        rows.append([METHODS.get(name, (name,))[0], str(ratio), f"{sum(moved) / len(moved):.1f}x", *cells])
+        rows.append([NAMES.get(name, name), str(ratio), f"{sum(moved) / len(moved):.1f}x", *cells])
     return markdown(rows)
 
 
@@ -76,7 +77,7 @@ def _depth_table(scores: list[Score]) -> str:
     depths = list(scores[0]["by_depth"])
     rows = [["method", "ratio", *(f"{depth} %" for depth in depths)]]
     for score in scores:
-        name = METHODS.get(score["name"], (score["name"],))[0]
+        name = NAMES.get(score["name"], score["name"])
         rows.append([name, str(score["ratio"]), *(f"{score['by_depth'][depth]:.0%}" for depth in depths)])
     return markdown(rows)
 

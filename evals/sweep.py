@@ -8,6 +8,8 @@ decoded too: no answer comes from the dense prefill but through the cache.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import math
@@ -22,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 # No data set and no model comes from a hub, and many threads do not pay for models as small as these.
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 EVALS = Path(__file__).parent
 RATIOS = (2, 4, 8, 16)
-METHODS = ("sparq", "oracle", "window", "h2o", "quest")  # each at each of RATIOS, and dense once
+OTHERS = ("oracle", "window", "h2o", "quest")
 DECODED = 32  # tokens of each context: more than a question has
 PREFILL_BYTES = 4 << 30  # of K and V kept for the other methods
 METRICS = {  # task: its measure, and whether more is better
@@ -38,6 +40,15 @@ METRICS = {  # task: its measure, and whether more is better
 
 
 @dataclass(frozen=True, slots=True)
+class Way:
+    """One way to decode."""
+
+    name: str  # a method's, or what is different from SparQ's ordinary way
+    ratio: float | None  # the compression that is asked for; None: an ablation
+    arguments: dict[str, Any]  # of the harness's model `sparq`
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A task of one model, decoded in all ways."""
 
@@ -46,7 +57,7 @@ class Job:
     tokens: int
     batch: int
     limit: int
-    ways: tuple[dict[str, Any], ...]  # of decoding: name, ratio, and arguments of the model `sparq`
+    ways: tuple["Way", ...]  # of decoding, dense first
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,33 +80,37 @@ class Score:
     seconds: float
 
 
-def grid(tokens: int, head_dim: int) -> list[dict[str, Any]]:
-    """Every method at every ratio. SparQ's r and k are the paper's, without the floors of `SparqConfig`: at short
-    contexts it would otherwise read more than the others."""
-    ways: list[dict[str, Any]] = [{"name": "dense", "ratio": 1, "method": "dense"}]
-    for method in METHODS:
-        for ratio in RATIOS:
-            knobs = {"r": head_dim // ratio, "k": tokens // (2 * ratio)} if method == "sparq" else {"ratio": ratio}
-            ways.append({"name": method, "ratio": ratio, "method": method, **knobs})
+DENSE = Way("dense", 1, {"method": "dense"})
+
+
+def grid(tokens: int, head_dim: int, ratios: tuple[int, ...] = RATIOS) -> list[Way]:
+    """SparQ at every ratio, the other methods at `ratios`. SparQ's r and k are the paper's, without the floors of
+    `SparqConfig`: at short contexts it would otherwise read more than the others."""
+    ways = [DENSE, Way("defaults", 8, {"method": "sparq"})]
+    for ratio in RATIOS:
+        knobs = {"r": head_dim // ratio, "k": tokens // (2 * ratio)}
+        ways.append(Way("sparq", ratio, {"method": "sparq"} | knobs))
+    for method in OTHERS:
+        ways += [Way(method, ratio, {"method": method, "ratio": ratio}) for ratio in ratios]
     return ways
 
 
-def ablations(tokens: int, head_dim: int) -> list[dict[str, Any]]:
+def ablations(tokens: int, head_dim: int) -> list[Way]:
     """Changes to SparQ at ratio 8, one at a time."""
     r, k = head_dim // 8, tokens // 16
+    changes: dict[str, dict[str, Any]] = {"SparQ": {}}
+    changes |= {f"r = {other}": {"r": other} for other in (r // 4, r // 2, 2 * r, 4 * r)}
+    changes |= {f"k = {other}": {"k": other} for other in (k // 8, k // 4, k // 2, 2 * k, 4 * k)}
+    changes |= {
+        "no mean value": {"mean_value": False},
+        "no local window": {"local": 0},
+        "local window of k / 2": {"local": k // 2},
+        "first layer dense": {"dense_layers": 1},
+        "no score temperature": {"method": "sparq_variant", "score_temperature": False},
+        "components and positions per head": {"method": "sparq_variant", "shared": False},
+    }
     base = {"method": "sparq", "r": r, "k": k}
-    ways: list[dict[str, Any]] = [{"name": "dense", "method": "dense"}, {"name": "SparQ", **base}]
-    ways += [{"name": f"r={other}", **base, "r": other} for other in (r // 4, r // 2, 2 * r, 4 * r)]
-    ways += [{"name": f"k={other}", **base, "k": other} for other in (k // 8, k // 4, k // 2, 2 * k, 4 * k)]
-    ways += [
-        {"name": "no mean value", **base, "mean_value": False},
-        {"name": "no local window", **base, "local": 0},
-        {"name": "local window k/2", **base, "local": k // 2},
-        {"name": "no score temperature", **base, "method": "sparq_variant", "score_temperature": False},
-        {"name": "positions per head", **base, "method": "sparq_variant", "shared": False},
-        {"name": "first layer dense", **base, "dense_layers": 1},
-    ]
-    return [{"ratio": None} | way for way in ways]
+    return [Way(name, None, base | change) for name, change in changes.items()]
 
 
 def run(job: Job) -> list[Score]:
@@ -113,7 +128,8 @@ def run(job: Job) -> list[Score]:
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32, use_safetensors=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     manager = TaskManager(include_path=str(EVALS / "tasks"), metadata={"tokenizer": job.model})
-    tasks = manager.load([job.task])
+    with contextlib.redirect_stderr(io.StringIO()):
+        tasks = manager.load([job.task])
     prefills = Prefills(PREFILL_BYTES)
     measure, _ = next(metric for name, metric in METRICS.items() if job.task.startswith(name))
 
@@ -121,22 +137,22 @@ def run(job: Job) -> list[Score]:
     dense: torch.Tensor | None = None
     for way in job.ways:
         begin = time.perf_counter()
-        arguments = {name: value for name, value in way.items() if name not in ("name", "ratio")}
         lm = SparqLM(
             model,
             tokenizer=tokenizer,
             batch_size=job.batch,
             decode_context_tokens=DECODED,
             prefills=prefills,
-            **arguments,
+            **way.arguments,
         )
-        output = lm_eval.evaluate(lm, tasks, limit=job.limit, bootstrap_iters=0, log_samples=True)
+        with contextlib.redirect_stderr(io.StringIO()):  # the harness's bars would fight over the terminal
+            output = lm_eval.evaluate(lm, tasks, limit=job.limit, bootstrap_iters=0, log_samples=True)
         samples = output["samples"][job.task]
         values = torch.tensor([_value(sample[measure]) for sample in samples], dtype=torch.float64)
         if dense is None:
             dense = values  # the first way
         steps = lm.steps.get(job.task)
-        if steps is None and arguments["method"] != "dense":
+        if steps is None and way != DENSE:
             raise RuntimeError(f"{way} made no step of {job.task}")
         by_depth: dict[str, list[float]] = {}
         for sample in samples:
@@ -147,9 +163,9 @@ def run(job: Job) -> list[Score]:
                 model=Path(job.model).name,
                 task=job.task,
                 tokens=job.tokens,
-                name=way["name"],
-                ratio=way["ratio"],
-                arguments=arguments,
+                name=way.name,
+                ratio=way.ratio,
+                arguments=way.arguments,
                 measure=measure,
                 documents=len(values),
                 mean=values.mean().item(),
@@ -174,28 +190,37 @@ def _error(values: Any) -> float:
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
 
 
+PLAN = {  # task: tokens, documents, whether the other methods run at all RATIOS, or at 8 only
+    "recall_pass_key_1k": (1024, 50, True),
+    "recall_pass_key_2k": (2048, 50, True),
+    "recall_pass_key_4k": (4096, 50, True),
+    "recall_pass_key_8k": (8192, 25, False),
+    "recall_repetition_1k": (1024, 30, True),
+    "recall_repetition_2k": (2048, 20, False),
+    "recall_repetition_4k": (4096, 20, True),
+    "recall_repetition_8k": (8192, 10, False),
+    "recall_documentation_1k": (1024, 20, True),
+    "recall_documentation_4k": (4096, 10, True),
+    "ruler_niah_single_1_cued_4k": (4096, 20, True),
+    "ruler_niah_multikey_2_cued_4k": (4096, 30, True),
+    "ruler_niah_multikey_3_cued_1k": (1024, 20, True),
+}
+ABLATED = ("recall_pass_key_4k", "recall_repetition_4k", "ruler_niah_multikey_2_cued_4k")
+BATCH = 10
+
+
 def jobs(models: list[str], share: float) -> list[Job]:
     """The longest first. `share` of the documents: 1 is what the committed results have."""
-    planned = [
-        # task, tokens, batch, documents
-        *((f"recall_pass_key_{n}k", 1024 * n, 10, 100 if n < 8 else 50) for n in (1, 2, 4, 8)),
-        *((f"recall_repetition_{n}k", 1024 * n, 10, 50 if n < 8 else 30) for n in (1, 2, 4, 8)),
-        *((f"recall_documentation_{n}k", 1024 * n, 10, 30) for n in (1, 4)),
-        ("ruler_niah_single_1_cued_4k", 4096, 10, 50),
-        ("ruler_niah_multikey_2_cued_4k", 4096, 10, 50),
-        ("ruler_niah_multikey_3_cued_1k", 1024, 10, 30),
-    ]
     found = []
     for model in models:
         config = json.loads((Path(model) / "config.json").read_text())
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        for task, tokens, batch, documents in planned:
+        for task, (tokens, documents, everything) in PLAN.items():
             limit = max(5, round(documents * share / 5) * 5)  # pass keys: five questions about a text
-            ways = grid(tokens, head_dim)
-            found.append(Job(model, task, tokens, min(batch, limit), limit, tuple(ways)))
-            if task in ("recall_pass_key_4k", "recall_repetition_4k", "ruler_niah_multikey_2_cued_4k"):
-                found.append(Job(model, task, tokens, min(batch, limit), limit, tuple(ablations(tokens, head_dim))))
-    return sorted(found, key=lambda job: -job.tokens)
+            ways = grid(tokens, head_dim, RATIOS if everything else (8,))
+            ways += ablations(tokens, head_dim) if task in ABLATED else []
+            found.append(Job(model, task, tokens, min(BATCH, limit), limit, tuple(ways)))
+    return sorted(found, key=lambda job: -job.tokens * job.limit * len(job.ways))
 
 
 def circumstances() -> dict[str, Any]:

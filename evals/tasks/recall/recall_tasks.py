@@ -20,7 +20,7 @@ SEED = 20_232
 DEPTHS = (10, 30, 50, 70, 90)  # percent of the text before a fact
 NAME_LENGTHS = (4, 8)
 CUE = CONTINUATION = 128
-SCORED_TEXT = 256  # bytes whose bits are counted
+SCORED_TEXT = 128  # bytes whose bits are counted
 
 
 def pass_keys(length: int, texts: int = 20, **_: Any) -> dict[str, datasets.Dataset]:

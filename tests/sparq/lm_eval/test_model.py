@@ -360,7 +360,7 @@ def test_the_command_takes_what_lm_eval_takes(llama, tmp_path):
     assert result.returncode == 0, result.stderr
     (path,) = tmp_path.glob("**/results_*.json")
     found = json.loads(path.read_text())
-    assert found["config"]["sparq"]["tasks"]["recall_documentation_1k"]["layer_steps"]["sparse"] == 2 * 3 * 255
+    assert found["config"]["sparq"]["tasks"]["recall_documentation_1k"]["layer_steps"]["sparse"] == 2 * 3 * 127
     assert found["results"]["recall_documentation_1k"]["bits_per_byte,none"] > 0
 
 

@@ -1,0 +1,89 @@
+"""The sweep over methods and ratios, on a small random model, and what is made of its scores."""
+
+import json
+import math
+
+import pytest
+import results
+import sweep
+from byte_tokenizer import save_byte_tokenizer
+
+from tests.sparq.tiny import build
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model = build(vocab_size=260, pad_token_id=258, bos_token_id=256, eos_token_id=257, max_position_embeddings=8192)
+    model.save_pretrained(folder)
+    save_byte_tokenizer(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def scores(folder):
+    scores = []
+    for task in ("recall_pass_key_1k", "recall_documentation_1k"):
+        ways = (*sweep.grid(1024, 16, ratios=(8,)), sweep.ablations(1024, 64)[0])
+        scores += sweep.run(sweep.Job(folder, task, 1024, 5, 5, ways))
+    return scores
+
+
+def test_every_way_is_scored_and_reads_about_what_was_asked_for(scores):
+    names = ["dense", "defaults", *["sparq"] * 4, "oracle", "window", "h2o", "quest", "SparQ"]
+    assert [score.name for score in scores[: len(names)]] == names
+    for score in scores[: len(names) - 1]:
+        if score.name != "defaults":  # of 16 components they read 8 at least
+            assert score.compression == pytest.approx(score.ratio, rel=0.3)
+        assert (score.mean_alpha is None) == (score.name == "dense")
+
+
+def test_changes_are_against_dense_on_the_same_documents(scores):
+    documentation = [score for score in scores if score.task == "recall_documentation_1k"]
+    dense, *others = documentation
+    assert dense.change == 0
+    for score in others:
+        assert score.change == pytest.approx(score.mean - dense.mean, abs=1e-9)
+        assert score.change != 0
+    assert dense.mean > 1
+    assert math.isfinite(dense.error)
+
+
+def test_pass_keys_are_also_counted_by_depth(scores):
+    score = next(score for score in scores if score.task == "recall_pass_key_1k")
+    assert set(score.by_depth) == {"10", "30", "50", "70", "90"}
+
+
+def test_the_plan_has_every_method_at_every_ratio(folder):
+    jobs = sweep.jobs([folder], share=1)
+    assert {job.task for job in jobs} == set(sweep.PLAN)
+    for job in jobs:
+        assert job.ways[0] == sweep.DENSE
+        asked = {(way.name, way.ratio) for way in job.ways if way.ratio is not None}
+        assert {("sparq", ratio) for ratio in (2, 4, 8, 16)} <= asked
+        assert {(method, 8) for method in sweep.OTHERS} <= asked
+        assert any(job.task.startswith(name) for name in sweep.METRICS)
+
+
+def content(scores):
+    known = dict.fromkeys(("commit", "python", "torch", "transformers", "lm_eval", "machine"), "x") | {"seconds": 60}
+    return {"circumstances": known, "scores": json.loads(json.dumps([sweep.asdict(score) for score in scores]))}
+
+
+def test_tables_show_every_score(scores):
+    text = results.tables(content(scores))
+    assert "## tiny" in text
+    rows = [line for line in text.splitlines() if line.startswith("| SparQ | 8 |")]
+    documentation = next(s for s in scores if (s.task, s.name, s.ratio) == ("recall_documentation_1k", "sparq", 8))
+    assert any(f"{documentation.mean:.3f} ± {documentation.error:.3f}" in row for row in rows)
+    assert "### Ablations" in text
+    for line in text.splitlines():
+        assert not line.startswith("| ---") or set(line) <= set("| -:")
+
+
+def test_the_plot_is_drawn(scores, tmp_path):
+    renamed = content(scores)
+    for score in renamed["scores"]:
+        score["task"] = score["task"].replace("1k", "4k")
+    results.plot(renamed, tmp_path / "scores.png")
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
