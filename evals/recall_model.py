@@ -1,5 +1,4 @@
-"""What the recall models of all architectures share: the vocabulary, and heads that start out looking fixed distances
-back."""
+"""What the recall models share: their vocabulary, and heads that start out looking fixed distances back."""
 
 import torch
 

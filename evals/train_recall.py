@@ -71,6 +71,7 @@ STAGES = {
     ),
     "gpt-neox": (
         *FIRST_STAGES,
+        # Shorter for want of time only: the machine was in use while the bundled model was trained.
         Stage(1024, batch=4, steps=300, position_span=4096, mix=(0.0, 0.15, 0.5, 0.35), learning_rate=(0.6, 0.4)),
         Stage(4096, batch=1, steps=70, position_span=8192, mix=(0.0, 0.1, 0.5, 0.4), learning_rate=(0.2, 0.02)),
         Stage(1024, batch=4, steps=150, position_span=8192, mix=(0.0, 0.2, 0.6, 0.2), learning_rate=(0.3, 0.02)),
