@@ -114,7 +114,12 @@ def ablations(tokens: int, head_dim: int) -> list[Way]:
 
 
 def run(job: Job) -> list[Score]:
-    """Every score of a job; runs in a process of its own."""
+    """Every score of a job; runs in a process of its own, whose progress bars would fight over the terminal."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return _run(job)
+
+
+def _run(job: Job) -> list[Score]:
     import lm_eval
     import torch
     from lm_eval.tasks import TaskManager
@@ -128,8 +133,7 @@ def run(job: Job) -> list[Score]:
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32, use_safetensors=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     manager = TaskManager(include_path=str(EVALS / "tasks"), metadata={"tokenizer": job.model})
-    with contextlib.redirect_stderr(io.StringIO()):
-        tasks = manager.load([job.task])
+    tasks = manager.load([job.task])
     prefills = Prefills(PREFILL_BYTES)
     measure, _ = next(metric for name, metric in METRICS.items() if job.task.startswith(name))
 
@@ -145,8 +149,7 @@ def run(job: Job) -> list[Score]:
             prefills=prefills,
             **way.arguments,
         )
-        with contextlib.redirect_stderr(io.StringIO()):  # the harness's bars would fight over the terminal
-            output = lm_eval.evaluate(lm, tasks, limit=job.limit, bootstrap_iters=0, log_samples=True)
+        output = lm_eval.evaluate(lm, tasks, limit=job.limit, bootstrap_iters=0, log_samples=True)
         samples = output["samples"][job.task]
         values = torch.tensor([_value(sample[measure]) for sample in samples], dtype=torch.float64)
         if dense is None:

@@ -80,9 +80,12 @@ class SparqLM(HFLM):
 
     def _by_task(self, answer: Callable[..., list], requests: list[Instance], disable_tqdm: bool) -> list:
         """Let the harness's `answer` do it one task at a time, and remember what each task's steps did."""
+        # Of several processes each has its share of the requests, perhaps of other tasks than the others', which wait
+        # for each other in every call.
+        names = [request.task_name if self.world_size == 1 else "all tasks of this process" for request in requests]
         answers: list = [None] * len(requests)
-        for name in dict.fromkeys(request.task_name for request in requests):
-            mine = [i for i, request in enumerate(requests) if request.task_name == name]
+        for name in dict.fromkeys(names):
+            mine = [i for i, found in enumerate(names) if found == name]
             with self.decoding.on(self.model) as report:
                 for i, given in zip(mine, answer([requests[i] for i in mine], disable_tqdm), strict=True):
                     answers[i] = given
@@ -151,6 +154,9 @@ class SparqLM(HFLM):
         mask = options["attention_mask"]
         decoded = min(self.decode_context_tokens, int(mask.sum(1).min()) - 1)
         if decoded > 0:
+            for name in ("num_beams", "num_return_sequences"):
+                if options.get(name, 1) != 1:
+                    raise ValueError(f"{name} must be 1 where decode_context_tokens is not 0, got {options[name]}")
             with torch.no_grad(), self._autocast():
                 before = context.shape[1] - decoded
                 options["past_key_values"], _ = prefill(

@@ -2,8 +2,6 @@ import math
 
 import pytest
 
-pytest.importorskip("lm_eval")
-
 # 6,000 characters end inside the word "prefill", 400 more inside "reference".
 PREFILL = " = Title = \n \n ".ljust(5996, "x") + " prefill"
 REFERENCE = " reads".ljust(396, "y") + " reference"

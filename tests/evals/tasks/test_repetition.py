@@ -2,8 +2,6 @@ import itertools
 
 import pytest
 
-pytest.importorskip("lm_eval")
-
 WHOLE = object()
 # The first five that the authors' own llminference/tasks/repetition.py makes of the text below.
 ORDER = [7965, 17107, 1175, 6789, 8749]

@@ -2,9 +2,6 @@ import sys
 
 import pytest
 
-pytest.importorskip("lm_eval")
-pytest.importorskip("rouge_score")
-
 HIGHLIGHTS = "The cat sat on the mat .\nIt slept ."  # 35 bytes
 
 

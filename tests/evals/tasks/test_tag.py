@@ -1,8 +1,3 @@
-import pytest
-
-pytest.importorskip("lm_eval")
-
-
 def test_the_tag_names_the_five(tasks_folder):
     from lm_eval.tasks import TaskManager
 

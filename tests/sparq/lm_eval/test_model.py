@@ -273,6 +273,14 @@ def test_a_knob_that_does_not_fit_the_model_is_refused_with_the_model_as_it_was(
     assert snapshot(llama) == before
 
 
+def test_beams_and_decoded_contexts_do_not_mix(llama):
+    lm = harness_model(llama, r=4, k=12, decode_context_tokens=1)
+    request = Instance("generate_until", {}, (TEXT, OPTIONS | {"num_beams": 2}), 0, ("task", 0, 1))
+    with pytest.raises(ValueError, match="num_beams must be 1 where decode_context_tokens is not 0, got 2"):
+        lm.generate_until([request], disable_tqdm=True)
+    harness_model(llama, r=4, k=12).generate_until([request], disable_tqdm=True)
+
+
 # Whole runs of the harness.
 
 
