@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from allocator import KEEP_BUFFERS
+
 # No data set and no model comes from a hub, and many threads do not pay for models as small as these.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -252,7 +254,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", help="only these (default: all)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
     arguments = parser.parse_args()
-    os.environ.update(OFFLINE, OMP_NUM_THREADS="1")
+    os.environ.update(OFFLINE | KEEP_BUFFERS, OMP_NUM_THREADS="1")  # of the processes to come
 
     import sparq_kernels
 

@@ -25,6 +25,7 @@ import recall_llama
 import torch
 import torch.nn.functional as F
 import transformers
+from allocator import KEEP_BUFFERS
 from byte_tokenizer import save_byte_tokenizer
 from muon import Muon
 from recall_model import BOS, PAD
@@ -32,10 +33,7 @@ from recall_text import RecallText, Role
 from transformers import PreTrainedModel
 
 ENVIRONMENT = {
-    # glibc must keep the step's buffers, not return and fault them in anew: training is several times faster.
-    "MALLOC_MMAP_THRESHOLD_": "4000000000",
-    "MALLOC_TRIM_THRESHOLD_": "8000000000",
-    "MALLOC_TOP_PAD_": "1000000000",
+    **KEEP_BUFFERS,
     # On a machine in use, a thread that waits for the others must not keep them from its core by spinning.
     "GOMP_SPINCOUNT": "2000",
 }
