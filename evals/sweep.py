@@ -244,6 +244,16 @@ def circumstances() -> dict[str, Any]:
     }
 
 
+def write(path: Path, scores: list[Score], seconds: float) -> None:
+    ordered = sorted(scores, key=lambda score: (score.model, score.task, score.ratio is None))
+    content = {
+        "circumstances": circumstances() | {"seconds": round(seconds)},
+        "scores": [asdict(score) for score in ordered],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
 def main() -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -268,13 +278,10 @@ def main() -> None:
         bar = progress.add_task("tasks", total=len(todo))
         for future in as_completed([pool.submit(run, job) for job in todo]):
             scores += future.result()
-            progress.update(bar, advance=1, description=f"{scores[-1].model} {scores[-1].task}")
-    content = {
-        "circumstances": circumstances() | {"seconds": round(time.perf_counter() - begin)},
-        "scores": [asdict(score) for score in sorted(scores, key=lambda s: (s.model, s.task, s.ratio is None))],
-    }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+            name, seconds = f"{scores[-1].model} {scores[-1].task}", sum(score.seconds for score in future.result())
+            progress.update(bar, advance=1, description=name)
+            progress.console.print(f"{name}: {seconds:.0f} s")
+            write(arguments.json, scores, time.perf_counter() - begin)
 
 
 if __name__ == "__main__":
