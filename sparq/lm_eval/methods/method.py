@@ -89,9 +89,7 @@ class Method(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no use for the attention of a prompt")
 
     @abstractmethod
-    def _select(
-        self, query: Tensor, key: Tensor, logits: Tensor, valid: Tensor, scale: float, state: Any
-    ) -> Tensor:
+    def _select(self, query: Tensor, key: Tensor, logits: Tensor, valid: Tensor, scale: float, state: Any) -> Tensor:
         """The positions to attend to, bool [B, Hkv, 1 or G, S]; arguments as in `attend`, widened, and the exact
         logits [B, Hkv, G, S]."""
 
