@@ -10,9 +10,9 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # 
 
 
 @pytest.fixture(autouse=True)
-def few_threads():
+def one_thread():
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # parts of a row, and a merge, even here
+    torch.set_num_threads(1)  # several wait for each other on a busy machine; a row has parts all the same
     yield
     torch.set_num_threads(threads)
 
@@ -78,7 +78,7 @@ def test_many_heads_are_one_part_each():
     check(*inputs(1, 64, 600, torch.float16, batch=3, kv_heads=8), [600, 1, 300])
 
 
-@pytest.mark.parametrize("threads", (1, 5))
+@pytest.mark.parametrize("threads", (2, 5))
 def test_any_number_of_threads(threads):
     torch.set_num_threads(threads)
     check(*inputs(4, 128, 1500, torch.float32), [1500, 3])
