@@ -63,6 +63,15 @@ SPARQ_INLINE void widen_pair(const T* p, Floats& a, Floats& b) {
 
 int64_t padded(int64_t floats) { return (floats + PAIR - 1) / PAIR * PAIR; }
 
+template <int n>
+struct Sum { Floats value = {}; };
+
+template <int... n>
+struct Sums : Sum<n>... {
+    template <int i>
+    SPARQ_INLINE Floats& at() { return Sum<i>::value; }
+};
+
 template <class T>
 class Dense {
     const Arguments& a;
@@ -201,6 +210,23 @@ class Dense {
         for (int64_t i = 0; i < int64_t(elements * sizeof(T)); i += LINE) __builtin_prefetch(bytes + i);
     }
 
+    // dots[g * ROWS + j] = vector of sums of products of query g and row j.  Every sum is named, as GCC 12 would keep an
+    // array in memory.
+    template <int G, int... n>
+    SPARQ_INLINE void add_products(const T* const* rows, const float* queries, Floats* dots,
+                                   std::integer_sequence<int, n...>) const {
+        constexpr int ROWS = W / G;
+        Sums<n...> sums;
+        for (int64_t pair = 0; pair < pairs; pair++) {
+            Floats x[ROWS], y[ROWS];
+            for (int j = 0; j < ROWS; j++) load_dims(rows[j], pair, x[j], y[j]);
+            const float* query = queries + pair * PAIR;
+            ((sums.template at<n>() += x[n % ROWS] * load(query + n / ROWS * width)), ...);
+            ((sums.template at<n>() += y[n % ROWS] * load(query + n / ROWS * width + W)), ...);
+        }
+        ((dots[n] = sums.template at<n>()), ...);
+    }
+
     // out[g][i] = query g . key i, for `count` keys; meanwhile the first `ahead` rows of `values` are fetched.  W dot
     // products at a time end in one vector.
     template <int G>
@@ -212,26 +238,9 @@ class Dense {
                 rows[j] = keys + std::min(i + j, count - 1) * a.key_position;
                 if (i + j < ahead) prefetch(values + (i + j) * a.value_position, dim);
             }
-            Floats dot[G * ROWS];
-            for (int n = 0; n < G * ROWS; n++) dot[n] = Floats{};
-            for (int64_t pair = 0; pair < pairs; pair++) {
-                Floats qx[G], qy[G];
-                for (int g = 0; g < G; g++) {
-                    qx[g] = load(queries + g * width + pair * PAIR);
-                    qy[g] = load(queries + g * width + pair * PAIR + W);
-                }
-                for (int j = 0; j < ROWS; j++) {
-                    Floats x, y;
-                    load_dims(rows[j], pair, x, y);
-                    for (int g = 0; g < G; g++) {
-                        dot[g * ROWS + j] += x * qx[g];
-                        dot[g * ROWS + j] += y * qy[g];
-                    }
-                }
-            }
-            Floats dots[W] = {};
-            for (int g = 0; g < G; g++)
-                for (int j = 0; j < ROWS; j++) dots[g * ROWS + j] = dot[g * ROWS + j];
+            Floats dots[W];
+            std::fill_n(dots, W, Floats{});
+            add_products<G>(rows, queries, dots, std::make_integer_sequence<int, G * ROWS>());
             float sums[W];
             store(sums, horizontal_sums(dots));
             int64_t rows_left = std::min<int64_t>(ROWS, count - i);
