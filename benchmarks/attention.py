@@ -52,7 +52,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, help="default: float32 bfloat16 on the CPU, float16 bfloat16 on a GPU"
     )
-    parser.add_argument("--rounds", type=int, help="turns of each opponent (default: 30; with --quick 8)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help="turns of each opponent, fewer on the CPU where they take long (default: 30; with --quick 8)",
+    )
     parser.add_argument(
         "--copies", type=int, help="caches to walk over (default: more than any processor's cache holds)"
     )

@@ -25,7 +25,9 @@ from workload import DTYPES, Inputs, Shape, disagreement, make_inputs, reference
 Call = Callable[[Shape, Inputs], Tensor]
 TRIALS = 3  # turns of every way of PyTorch, before those that are clearly not its fastest are left out
 CLEARLY_SLOWER = 1.3  # times the fastest
-REFERENCE_TURNS = 3  # it is there for orientation only
+SECONDS = 8  # of one case's rounds, about, on a quiet machine ...
+FEWEST_ROUNDS = 5  # ... unless these take longer
+REFERENCE_TURNS = 2  # it is there for orientation only
 
 
 def kernel(shape: Shape, x: Inputs) -> Tensor:
@@ -87,11 +89,13 @@ def measure(case: Case, dtype_name: str, rounds: int, copies: int, alone: bool =
     for name, ms in row.tried_ms.items():
         if ms > CLEARLY_SLOWER * min(row.tried_ms.values()):
             del opponents[name]
+    round_ms = sum(milliseconds(call, shape, first) for call in opponents.values())
+    rounds = min(rounds, max(FEWEST_ROUNDS, int(SECONDS * 1e3 / round_ms)))
     if alone:
         times = one_after_the_other(opponents, shape, first, rounds)
     else:
         times = in_turns(opponents, shape, caches, rounds)
-    times[REFERENCE] = [milliseconds(reference, shape, x) for x in some]
+    times[REFERENCE] = [milliseconds(reference, shape, x) for x in some[:REFERENCE_TURNS]]
     row.streaming_gbs = max(streaming, streaming_read())
 
     size = first.key.element_size()
