@@ -36,8 +36,8 @@ def check(model: PreTrainedModel, context: int, batch: int, knobs: dict[str, Any
 def wrong_model(model: PreTrainedModel) -> str | None:
     """How a patched model whose k covers the context differs from the stock model, or None.
 
-    The same tokens are fed to both, a prompt and then one by one, and every step's logits are compared: this tries hooks,
-    cache, masks and the dense steps of the patch. What a sparse step computes is `wrong_operator`'s to say.
+    The same tokens are fed to both, a prompt and then one by one, and every step's logits are compared: this tries
+    hooks, cache, masks and the dense steps of the patch. What a sparse step computes is `wrong_operator`'s to say.
     """
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     tokens = torch.randint(vocabulary, (2, PROMPT + STEPS), generator=torch.Generator().manual_seed(2))
@@ -57,9 +57,8 @@ def teacher_forced(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Logits [B, STEPS + 1, vocabulary] after the prompt and after each further token, on a dynamic cache."""
     cache = DynamicCache(config=model.config)
     logits = [model(tokens[:, :PROMPT], past_key_values=cache, logits_to_keep=1).logits[:, -1]]
-    logits += [
-        model(tokens[:, step : step + 1], past_key_values=cache).logits[:, -1] for step in range(PROMPT, tokens.shape[1])
-    ]
+    for token in tokens[:, PROMPT:].split(1, dim=1):
+        logits.append(model(token, past_key_values=cache).logits[:, -1])
     return torch.stack(logits, 1)
 
 

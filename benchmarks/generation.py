@@ -5,9 +5,9 @@
     python benchmarks/generation.py --model path/to/a/model --contexts 4000
 
 A named shape has the true layers of that model with random weights; `--layers` says how many of them (two, unless all
-or other are asked for), and where layers are cut off, the vocabulary is cut to 256, so that nothing but the layers costs
-time. Its cache is filled with random keys and values instead of an hour of prefill (`--prefill` computes a prompt of
-random tokens instead, as is always done for a real model); greedy `generate` then decodes from it, as a user would.
+or other are asked for), and where layers are cut off, the vocabulary is cut to 256, so that nothing but the layers
+costs time. Its cache is filled with random keys and values instead of an hour of prefill (`--prefill` computes a prompt
+of random tokens instead, as is always done for a real model); greedy `generate` then decodes from it, as a user would.
 The ways take turns, round after round, so that a drifting machine favours none:
 
     layers alone    the stock model with 16 cached positions: what nothing that makes attention faster can go below
@@ -46,9 +46,7 @@ FULL = dict(contexts=[512, 16384, 65536], dtypes=["float32", "bfloat16"], rounds
 QUICK = dict(contexts=[8192], dtypes=["float32"], rounds=2, tokens=4)
 
 
-def measure(
-    subject: Subject, context: int, batch: int, args: argparse.Namespace, tick: Callable[[str], None]
-) -> Row:
+def measure(subject: Subject, context: int, batch: int, args: argparse.Namespace, tick: Callable[[str], None]) -> Row:
     knobs = knobs_of(args)
     dtype = str(subject.model.dtype).removeprefix("torch.")
     what = f"{dtype}, {context:,} cached, batch {batch}: "

@@ -34,7 +34,9 @@ def knobs_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What every whole-model benchmark takes."""
-    parser.add_argument("--model", default="llama-3.2-1b", help=f"{', '.join(SHAPES)}, or a real model's folder or name")
+    parser.add_argument(
+        "--model", default="llama-3.2-1b", help=f"{', '.join(SHAPES)}, or a real model's folder or name"
+    )
     parser.add_argument("--layers", type=positive, help="keep the first of them only (default: 2; of a real model all)")
     parser.add_argument("--all-layers", action="store_true", help="of a named shape too, with its whole vocabulary")
     parser.add_argument("--rounds", type=positive, help="of several the first is not counted")

@@ -52,7 +52,7 @@ COMPILED_WAYS = (COMPILED, SPARQ_COMPILED)
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model once more, with the very same weights: what is done to one's modules does not touch the other's."""
+    """The same model with the very same weights: what is done to one's modules does not touch the other's."""
     weights = {id(tensor): tensor for tensor in model.parameters()}
     return copy.deepcopy(model, weights)
 
@@ -124,7 +124,7 @@ def make_runner(
         prompt = torch.randint(vocabulary, (batch, context), generator=generator)
         runner.prefill(prompt.to(model.device))
     else:
-        fill(cache, model, context, batch)
+        fill(cache, model, context, batch, room if way.patched and not way.is_static else 0)
     return runner
 
 
@@ -138,20 +138,27 @@ def empty_cache(model: PreTrainedModel, way: Way, size: int) -> Cache:
     return cache
 
 
-def fill(cache: Cache, model: PreTrainedModel, context: int, batch: int) -> None:
-    """With the same random keys and values in every cache."""
+def fill(cache: Cache, model: PreTrainedModel, context: int, batch: int, spare: int = 0) -> None:
+    """With random keys and values, the same for every cache but for what `spare` draws.
+
+    Args:
+        spare: positions that storage shall have room for, as it has between two growths. SparQ's would otherwise double at
+            once: true, but once in as many tokens as are cached (`memory.py` counts both states).
+    """
     heads = Heads.of(model.config)
     generator = torch.Generator().manual_seed(1)
-    for layer in range(model.config.get_text_config(decoder=True).num_hidden_layers):
-        shape = (batch, heads.kv, context, heads.head_dim)
+    for index in range(model.config.get_text_config(decoder=True).num_hidden_layers):
+        shape = (batch, heads.kv, context + spare, heads.head_dim)
         key, value = (torch.randn(shape, generator=generator).to(model.device, model.dtype) for _ in range(2))
-        cache.update(key, value, layer)
+        cache.update(key, value, index)
+        if spare:
+            cache.layers[index].crop(-spare)
 
 
 def take_turns(runners: list[Runner], rounds: int, tokens: int, tick: Callable[[str], None]) -> None:
     """Let every runner decode `tokens` tokens, round after round, so that a drifting machine favours none.
 
-    The first of several rounds is not counted: it faults memory in, grows SparQ's cache, compiles; later ones are what
+    The first of several rounds is not counted: it faults memory in, makes SparQ's index, compiles; later ones are what
     a long answer sees. The order turns around each time, lest one way always come after the one that heats the caches.
     """
     for round_ in range(rounds):
