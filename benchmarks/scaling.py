@@ -4,8 +4,8 @@
 
 Layers of a real model's shape decode from filled caches, as in `generation.py`, first at growing contexts (batch 1),
 then at growing batches (`--batch-context` cached tokens in every row). Straight lines are fitted to the medians by
-least squares: their slopes, with standard errors, are what one more cached token and one more row of the batch cost in each
-layer, and where two lines cross is where SparQ begins to be faster, as far as both are straight.
+least squares: their slopes, with standard errors, are what one more cached token and one more row of the batch cost in
+each layer, and where two lines cross is where SparQ begins to be faster, as far as both are straight.
 """
 
 from __future__ import annotations

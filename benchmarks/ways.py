@@ -142,8 +142,8 @@ def fill(cache: Cache, model: PreTrainedModel, context: int, batch: int, spare: 
     """With random keys and values, the same for every cache but for what `spare` draws.
 
     Args:
-        spare: positions that storage shall have room for, as it has between two growths. SparQ's would otherwise double at
-            once: true, but once in as many tokens as are cached (`memory.py` counts both states).
+        spare: positions that storage shall have room for, as it has between two growths. At its very end SparQ's would
+            double: true, but once in as many tokens as are cached (`memory.py` counts both states).
     """
     heads = Heads.of(model.config)
     generator = torch.Generator().manual_seed(1)
