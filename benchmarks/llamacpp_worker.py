@@ -1,0 +1,167 @@
+"""llama.cpp in a process of its own, told what to do by lines of JSON: {"do": NAME, ...} in, one value out for each.
+
+A process of its own, because llama.cpp and PyTorch each bring an OpenMP runtime, whose waiting threads would take the
+other's cores; and without PyTorch, of which nothing is needed here.
+
+Only the low-level interface is used. The values of the cache come from a prefill with random tokens; its state at each
+length is kept, so that measurements at several lengths can take turns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import random
+import sys
+import time
+
+import llama_cpp as lib
+
+TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}  # enum ggml_type
+LOG_LEVEL_ERROR = 4  # enum ggml_log_level
+UBATCH = 512  # without flash attention a prefill holds UBATCH x context x heads scores: 1 GB at 16k
+
+
+@lib.llama_log_callback
+def only_errors(level: int, text: bytes, data: object) -> None:
+    """llama.cpp reports every tensor that it loads."""
+    if level == LOG_LEVEL_ERROR:
+        print(text.decode(errors="replace"), end="", file=sys.stderr)
+
+
+class Context:
+    """One llama_context, its sequence 0, and copies of that sequence at several lengths."""
+
+    def __init__(self, model: object, *, dtype: str, flash_attention: bool, room: int, threads: int) -> None:
+        params = lib.llama_context_default_params()
+        params.n_ctx = room
+        params.n_batch = params.n_ubatch = min(UBATCH, room)
+        params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = TYPES[dtype]
+        params.flash_attn_type = (
+            lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        self.pointer = lib.llama_init_from_model(model, params)
+        if not self.pointer:
+            raise RuntimeError("llama.cpp could not make a context")
+        self.memory = lib.llama_get_memory(self.pointer)
+        self.vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+        self.size = params.n_batch
+        self.batch = lib.llama_batch_init(self.size, 0, 1)
+        self.random = random.Random(0)
+        self.length = 0
+        self.states: dict[int, ctypes.Array] = {}
+
+    def decode(self, tokens: list[int], logits: bool) -> None:
+        """One llama_decode, and waiting for it; `logits` of every token, else of the last."""
+        self.prepare(tokens, logits)
+        self.run()
+
+    def prepare(self, tokens: list[int], logits: bool) -> None:
+        batch, last = self.batch, len(tokens) - 1
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i] = token
+            batch.pos[i] = self.length + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = logits or i == last
+
+    def run(self) -> None:
+        status = lib.llama_decode(self.pointer, self.batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+        lib.llama_synchronize(self.pointer)
+        self.length += self.batch.n_tokens
+
+    def truncate(self, length: int) -> None:
+        if not lib.llama_memory_seq_rm(self.memory, 0, length, -1):
+            raise RuntimeError("llama.cpp could not remove positions")
+        self.length = length
+
+    def check_length(self) -> None:
+        cached = lib.llama_memory_seq_pos_max(self.memory, 0) + 1
+        if cached != self.length:
+            raise RuntimeError(f"llama.cpp caches {cached} positions, not {self.length}")
+
+    def logits(self, tokens: list[int]) -> list[list[float]]:
+        """Of every token: all but the last at once, then the last in a step of its own, as it is measured."""
+        self.truncate(0)
+        rows = []
+        for part in (tokens[:-1], tokens[-1:]):
+            self.decode(part, logits=True)
+            rows += [lib.llama_get_logits_ith(self.pointer, i)[: self.vocabulary] for i in range(len(part))]
+        self.truncate(0)
+        return rows
+
+    def fill(self, length: int) -> None:
+        """Go on to `length` random tokens (or start anew, if there are more), and keep the state."""
+        if self.length > length:
+            self.truncate(0)
+        while self.length < length:
+            count = min(self.size, length - self.length)
+            self.decode([self.random.randrange(self.vocabulary) for _ in range(count)], logits=False)
+        self.check_length()
+        size = lib.llama_state_seq_get_size(self.pointer, 0)
+        state = (ctypes.c_uint8 * size)()
+        if lib.llama_state_seq_get_data(self.pointer, state, size, 0) != size:
+            raise RuntimeError("llama.cpp could not copy its state")
+        self.states[length] = state
+
+    def times(self, length: int, tokens: int) -> list[float]:
+        """Seconds of each of `tokens` steps of one token, from `length` cached positions on; one more goes ahead."""
+        state = self.states[length]
+        self.truncate(0)
+        if lib.llama_state_seq_set_data(self.pointer, state, len(state), 0) != len(state):
+            raise RuntimeError("llama.cpp could not restore its state")
+        self.length = length
+        seconds = []
+        for _ in range(tokens + 1):
+            self.prepare([self.random.randrange(self.vocabulary)], logits=True)
+            started = time.perf_counter()
+            self.run()
+            seconds.append(time.perf_counter() - started)
+        self.check_length()
+        return seconds[1:]
+
+
+class Worker:
+    """What can be asked for by name."""
+
+    def __init__(self) -> None:
+        lib.llama_log_set(only_errors, ctypes.c_void_p())
+        lib.llama_backend_init()
+        self.contexts: dict[bool, Context] = {}
+
+    def system(self) -> str:
+        return lib.llama_print_system_info().decode().strip()
+
+    def load(self, path: str, dtype: str, flash_attention: list[bool], room: int, threads: int) -> None:
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = 0
+        params.load_mode = lib.LLAMA_LOAD_MODE_NONE  # no page of a file is read while a step is timed
+        self.model = lib.llama_model_load_from_file(path.encode(), params)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp could not load {path}")
+        for flash in flash_attention:
+            self.contexts[flash] = Context(self.model, dtype=dtype, flash_attention=flash, room=room, threads=threads)
+
+    def logits(self, flash_attention: bool, tokens: list[int]) -> list[list[float]]:
+        return self.contexts[flash_attention].logits(tokens)
+
+    def fill(self, flash_attention: bool, length: int) -> None:
+        self.contexts[flash_attention].fill(length)
+
+    def times(self, flash_attention: bool, length: int, tokens: int) -> list[float]:
+        return self.contexts[flash_attention].times(length, tokens)
+
+
+def main() -> None:
+    worker = Worker()
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        print(json.dumps(getattr(worker, arguments.pop("do"))(**arguments)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
