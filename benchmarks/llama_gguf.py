@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -53,7 +52,7 @@ def tensors(model: LlamaForCausalLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
-    """Write a model of float32, float16 or bfloat16, with default rotary embeddings and no biases, to `path`.
+    """Write a model of float32 or float16, with default rotary embeddings and no biases, to `path`.
 
     Raises:
         ValueError: where the model has what this does not write.
@@ -64,11 +63,6 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     rope = config.rope_parameters
     if rope["rope_type"] != "default" or config.attention_bias or config.mlp_bias:
         raise ValueError("only default rotary embeddings and layers without biases can be written")
-    types = {
-        torch.float32: gguf.GGMLQuantizationType.F32,
-        torch.float16: gguf.GGMLQuantizationType.F16,
-        torch.bfloat16: gguf.GGMLQuantizationType.BF16,
-    }
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -84,9 +78,7 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     for name, tensor in tensors(model):
-        # As bytes: NumPy has no bfloat16.
-        data = tensor.detach().contiguous().view(torch.uint8).numpy()
-        writer.add_tensor(name, data, raw_dtype=types[tensor.dtype])
+        writer.add_tensor(name, tensor.detach().contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

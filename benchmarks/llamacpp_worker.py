@@ -3,8 +3,8 @@
 A process of its own, because llama.cpp and PyTorch each bring an OpenMP runtime, whose waiting threads would take the
 other's cores; and without PyTorch, of which nothing is needed here.
 
-Only the low-level interface is used. The values of the cache come from a prefill with random tokens; its state at each
-length is kept, so that measurements at several lengths can take turns.
+Only the low-level interface is used. The cache holds what a prefill with a few random tokens gave, again and again; its
+state at each length is kept, so that measurements at several lengths can take turns.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import time
 
 import llama_cpp as lib
 
-TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}  # enum ggml_type
+TYPES = {"float32": 0, "float16": 1}  # enum ggml_type; it could not rotate cached keys of bfloat16
 LOG_LEVEL_ERROR = 4  # enum ggml_log_level
-UBATCH = 512  # without flash attention a prefill holds UBATCH x context x heads scores: 1 GB at 16k
+PREFILL = 64  # tokens at once; without flash attention room for PREFILL x context x heads scores is made
 
 
 @lib.llama_log_callback
@@ -35,8 +35,9 @@ class Context:
     def __init__(self, model: object, *, dtype: str, flash_attention: bool, room: int, threads: int) -> None:
         params = lib.llama_context_default_params()
         params.n_ctx = room
-        params.n_batch = params.n_ubatch = min(UBATCH, room)
+        params.n_batch = params.n_ubatch = min(PREFILL, room)
         params.n_threads = params.n_threads_batch = threads
+        params.n_seq_max, params.kv_unified = 2, True  # a second sequence to fill the cache with, in the same cells
         params.type_k = params.type_v = TYPES[dtype]
         params.flash_attn_type = (
             lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attention else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -95,25 +96,43 @@ class Context:
         return rows
 
     def fill(self, length: int) -> None:
-        """Go on to `length` random tokens (or start anew, if there are more), and keep the state."""
-        if self.length > length:
-            self.truncate(0)
+        """Cache `length` positions and keep the state.
+
+        Only the first ones come from a prefill, which takes minutes for many: then a copy of the sequence, moved behind
+        it, doubles it, until it is long enough. llama.cpp rotates the copied keys to their new positions.
+        """
+        self.truncate(0)
+        self.decode([self.random.randrange(self.vocabulary) for _ in range(min(length, self.size))], logits=False)
         while self.length < length:
-            count = min(self.size, length - self.length)
-            self.decode([self.random.randrange(self.vocabulary) for _ in range(count)], logits=False)
+            self.restore(self.state(), sequence=1)
+            lib.llama_memory_seq_rm(self.memory, 1, length - self.length, -1)
+            lib.llama_memory_seq_add(self.memory, 1, 0, -1, self.length)
+            lib.llama_memory_seq_cp(self.memory, 1, 0, -1, -1)
+            lib.llama_memory_seq_rm(self.memory, 1, -1, -1)
+            self.length = min(2 * self.length, length)
+            # Moved keys are rotated ahead of the next step, and must be before they are copied again.
+            self.decode([0], logits=False)
+            self.truncate(self.length - 1)
         self.check_length()
+        self.states[length] = self.state()
+
+    def state(self) -> ctypes.Array:
+        """A copy of the sequence."""
         size = lib.llama_state_seq_get_size(self.pointer, 0)
         state = (ctypes.c_uint8 * size)()
         if lib.llama_state_seq_get_data(self.pointer, state, size, 0) != size:
             raise RuntimeError("llama.cpp could not copy its state")
-        self.states[length] = state
+        return state
+
+    def restore(self, state: ctypes.Array, sequence: int) -> None:
+        """Make the state that of the sequence."""
+        if lib.llama_state_seq_set_data(self.pointer, state, len(state), sequence) != len(state):
+            raise RuntimeError("llama.cpp could not restore its state")
 
     def times(self, length: int, tokens: int) -> list[float]:
         """Seconds of each of `tokens` steps of one token, from `length` cached positions on; one more goes ahead."""
-        state = self.states[length]
         self.truncate(0)
-        if lib.llama_state_seq_set_data(self.pointer, state, len(state), 0) != len(state):
-            raise RuntimeError("llama.cpp could not restore its state")
+        self.restore(self.states[length], sequence=0)
         self.length = length
         seconds = []
         for _ in range(tokens + 1):
