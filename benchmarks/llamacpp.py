@@ -15,7 +15,8 @@ values of a few random tokens, moved to further and further positions, SparQ's w
 "Layers alone" is a step with 16 cached positions. The slope with the context, ms per layer per 1,000 cached positions,
 is that of the line of least squares through the medians of every round, layers alone among them; its standard error is
 that of the residuals, and so includes whatever is not a line. The same through the fastest step of every round stands
-beside it: where other programs take turns on the same cores, medians measure those too.
+beside it: where other programs take turns on the same cores, medians measure those too. On a machine that is never idle
+`--threads 1 --clock processor` takes the processor time of each process, which waiting for one's turn does not add to.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from common import machine
@@ -46,6 +49,7 @@ from report import Grid, write_json
 from rich.console import Console
 from rich.progress import Progress
 from transformers import LlamaForCausalLM
+from transformers.cache_utils import Cache
 
 import sparq
 
@@ -56,6 +60,7 @@ LLAMA_CPP = {True: "llama.cpp, flash", False: "llama.cpp, no flash"}
 # the weights before every product.
 TOLERANCE = {"float32": 1e-2, "float16": 2e-2}
 PROMPT = 48
+CLOCKS = {"wall": "perf_counter", "processor": "process_time"}  # functions of the time module
 WISHED = 5.0  # times the slope of SparQ
 
 Times = dict[int, list[list[float]]]  # by context, of each counted round: milliseconds per layer of its steps
@@ -151,6 +156,13 @@ def check_same_work(model: LlamaForCausalLM, llama_cpp: LlamaCpp, dtype: str, fl
     return error
 
 
+def sparq_times(model: LlamaForCausalLM, cache: Cache, tokens: int, clock: str, knobs: dict) -> list[float]:
+    """Seconds of each decode step of `generate` with SparQ, by the function `clock` of the time module."""
+    # sparq.clock.DecodeClock, which decode_times uses, reads perf_counter.
+    with mock.patch.object(time, "perf_counter", getattr(time, clock)), sparq.patched(model, **knobs):
+        return decode_times(model, cache, 1, tokens)
+
+
 def measure(
     dtype: str, args: argparse.Namespace, knobs: dict, llama_cpp: LlamaCpp, tick: Callable[[str], None]
 ) -> Result:
@@ -174,15 +186,17 @@ def measure(
     times: dict[str, Times] = {
         way: {context: [] for context in contexts} for way in (*(LLAMA_CPP[flash] for flash in flashes), SPARQ)
     }
+    clock = CLOCKS[args.clock]
     for round_ in range(args.rounds + 1):
         for context in contexts:
             tick(f"{dtype}: round {round_}, {context:,} positions")
             measured = {
-                LLAMA_CPP[flash]: llama_cpp("times", flash_attention=flash, length=context, tokens=args.tokens)
+                LLAMA_CPP[flash]: llama_cpp(
+                    "times", flash_attention=flash, length=context, tokens=args.tokens, clock=clock
+                )
                 for flash in flashes
             }
-            with sparq.patched(model, **knobs):
-                measured[SPARQ] = decode_times(model, caches[context], 1, args.tokens)
+            measured[SPARQ] = sparq_times(model, caches[context], args.tokens, clock, knobs)
             if round_:
                 for way, seconds in measured.items():
                     times[way][context].append([1000 * second / args.layers for second in seconds])
@@ -263,6 +277,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="counted; one more goes ahead")
     parser.add_argument("--tokens", type=int, default=12, help="decode steps of each way in each round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of llama.cpp and of PyTorch")
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="'processor' only with one thread")
     parser.add_argument("--r", type=int)
     parser.add_argument("--k", type=int)
     parser.add_argument("--ratio", type=float, default=8)
@@ -270,6 +285,8 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.contexts) <= BARE_CONTEXT:
         parser.error(f"contexts must be larger than the {BARE_CONTEXT} positions of 'layers alone'")
+    if args.clock == "processor" and args.threads != 1:
+        parser.error("the processor time of several threads is no measure of waiting: --threads 1")
     if packages := missing():
         print(f"not installed: pip install {' '.join(packages)}", file=sys.stderr)
         raise SystemExit(2)
