@@ -111,6 +111,11 @@ class Slope:
         ratio = self.value / other.value
         return Slope(ratio, abs(ratio) * math.hypot(self.error / self.value, other.error / other.value))
 
+    def at_least(self, wished: float) -> str:
+        """Whether it is, where two standard errors leave no doubt."""
+        low, high = self.value - 2 * self.error, self.value + 2 * self.error
+        return "yes" if low >= wished else "no" if high < wished else "open"
+
     def __str__(self) -> str:
         return f"{self.value:.3g} ± {self.error:.1g}"
 
@@ -256,8 +261,7 @@ def slopes_grid(results: list[Result]) -> Grid:
                 cells.append((*cell, "", "", ""))
             else:
                 ratio = slopes[way].times(slopes[SPARQ])
-                met = "yes" if ratio.value >= WISHED else "no"
-                cells.append((*cell, str(ratio), met, f"{result.disagreement[way]:.0e}"))
+                cells.append((*cell, str(ratio), ratio.at_least(WISHED), f"{result.disagreement[way]:.0e}"))
     title = "Slope: ms per layer per 1,000 cached positions ± standard error"
     columns = ("dtype", "way", "steps", "slope", "times SparQ's", f">= {WISHED:g}x", "logits differ by")
     return Grid(title, columns, cells, left=3)

@@ -102,6 +102,7 @@ def test_slope_and_its_error_are_those_of_least_squares():
     assert slope.error == pytest.approx((1.5 / 2) ** 0.5)  # residuals -0.5, 1, -0.5 over one degree of freedom
     ratio = llamacpp.Slope(10.0, 0.3).times(llamacpp.Slope(2.0, 0.08))
     assert ratio.value == pytest.approx(5) and ratio.error == pytest.approx(0.25)
+    assert [ratio.at_least(wished) for wished in (4.4, 4.6, 5.4, 5.6)] == ["yes", "open", "open", "no"]
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):
@@ -177,7 +178,20 @@ def test_benchmark_writes_every_way(tmp_path):
     needs_llama_cpp()
     out = tmp_path / "rows.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "llamacpp.py"), "--contexts", "300", "--dtypes", "float32"]
-    command += ["--layers", "1", "--rounds", "2", "--tokens", "3", "--json", str(out)]
+    command += [
+        "--layers",
+        "1",
+        "--rounds",
+        "2",
+        "--tokens",
+        "3",
+        "--threads",
+        "1",
+        "--clock",
+        "processor",
+        "--json",
+        str(out),
+    ]
     run = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     assert "times SparQ's" in run.stdout
     result = json.loads(out.read_text())
