@@ -42,19 +42,20 @@ from typing import Any
 from unittest import mock
 
 import torch
+from agreement import check
 from common import machine
-from generation import BARE_CONTEXT, LLAMA_3_2_1B, build_model, check_operator, decode_times, filled_cache
+from line_fit import Line
 from llama_gguf import write_gguf
+from model_shapes import build
 from report import Grid, write_json
 from rich.console import Console
 from rich.progress import Progress
 from transformers import LlamaForCausalLM
-from transformers.cache_utils import Cache
-
-import sparq
+from ways import BARE_CONTEXT, Runner, make_runner
+from ways import SPARQ as SPARQ_WAY
 
 NEEDED = {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}  # modules: packages
-SPARQ = "SparQ"
+SPARQ = SPARQ_WAY.name
 LLAMA_CPP = {True: "llama.cpp, flash", False: "llama.cpp, no flash"}
 # Of the logits, relative, against float32 arithmetic on the same weights: llama.cpp rounds activations to the dtype of
 # the weights before every product.
@@ -134,13 +135,8 @@ class Result:
 
 def slope_of(points: Sequence[tuple[float, float]]) -> Slope:
     """Of the line of least squares through (positions, milliseconds); the error is NaN where nothing is left over."""
-    xs, ys = zip(*((x / 1000, y) for x, y in points), strict=True)
-    mean_x, mean_y = statistics.fmean(xs), statistics.fmean(ys)
-    square = sum((x - mean_x) ** 2 for x in xs)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / square
-    residual = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in zip(xs, ys, strict=True))
-    freedom = len(points) - 2
-    return Slope(slope, math.sqrt(residual / freedom / square) if freedom else math.nan)
+    line = Line.through([x / 1000 for x, _ in points], [y for _, y in points])
+    return Slope(line.slope, line.slope_error)
 
 
 def disagreement(model: LlamaForCausalLM, llama_cpp: LlamaCpp, flash: bool) -> float:
@@ -161,17 +157,18 @@ def check_same_work(model: LlamaForCausalLM, llama_cpp: LlamaCpp, dtype: str, fl
     return error
 
 
-def sparq_times(model: LlamaForCausalLM, cache: Cache, tokens: int, clock: str, knobs: dict) -> list[float]:
+def sparq_times(runner: Runner, tokens: int, clock: str) -> list[float]:
     """Seconds of each decode step of `generate` with SparQ, by the function `clock` of the time module."""
-    # sparq.clock.DecodeClock, which decode_times uses, reads perf_counter.
-    with mock.patch.object(time, "perf_counter", getattr(time, clock)), sparq.patched(model, **knobs):
-        return decode_times(model, cache, 1, tokens)
+    # sparq.clock.DecodeClock, which the runner uses, reads perf_counter.
+    with mock.patch.object(time, "perf_counter", getattr(time, clock)):
+        return runner.decode(tokens)
 
 
 def measure(
     dtype: str, args: argparse.Namespace, knobs: dict, llama_cpp: LlamaCpp, tick: Callable[[str], None]
 ) -> Result:
-    model = build_model(getattr(torch, dtype), {**LLAMA_3_2_1B, "num_hidden_layers": args.layers})
+    model = build("llama-3.2-1b", getattr(torch, dtype), args.layers).model
+    check(model, max(args.contexts), batch=1, knobs=knobs)
     contexts = sorted({BARE_CONTEXT, *args.contexts})
     flashes = [flag == "on" for flag in args.flash_attention]
     with tempfile.TemporaryDirectory() as folder:
@@ -185,9 +182,8 @@ def measure(
         for flash in flashes:
             tick(f"{dtype}: filling {LLAMA_CPP[flash]}, {context:,} positions")
             llama_cpp("fill", flash_attention=flash, length=context)
-    caches = {context: filled_cache(model, SPARQ, context, batch=1, room=0) for context in contexts}
-    check_operator(model, caches[contexts[-1]], sparq.SparqConfig(**knobs))
-
+    room = (args.rounds + 1) * (args.tokens + 1)
+    runners = {context: make_runner(model, SPARQ_WAY, context, 1, room, knobs, prefill=False) for context in contexts}
     times: dict[str, Times] = {
         way: {context: [] for context in contexts} for way in (*(LLAMA_CPP[flash] for flash in flashes), SPARQ)
     }
@@ -201,7 +197,7 @@ def measure(
                 )
                 for flash in flashes
             }
-            measured[SPARQ] = sparq_times(model, caches[context], args.tokens, clock, knobs)
+            measured[SPARQ] = sparq_times(runners[context], args.tokens, clock)
             if round_:
                 for way, seconds in measured.items():
                     times[way][context].append([1000 * second / args.layers for second in seconds])

@@ -45,22 +45,6 @@ static_assert(BLOCK % W == 0, "a block's logits are whole vectors");
 
 struct alignas(LINE) Line { float x[LINE / sizeof(float)]; };
 
-// load_pair, but for float16: GCC 12 turns simd.h's conversion into one instruction for each element.
-template <class T>
-SPARQ_INLINE void widen_pair(const T* p, Floats& a, Floats& b) {
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<T, Float16>) {
-        __m256i x, y;
-        memcpy(&x, p, sizeof x);
-        memcpy(&y, p + W, sizeof y);
-        a = reinterpret_cast<Floats>(_mm512_cvtph_ps(x));
-        b = reinterpret_cast<Floats>(_mm512_cvtph_ps(y));
-        return;
-    }
-#endif
-    load_pair(p, a, b);
-}
-
 int64_t padded(int64_t floats) { return (floats + PAIR - 1) / PAIR * PAIR; }
 
 template <int n>
@@ -188,7 +172,7 @@ class Dense {
     int64_t offset(int64_t pair) const { return std::max<int64_t>(std::min(pair * PAIR, dim - PAIR), 0); }
 
     SPARQ_INLINE void load_dims(const T* row, int64_t pair, Floats& x, Floats& y) const {
-        if (dim >= PAIR) widen_pair(row + offset(pair), x, y);
+        if (dim >= PAIR) load_pair(row + offset(pair), x, y);
         else load_pair_part(row, dim, x, y);
     }
 

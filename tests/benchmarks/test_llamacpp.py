@@ -11,8 +11,8 @@ import llamacpp
 import numpy as np
 import pytest
 import torch
-from generation import build_model
-from transformers import DynamicCache
+from model_shapes import from_config
+from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +23,8 @@ SMALL = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=32,
+    vocab_size=256,
+    rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
 )
 
 
@@ -31,9 +33,13 @@ def needs_llama_cpp():
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install -e .[llama-cpp]")
 
 
+def small_model(dtype):
+    return from_config(LlamaConfig(**SMALL), dtype)
+
+
 @pytest.fixture
 def model():
-    return build_model(torch.float32, SMALL)
+    return small_model(torch.float32)
 
 
 def rotated_in_neighbouring_pairs(x, cos, sin):
@@ -71,7 +77,7 @@ def test_every_parameter_is_written_once(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_file_holds_the_weights_and_the_shape(tmp_path, dtype):
     gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install -e .[llama-cpp]")
-    model = build_model(dtype, SMALL)
+    model = small_model(dtype)
     llama_gguf.write_gguf(model, tmp_path / "model.gguf")
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     values = {name: field.contents() for name, field in reader.fields.items()}
@@ -116,7 +122,7 @@ def test_missing_packages_are_named(monkeypatch, capsys):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_logits_agree_only_where_the_work_is_the_same(tmp_path, monkeypatch, dtype):
     needs_llama_cpp()
-    model = build_model(getattr(torch, dtype), SMALL)
+    model = small_model(getattr(torch, dtype))
     with torch.no_grad():  # the rotation must matter: sharper scores than those of freshly drawn weights
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight *= 20
