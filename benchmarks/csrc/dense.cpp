@@ -11,9 +11,6 @@
 
 #include "simd.h"
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 #if defined(_OPENMP)
 extern "C" int omp_get_thread_num(void);  // the one function needed: omp.h is not everywhere that OpenMP is
 #endif

@@ -1,5 +1,5 @@
-// Vectors of floats as wide as the target's registers, through the GCC/Clang vector extension: no intrinsics, so the
-// same source serves x86 and Arm.  Storage types are widened to float32 on load; all arithmetic is float32.
+// Vectors of floats as wide as the target's registers, through the GCC/Clang vector extension, so the same source serves
+// x86 and Arm.  Storage types are widened to float32 on load; all arithmetic is float32.
 #pragma once
 
 #include <cstdint>
