@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from sparq.attention import _dense
-from sparq.cache import refuse_quantized
+from sparq.cache import SparqLayer, refuse_quantized
 from sparq.config import SparqConfig
 from sparq.counters import Counters, Report
 from sparq.lm_eval.methods import H2OLayer, Method, SparqVariant
@@ -40,7 +40,7 @@ class Pass:
         if self.cache is None:
             return None
         layer = self.layer(layer_idx)
-        if type(layer) is DynamicLayer and queries == key.shape[2]:
+        if type(layer) in (DynamicLayer, SparqLayer) and queries == key.shape[2]:
             self.cache.layers[layer_idx] = layer = H2OLayer.adopt(layer)
         if not isinstance(layer, H2OLayer):
             raise ValueError(

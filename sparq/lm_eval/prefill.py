@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from sparq.cache import upgrade
+
 
 class Prefills:
     """What prefills left behind, for runs over one model that differ only in how they decode; the oldest go first.
@@ -96,6 +98,7 @@ def prefill(
     if found is None:
         unique_ids, unique_mask = unique.chunk(2, 1)
         cache: Cache = DynamicCache(config=model.config)
+        upgrade(cache)  # for whatever method, dense too: stock's copies itself at every token
         logits = step(model, cache, unique_ids, None if unique_mask.all() else unique_mask, all_logits)
         if prefills is not None:
             prefills.put(key, cache, logits)

@@ -10,14 +10,15 @@ from sparq_kernels.reference import masked_softmax
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from sparq.cache import SparqLayer
 from sparq.config import _check_int
 from sparq.lm_eval.methods.method import Method, best, newest
 
 OBSERVED_AT_ONCE = 1 << 20  # elements of a prompt's attention: 4 MB in float32, which a processor cache holds
 
 
-class H2OLayer(DynamicLayer):
-    """A dynamic layer of a cache that remembers what attention its positions have had, and which are left.
+class H2OLayer(SparqLayer):
+    """A layer of a dynamic cache that remembers what attention its positions have had, and which are left.
 
     The evicted keys and values stay where they are, unread: dense attention, and the mask, go on to fit. `crop` takes
     positions away, but neither the attention that their queries have paid nor the evictions that they have caused:
@@ -61,8 +62,8 @@ class H2OLayer(DynamicLayer):
         self.scores, self.kept = scores, kept
 
     def reset(self) -> None:
-        self.keys = self.values = self.scores = self.kept = None
-        self.is_initialized = False
+        super().reset()
+        self.scores = self.kept = None
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
@@ -70,7 +71,7 @@ class H2OLayer(DynamicLayer):
         if self.scores is not None and self.kept is not None:
             self.scores, self.kept = self.scores[:, :, :length], self.kept[:, :, :length]
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         if self.scores is not None and self.kept is not None:
             beams = beam_idx.to(self.scores.device)
@@ -148,14 +149,16 @@ class H2O(Method):
             scores[:, :, :seen] += masked_softmax(logits, allowed[:, None, None]).sum((2, 3))
         state.scores = scores
 
-    def _select(self, query: Tensor, key: Tensor, valid: Tensor, scale: float, state: H2OLayer) -> Tensor:
+    def _select(
+        self, query: Tensor, key: Tensor, logits: Tensor, valid: Tensor, scale: float, state: H2OLayer
+    ) -> Tensor:
         if not isinstance(state, H2OLayer) or state.scores is None or state.kept is None:
             raise TypeError(f"state must be the H2OLayer that holds the keys, got {state!r}")
         budget = self._budget(valid, query.shape[-1])
         local = (budget // 2).clamp(min=1) if self.local is None else budget.clamp(max=self.local)
         left = state.kept[:, :, None] & valid[:, None, None]  # [B, Hkv, 1, S]
         kept = best(state.scores[:, :, None], left, budget, forced=newest(valid, local)[:, None, None])
-        attention = masked_softmax(query @ key.transpose(-1, -2) * scale, kept)  # [B, Hkv, G, S]
+        attention = masked_softmax(logits, kept)  # [B, Hkv, G, S]
         state.scores = state.scores + attention.sum(2)
         state.kept = state.kept & (kept[:, :, 0] | ~valid[:, None])  # padding is not evicted
         return kept

@@ -71,8 +71,8 @@ class Method(ABC):
         float64 is computed in float64, everything else in float32.
         """
         q, keys = widened(query), widened(key)
-        kept = self._select(q, keys, valid, scale, state)
-        logits = q @ keys.transpose(-1, -2) * scale
+        logits = q @ keys.transpose(-1, -2) * scale  # [B, Hkv, G, S]
+        kept = self._select(q, keys, logits, valid, scale, state)
         output = masked_softmax(logits, kept) @ clean(value, valid)
         mass = exact_mass(logits, kept, valid)
         return Attended(output.to(query.dtype), kept, mass, self._elements(kept, valid, query))
@@ -89,8 +89,9 @@ class Method(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no use for the attention of a prompt")
 
     @abstractmethod
-    def _select(self, query: Tensor, key: Tensor, valid: Tensor, scale: float, state: Any) -> Tensor:
-        """The positions to attend to, bool [B, Hkv, 1 or G, S]; arguments as in `attend`, widened."""
+    def _select(self, query: Tensor, key: Tensor, logits: Tensor, valid: Tensor, scale: float, state: Any) -> Tensor:
+        """The positions to attend to, bool [B, Hkv, 1 or G, S]; arguments as in `attend`, widened, and the exact
+        logits [B, Hkv, G, S]."""
 
     def _elements(self, kept: Tensor, valid: Tensor, query: Tensor) -> int:
         """Elements read: here K and V of the kept positions."""

@@ -19,6 +19,6 @@ class Oracle(Method):
     which is not counted. Bytes are those of the positions attended alone, 2·k·d elements per KV head; k = S / ratio.
     """
 
-    def _select(self, query: Tensor, key: Tensor, valid: Tensor, scale: float, state: Any) -> Tensor:
-        attention = masked_softmax(query @ key.transpose(-1, -2) * scale, valid[:, None, None])  # [B, Hkv, G, S]
+    def _select(self, query: Tensor, key: Tensor, logits: Tensor, valid: Tensor, scale: float, state: Any) -> Tensor:
+        attention = masked_softmax(logits, valid[:, None, None])  # [B, Hkv, G, S]
         return best(attention.sum(2, keepdim=True), valid[:, None, None], self._budget(valid, query.shape[-1]))

@@ -67,7 +67,7 @@ class Quest(Method):
         missing = -valid % self.page_size  # of the newest page
         return max(0, self.pages(valid) * self.page_size - missing)
 
-    def _select(self, query: Tensor, key: Tensor, valid: Tensor, scale: float, state: Any) -> Tensor:
+    def _select(self, query: Tensor, key: Tensor, logits: Tensor, valid: Tensor, scale: float, state: Any) -> Tensor:
         low, high, present = self._bounds(key, valid)
         # max(q·min, q·max) is q·max where q is positive, else q·min
         bound = query.clamp(min=0) @ high.transpose(-1, -2) + query.clamp(max=0) @ low.transpose(-1, -2)

@@ -94,7 +94,7 @@ class SparqVariant(Method):
         score = approximate.sum(2, keepdim=True) if self.shared else approximate
         return best(score, valid[:, None, None], budget, forced=newest(valid, local)[:, None, None])
 
-    def _select(self, query: Tensor, key: Tensor, valid: Tensor, scale: float, state: Any) -> Tensor:
+    def _select(self, query: Tensor, key: Tensor, logits: Tensor, valid: Tensor, scale: float, state: Any) -> Tensor:
         return self._choose(self._approximate(query, key, valid, scale), valid, query.shape[-1])
 
     def _elements(self, kept: Tensor, valid: Tensor, query: Tensor) -> int:

@@ -35,7 +35,7 @@ class Window(Method):
                 f"and k={self.k}"
             )
 
-    def _select(self, query: Tensor, key: Tensor, valid: Tensor, scale: float, state: Any) -> Tensor:
+    def _select(self, query: Tensor, key: Tensor, logits: Tensor, valid: Tensor, scale: float, state: Any) -> Tensor:
         budget = self._budget(valid, query.shape[-1])
         sinks = budget.clamp(max=self.sinks)
         if self.k is None:

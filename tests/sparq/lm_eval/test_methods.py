@@ -448,7 +448,7 @@ def test_h2o_adopts_a_layer() -> None:
     assert H2OLayer.adopt(plain).get_seq_length() == 0
     plain.update(of.key, of.value)
     layer = H2OLayer.adopt(plain)
-    assert layer.keys is plain.keys and layer.kept is not None and layer.kept.shape == (3, 2, 23)
+    assert torch.equal(layer.keys, plain.keys) and layer.kept is not None and layer.kept.shape == (3, 2, 23)
 
 
 BAD = [
