@@ -44,6 +44,8 @@ def tables(content: dict[str, Any]) -> str:
         f"{known['transformers']}, lm-eval {known['lm_eval']}, {known['machine']}; "
         f"{known['seconds'] / 60:.0f} minutes. *moved*: bytes of K and V (and of what the method keeps beside them) "
         "that decode steps read, dense ÷ method. ± is the standard error over documents.",
+        "## At a glance: contexts of 4,096 bytes",
+        glance(scores),
     ]
     for model in unique(score["model"] for score in scores):
         mine = [score for score in scores if score["model"] == model]
@@ -60,6 +62,35 @@ def tables(content: dict[str, Any]) -> str:
         if changed:
             parts += ["### Ablations of SparQ at ratio 8, 4k", _ablation_table(changed)]
     return "\n\n".join(parts) + "\n"
+
+
+def glance(scores: list[Score]) -> str:
+    """What the README shows: 4k contexts, SparQ at three ratios and the others at 8."""
+    tasks = {
+        "recall_pass_key_4k": "pass keys right",
+        "ruler_niah_multikey_2_cued_4k": "RULER multi-key 2 right",
+        "recall_repetition_4k": "characters repeated",
+    }
+    models = unique(score["model"] for score in scores)
+    rows = [["", "moved", *(f"{model}: {title}" for model in models for title in tasks.values())]]
+    ways = [("dense", 1), *(("sparq", ratio) for ratio in (4, 8, 16))]
+    ways += [(name, 8) for name in ("oracle", "quest", "h2o", "window")]
+    for name, ratio in ways:
+        found = {
+            (score["model"], score["task"]): score
+            for score in scores
+            if (score["name"], score["ratio"]) == (name, ratio) and score["task"] in tasks
+        }
+        if len(found) < len(models) * len(tasks):
+            continue  # a sweep over other tasks
+        moved = [score["compression"] for score in found.values()]
+        cells = []
+        for model in models:
+            for task in tasks:
+                _, form, _ = next(kind for prefix, kind in KINDS.items() if task.startswith(prefix))
+                cells.append(form.format(found[model, task]["mean"]))
+        rows.append([NAMES.get(name, name), f"{sum(moved) / len(moved):.1f}x less", *cells])
+    return markdown(rows)
 
 
 def _grid_table(scores: list[Score], form: str, error_form: str) -> str:
