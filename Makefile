@@ -37,9 +37,9 @@ format: $(STAMP)
 	$(BIN)/ruff format
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/attention.py --json benchmarks/results/attention.json
-	$(BIN)/python benchmarks/attention.py --copies 1 --json benchmarks/results/attention-one-cache.json
+	$(BIN)/python benchmarks/attention.py --json benchmarks/results/attention.json --plot benchmarks/results/attention.png
 	$(BIN)/python benchmarks/generation.py --json benchmarks/results/generation.json
+	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json --plot benchmarks/results/scaling.png
 	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json
 
 # The offline tasks, for both bundled models, over methods and compression ratios (evals/README.md).

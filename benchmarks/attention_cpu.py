@@ -1,149 +1,173 @@
-"""The attention benchmark on the CPU: dense and sparse take turns, one call at a time."""
+"""The attention benchmark on the CPU: all opponents take turns, one call at a time."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 
 import sparq_kernels
 import torch
-from common import machine, streaming_read
-from dense import CPU_WAYS
-from report import Grid, write_json, write_markdown
+from attention_cases import Case, chosen, copies_that_fit, walk
+from attention_rows import KERNEL, REFERENCE, SPARQ, Row, Timing, main_grid, plot, problems, speed_grid
+from common import available_memory, machine, streaming_read
+from dense import CPU_WAYS, DENSE_ERROR, exact
+from dense_cpu import dense_attention
+from report import write_json, write_markdown
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from sparq_kernels.cpu import CompilerError
 from torch import Tensor
-from workload import DTYPES, Inputs, Shape, disagreement, make_inputs, quantiles, sparq
+from workload import DTYPES, Inputs, Shape, disagreement, make_inputs, reference, relative_error, rounding, sparq
 
-CACHE_BYTES = 1_600_000_000  # of all dense copies together: several times any processor's cache
-SHAPES = (
-    Shape(1, 32, 8, 128, 16384, 32, 256),
-    Shape(1, 32, 32, 128, 4096, 32, 128),
-    Shape(4, 32, 8, 128, 8192, 32, 256),
-    Shape(1, 32, 8, 128, 65536, 32, 512),
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """Milliseconds are medians, `spread` their (10 %, 90 %) quantiles; GB/s as `attention` says."""
-
-    shape: str
-    dtype: str
-    correct: bool
-    dense_way: str
-    dense_ms: float
-    dense_spread: tuple[float, float]
-    dense_gbs: float
-    sparq_ms: float
-    sparq_spread: tuple[float, float]
-    sparq_gbs: float
-    streaming_gbs: float
-    speedup: float | None
-    bytes_ratio: float
-    copies: int
-
-    @property
-    def streaming_share(self) -> float:
-        return self.sparq_gbs / self.streaming_gbs
+Call = Callable[[Shape, Inputs], Tensor]
+TRIALS = 3  # turns of every way of PyTorch, before those that are clearly not its fastest are left out
+CLEARLY_SLOWER = 1.3  # times the fastest
+SECONDS = 8  # of one case's rounds, about, on a quiet machine ...
+FEWEST_ROUNDS = 5  # ... unless these take longer
+REFERENCE_TURNS = 2  # it is there for orientation only
 
 
-def milliseconds(call: Callable[[Shape, Inputs], Tensor], shape: Shape, x: Inputs) -> float:
+def kernel(shape: Shape, x: Inputs) -> Tensor:
+    return dense_attention(x.query, x.key, x.value, x.length)
+
+
+def milliseconds(call: Call, shape: Shape, x: Inputs) -> float:
     started = time.perf_counter()
     call(shape, x)
     return (time.perf_counter() - started) * 1e3
 
 
-def measure(shape: Shape, dtype_name: str, rounds: int, copies: int | None) -> Row:
+def opponents_of(row: Row, x: Inputs) -> dict[str, Call]:
+    """Whoever runs, PyTorch's ways first and SparQ last; what is wrong with an output is noted in the row."""
+    shape = row.case.shape
+    expected = exact(shape, x)
+    opponents: dict[str, Call] = {}
+    for name, call in {**CPU_WAYS, KERNEL: kernel}.items():
+        try:
+            error = relative_error(call(shape, x), expected)
+        except (RuntimeError, CompilerError, MemoryError) as problem:
+            row.unavailable[name] = str(problem).splitlines()[0]
+            continue
+        if not error < (rounding(x.query.dtype) if name == KERNEL else DENSE_ERROR):
+            row.wrong[name] = f"output differs from attention in float32 by {error:.1e}"
+        if name == KERNEL or name not in row.wrong:
+            opponents[name] = call
+    if (difference := disagreement(shape, x)) is not None:
+        row.wrong[SPARQ] = difference
+    return {**opponents, SPARQ: sparq}
+
+
+def in_turns(opponents: dict[str, Call], shape: Shape, caches: list[Inputs], rounds: int) -> dict[str, list[float]]:
+    """A B C A B C ..., each turn on the next copy."""
+    times: dict[str, list[float]] = {name: [] for name in opponents}
+    copies = walk(len(caches))
+    for _ in range(rounds):
+        for name, call in opponents.items():
+            times[name].append(milliseconds(call, shape, caches[next(copies)]))
+    return times
+
+
+def one_after_the_other(opponents: dict[str, Call], shape: Shape, x: Inputs, rounds: int) -> dict[str, list[float]]:
+    """A A A B B B ..., all on one cache, each from its third turn on."""
+    return {name: [milliseconds(call, shape, x) for _ in range(rounds + 2)][2:] for name, call in opponents.items()}
+
+
+@torch.no_grad()
+def measure(case: Case, dtype_name: str, rounds: int, copies: int, alone: bool = False) -> Row:
+    shape, row = case.shape, Row(case, dtype_name, copies)
     first = make_inputs(shape, DTYPES[dtype_name])
-    correct = disagreement(shape, first) is None
-    size = first.key.element_size()
-    if copies is None:
-        copies = max(3, min(16, -(-CACHE_BYTES // (shape.dense_elements * size))))
-    caches = [first.copy() for _ in range(copies)]
+    opponents = opponents_of(row, first)
+    caches = [first, *(first.copy() for _ in range(copies - 1))]
+    some = list(itertools.islice(itertools.cycle(caches), TRIALS))
     streaming = streaming_read()
 
-    trials = {name: min(milliseconds(call, shape, x) for x in caches[:3]) for name, call in CPU_WAYS.items()}
-    dense_way = min(trials, key=lambda name: trials[name])
-    dense_times: list[float] = []
-    sparq_times: list[float] = []
-    if copies == 1:
-        for call, times in ((CPU_WAYS[dense_way], dense_times), (sparq, sparq_times)):
-            times += [milliseconds(call, shape, caches[0]) for _ in range(rounds + 2)][2:]
+    ways = [name for name in CPU_WAYS if name in opponents]
+    row.tried_ms = {name: min(milliseconds(opponents[name], shape, x) for x in some) for name in ways}
+    for name, ms in row.tried_ms.items():
+        if ms > CLEARLY_SLOWER * min(row.tried_ms.values()):
+            del opponents[name]
+    round_ms = sum(milliseconds(call, shape, first) for call in opponents.values())
+    rounds = min(rounds, max(FEWEST_ROUNDS, int(SECONDS * 1e3 / round_ms)))
+    if alone:
+        times = one_after_the_other(opponents, shape, first, rounds)
     else:
-        turns = itertools.cycle(range(copies))
-        for _ in range(rounds):
-            dense_times.append(milliseconds(CPU_WAYS[dense_way], shape, caches[next(turns)]))
-            sparq_times.append(milliseconds(sparq, shape, caches[next(turns)]))
-            if copies % 2 == 0 and len(dense_times) % (copies // 2) == 0:
-                next(turns)  # an even number of copies would give each opponent its own half
-    streaming = max(streaming, streaming_read())
+        times = in_turns(opponents, shape, caches, rounds)
+    times[REFERENCE] = [milliseconds(reference, shape, x) for x in some[:REFERENCE_TURNS]]
+    row.streaming_gbs = max(streaming, streaming_read())
 
-    dense_ms, dense_spread = quantiles(dense_times)
-    sparq_ms, sparq_spread = quantiles(sparq_times)
-    return Row(
-        shape=str(shape),
-        dtype=dtype_name,
-        correct=correct,
-        dense_way=dense_way,
-        dense_ms=dense_ms,
-        dense_spread=dense_spread,
-        dense_gbs=shape.dense_elements * size / dense_ms / 1e6,
-        sparq_ms=sparq_ms,
-        sparq_spread=sparq_spread,
-        sparq_gbs=shape.sparse_elements * size / sparq_ms / 1e6,
-        streaming_gbs=streaming,
-        speedup=dense_ms / sparq_ms if correct else None,
-        bytes_ratio=shape.dense_elements / shape.sparse_elements,
-        copies=copies,
-    )
+    size = first.key.element_size()
+    for name, each in times.items():
+        elements = shape.sparse_elements if name in (SPARQ, REFERENCE) else shape.dense_elements
+        row.timings[name] = Timing(each, elements * size)
+    return row
 
 
-def fixed_cost(calls: int = 2000) -> float:
+def fixed_cost(call: Call, calls: int = 2000) -> float:
     """Microseconds of a call that has next to nothing to compute."""
     shape = Shape(1, 1, 1, 16, 2, 4, 1)
     x = make_inputs(shape, torch.float32)
-    times = sorted(milliseconds(sparq, shape, x) for _ in range(calls))
+    times = sorted(milliseconds(call, shape, x) for _ in range(calls))
     return times[calls // 2] * 1e3
 
 
-def grid_of(rows: list[Row]) -> Grid:
-    return Grid(
-        "Attention of one new token: dense against SparQ",
-        ("shape", "dtype", "dense ms", "GB/s", "SparQ ms", "GB/s", "of streaming", "speed-up", "bytes say"),
-        [
-            (
-                row.shape,
-                row.dtype,
-                f"{row.dense_ms:.2f} ({row.dense_spread[0]:.2f}–{row.dense_spread[1]:.2f})",
-                f"{row.dense_gbs:.1f}",
-                f"{row.sparq_ms:.3f} ({row.sparq_spread[0]:.3f}–{row.sparq_spread[1]:.3f})",
-                f"{row.sparq_gbs:.1f}",
-                f"{row.streaming_share:.0%} of {row.streaming_gbs:.1f}",
-                "WRONG" if row.speedup is None else f"{row.speedup:.1f}x",
-                f"{row.bytes_ratio:.1f}x",
-            )
-            for row in rows
-        ],
-    )
+def fixed_costs() -> dict[str, float]:
+    costs = {SPARQ: fixed_cost(sparq)}
+    with contextlib.suppress(CompilerError):  # every row says so
+        costs[KERNEL] = fixed_cost(kernel)
+    return costs
+
+
+def copies_of(case: Case, dtype_name: str, args: argparse.Namespace) -> int:
+    """0 when the case does not fit into memory."""
+    turns = args.rounds * (len(CPU_WAYS) + 2)
+    return copies_that_fit(case.shape, DTYPES[dtype_name].itemsize, turns, available_memory(), args.copies)
 
 
 def run(args: argparse.Namespace) -> bool:
-    """Measure and report; whether every row was right."""
-    console = Console(width=130)
+    """Measure and report; whether SparQ and the dense kernel were right everywhere."""
+    console = Console(width=200)
     console.print(f"operator: {sparq_kernels.backend('cpu')}, {torch.get_num_threads()} threads")
-    cost = fixed_cost()
-    rows = []
-    for index, dtype_name in itertools.product(args.rows, args.dtypes):
-        with console.status(f"{SHAPES[index]} {dtype_name}"):
-            rows.append(measure(SHAPES[index], dtype_name, args.rounds, args.copies))
-    grid = grid_of(rows)
-    console.print(grid.table())
-    console.print(f"fixed cost of a call: {cost:.0f} µs")
-    if args.json:
-        write_json(args.json, {"machine": machine(), "fixed_cost_us": cost, "rows": [asdict(row) for row in rows]})
+    settings = {
+        name: str(value) if name in ("json", "markdown", "plot") else value for name, value in vars(args).items()
+    }
+    costs = fixed_costs()
+    result = {
+        "machine": machine(),
+        "operator": sparq_kernels.backend("cpu"),
+        "settings": settings,
+        "fixed_cost_us": costs,
+    }
+    rows: list[Row] = []
+    left_out: list[str] = []
+    work = list(itertools.product(chosen(args), args.dtypes))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=len(work))
+        for case, dtype_name in work:
+            progress.update(task, description=f"{case} {dtype_name}")
+            copies = copies_of(case, dtype_name, args)
+            if copies:
+                rows.append(measure(case, dtype_name, args.rounds, copies, alone=args.copies == 1))
+            else:
+                left_out.append(f"{case} {dtype_name}")
+            progress.advance(task)
+            if args.json:  # after every row: an interrupted run still has its rows
+                write_json(args.json, {**result, "rows": [row.json() for row in rows], "left_out": left_out})
+
+    grids = [main_grid(rows), speed_grid(rows)]
+    for grid in grids:
+        console.print(grid.table())
+    console.print("unsure: the spreads of the two overlap, or the ratios of single rounds include 1")
+    for problem in problems(rows):
+        console.print(problem, highlight=False, markup=False)
+    for case_and_dtype in left_out:
+        console.print(f"left out, too large for this machine's memory: {case_and_dtype}", highlight=False, markup=False)
+    console.print("fixed cost of a call: " + ", ".join(f"{name} {cost:.0f} µs" for name, cost in costs.items()))
     if args.markdown:
-        write_markdown(args.markdown, [grid])
-    return all(row.correct for row in rows)
+        write_markdown(args.markdown, grids)
+    if args.plot and rows:
+        plot(args.plot, rows)
+    return not any({SPARQ, KERNEL} & row.wrong.keys() for row in rows)

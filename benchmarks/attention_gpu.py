@@ -13,7 +13,7 @@ import device_time
 import sparq_kernels
 import torch
 from common import machine
-from dense import Call, Way, exact, gpu_ways, unprepared
+from dense import DENSE_ERROR, Call, Way, exact, gpu_ways, unprepared
 from gpu_rows import MODES, Attempt, Case, Row, Timing, dense_grid, kernel_grid, main_grid, problems
 from report import Grid, write_json, write_markdown
 from rich.console import Console
@@ -31,7 +31,6 @@ CASES = (
 TIMES_CACHE = 4  # SparQ's reads of all copies together, in units of the device's cache
 MEMORY_SHARE = 0.6  # of what is free, for all copies: the reference and the dense ways need the rest
 CALLS = 16  # in one measurement, at least
-DENSE_ERROR = 3e-2  # two matrix products in bfloat16 round as much, and an opponent gets the benefit of the doubt
 SPARQ = Way("SparQ", unprepared(sparq))
 
 

@@ -1,9 +1,11 @@
-"""What every benchmark reports beside its numbers: the machine, and how fast it reads memory at best."""
+"""What every benchmark reports beside its numbers: the machine, the versions, and how fast it reads memory at best."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
+import subprocess
 import time
 from pathlib import Path
 
@@ -21,6 +23,8 @@ def machine() -> dict[str, object]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "sparq commit": _commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
 
@@ -35,6 +39,28 @@ def streaming_read(megabytes: int = 512, repeats: int = 7) -> float:
         buffer.sum()
         seconds.append(time.perf_counter() - started)
     return buffer.numel() * buffer.element_size() / min(seconds) / 1e9
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping, or None where the system does not say."""
+    value = _first_value("/proc/meminfo", "MemAvailable")
+    return None if value is None else int(value.split()[0]) * 1024
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file belongs to, `-dirty` when it has changes."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _first_value(path: str, name: str) -> str | None:

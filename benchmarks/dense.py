@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from workload import Inputs, Shape
 
 PAGE = 16  # positions, as serving engines have it: FlashInfer divides a row among programs page by page
+DENSE_ERROR = 3e-2  # two matrix products in bfloat16 round as much, and an opponent gets the benefit of the doubt
 
 Call = Callable[[Inputs], Tensor]
 

@@ -76,6 +76,33 @@ def sparq(shape: Shape, x: Inputs) -> Tensor:
     return out.output
 
 
+def reference_results(shape: Shape, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, alpha and positions of the plain PyTorch reference."""
+    output, alpha, positions, _ = decode_reference(
+        x.query,
+        x.key,
+        x.components,
+        x.value,
+        x.value_sum,
+        x.length,
+        None,
+        None,
+        r=shape.r,
+        k=shape.k,
+        k_divisor=None,
+        local=None,
+        scale=shape.head_dim**-0.5,
+        softcap=None,
+        mean_value=True,
+        return_positions=True,
+    )
+    return output, alpha, positions
+
+
+def reference(shape: Shape, x: Inputs) -> Tensor:
+    return reference_results(shape, x)[0]
+
+
 def relative_error(output: Tensor, expected: Tensor) -> float:
     """Of the whole tensor, by its norm; NaN, which is never below a limit, when the output holds one."""
     return float((output.reshape(expected.shape).float() - expected.float()).norm() / expected.float().norm())
@@ -100,24 +127,7 @@ def disagreement(shape: Shape, x: Inputs) -> str | None:
         k=shape.k,
         return_positions=True,
     )
-    output, alpha, positions, _ = decode_reference(
-        x.query,
-        x.key,
-        x.components,
-        x.value,
-        x.value_sum,
-        x.length,
-        None,
-        None,
-        r=shape.r,
-        k=shape.k,
-        k_divisor=None,
-        local=None,
-        scale=shape.head_dim**-0.5,
-        softcap=None,
-        mean_value=True,
-        return_positions=True,
-    )
+    output, alpha, positions = reference_results(shape, x)
     # A kernel may take another path when nobody asks for positions, and that is the one measured.
     for what, mine in (("output", ours.output), ("output without positions", sparq(shape, x))):
         error = relative_error(mine, output)

@@ -686,13 +686,13 @@ class Decoder {
     // Approximate score mass of the chosen positions for G queries.
     template <int G>
     void attended_mass(const Row& row, const Scratch& s, int64_t g, float* mass) const {
-        float sum[G] = {};
+        double sum[G] = {};  // k may be tens of thousands
         for (int64_t i = 0; i < row.budget; i++) {
             int64_t position = s.chosen[i], unit = position / UNIT;
             for (int j = 0; j < G; j++)
                 sum[j] += s.weights[(g + j) * tiles * TILE + position] * s.unit_weight[(g + j) * units + unit];
         }
-        for (int j = 0; j < G; j++) mass[j] = sum[j];
+        for (int j = 0; j < G; j++) mass[j] = static_cast<float>(sum[j]);
     }
 
     void merge(int64_t head, Scratch& s) const {

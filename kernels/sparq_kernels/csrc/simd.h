@@ -1,5 +1,5 @@
-// Vectors of floats as wide as the target's registers, through the GCC/Clang vector extension: no intrinsics, so the
-// same source serves x86 and Arm.  Storage types are widened to float32 on load; all arithmetic is float32.
+// Vectors of floats as wide as the target's registers, through the GCC/Clang vector extension, so the same source serves
+// x86 and Arm.  Storage types are widened to float32 on load; all arithmetic is float32.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 #include <utility>
 
 #if defined(__x86_64__)
-#include <xmmintrin.h>
+#include <immintrin.h>
 #endif
 
 namespace sparq {
@@ -47,7 +47,21 @@ SPARQ_INLINE Ints load_ints(const int32_t* p) { Ints v; memcpy(&v, p, sizeof v);
 SPARQ_INLINE Floats load(const float* p) { Floats v; memcpy(&v, p, sizeof v); return v; }
 SPARQ_INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 
-#if defined(__AVX512FP16__) || defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
+#if defined(__AVX512F__) || (defined(__AVX__) && defined(__F16C__))
+// The one conversion by intrinsics: GCC 12 makes an instruction for each element of a vector of _Float16.
+SPARQ_INLINE Floats load(const Float16* p) {
+#if defined(__AVX512F__)
+    __m256i h;
+    memcpy(&h, p, sizeof h);
+    __m512 x = _mm512_cvtph_ps(h);
+#else
+    __m128i h;
+    memcpy(&h, p, sizeof h);
+    __m256 x = _mm256_cvtph_ps(h);
+#endif
+    return reinterpret_cast<Floats>(x);
+}
+#elif defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
 SPARQ_INLINE Floats load(const Float16* p) {
     typedef _Float16 Native __attribute__((vector_size(2 * W)));
     Native h;

@@ -1,0 +1,127 @@
+"""The dense attention kernel in C++ that SparQ's is measured against: csrc/dense.cpp, with the vectors of SparQ's own
+kernel, compiled and cached as sparq_kernels compiles that one, by the same compiler and with the same flags.
+
+The operator has no use for it, so it is kept with the benchmark.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from sparq_kernels import cpu
+from torch import Tensor
+
+SOURCE = Path(__file__).parent / "csrc" / "dense.cpp"
+ARGUMENTS = struct.Struct("@5P15qd")  # struct Arguments of dense.cpp
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float | None = None) -> Tensor:
+    """Softmax attention of one new token over the first `length` positions of each row, [B, Hq, 1, d].
+
+    query: [B, Hq, 1, d]; key and value: [B, Hkv, S, d], all float32, bfloat16 or float16 and contiguous in d; length:
+    int64 [B], 1 to S. scale: d^-1/2 unless given.
+    Raises ValueError for arguments that do not belong together, CompilerError where the kernel cannot be built.
+    """
+    batch, num_heads, query_length, head_dim = query.shape
+    _, num_kv_heads, cached, _ = key.shape
+    fits = query_length == 1 and num_heads % num_kv_heads == 0 and key.shape == value.shape
+    if not fits or (key.shape[0], key.shape[3]) != (batch, head_dim) or length.shape != (batch,):
+        shapes = ", ".join(str(list(x.shape)) for x in (query, key, value, length))
+        raise ValueError(f"shapes do not belong together: {shapes}")
+    if not query.dtype == key.dtype == value.dtype or query.dtype not in cpu.DTYPE_CODES or length.dtype != torch.int64:
+        raise ValueError("query, key and value must share float32, bfloat16 or float16; length must be int64")
+    if not all(x.stride(-1) == 1 for x in (query, key, value)) or not length.is_contiguous():
+        raise ValueError("head_dim must be contiguous, and length")
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    status = kernel()(
+        ARGUMENTS.pack(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            length.data_ptr(),
+            output.data_ptr(),
+            torch.get_num_threads(),
+            batch,
+            num_kv_heads,
+            num_heads // num_kv_heads,
+            head_dim,
+            cached,
+            *query.stride()[:2],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            cpu.DTYPE_CODES[query.dtype],
+            head_dim**-0.5 if scale is None else scale,
+        )
+    )
+    if status == 3:
+        raise ValueError(f"length must be 1 to {cached}, got {length.tolist()}")
+    if status:
+        raise MemoryError("not enough memory for the dense kernel's scratch")
+    return output
+
+
+@functools.cache
+def kernel() -> Callable[[bytes], int]:
+    library = ctypes.CDLL(str(build()))
+    library.dense_arguments_size.restype = ctypes.c_int64
+    assert library.dense_arguments_size() == ARGUMENTS.size, "dense.cpp's Arguments are not what is packed here"
+    function = library.dense_attention
+    function.argtypes = [ctypes.c_char_p]
+    function.restype = ctypes.c_int64
+    return function
+
+
+def build() -> Path:
+    """Path of the shared library for this source, compiler and processor; compiled if need be.
+
+    Raises CompilerError.
+    """
+    compiler = [*cpu.find_compiler(), *shlex.split(os.environ.get("SPARQ_CXXFLAGS", ""))]
+    key = hashlib.sha256()
+    for part in (
+        SOURCE.read_bytes(),
+        (cpu.SOURCES / "simd.h").read_bytes(),
+        *map(str.encode, [*compiler, *cpu.host()]),
+    ):
+        key.update(part + b"\0")
+    directory = cpu.cache_directory()
+    library = directory / f"dense-{key.hexdigest()[:20]}.so"
+    with cpu.locked(directory / "lock"):
+        if not library.exists():
+            print("compiling the dense kernel (once, some seconds) ...", file=sys.stderr, flush=True)
+            compile_library(compiler, library)
+    return library
+
+
+def compile_library(compiler: list[str], library: Path) -> None:
+    """Compile and move into place at once; without OpenMP, on one core, where the compiler has none."""
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    flags = ["-std=c++17", "-O3", "-fPIC", "-Wno-psabi", native, f"-I{cpu.SOURCES}"]
+    errors = []
+    with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+        built, unit = Path(directory) / "dense.so", Path(directory) / "dense.o"
+        # Linked with the runtime that torch has loaded, so that both share one pool of threads.
+        for openmp, runtime in ((["-fopenmp"], cpu.openmp_runtime()), ([], [])):
+            steps = [
+                [*compiler, *flags, *openmp, "-c", str(SOURCE), "-o", str(unit)],
+                [*compiler, "-shared", str(unit), *runtime, "-o", str(built)],
+            ]
+            results = (subprocess.run(step, capture_output=True, text=True) for step in steps)
+            failed = next((result for result in results if result.returncode), None)
+            if failed is None:
+                os.replace(built, library)
+                return
+            errors.append(failed.stderr.strip())
+    raise cpu.CompilerError(f"{shlex.join(compiler)} could not compile the dense kernel: {errors[0][-2000:]}")

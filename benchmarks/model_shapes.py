@@ -1,0 +1,163 @@
+"""The models that the whole-model benchmarks run: true layer shapes with random weights, or real ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+LONG_ENOUGH = 1 << 20  # positions: more than any context measured, whatever the real model was trained for
+SMALL_VOCABULARY = 256
+
+
+def llama_3_2_1b() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
+
+
+def llama_2_7b() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+
+
+def pythia_1_4b() -> GPTNeoXConfig:
+    return GPTNeoXConfig(
+        vocab_size=50304,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        use_parallel_residual=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    )
+
+
+SHAPES = {"llama-3.2-1b": llama_3_2_1b, "llama-2-7b": llama_2_7b, "pythia-1.4b": pythia_1_4b}
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What one layer caches, and who asks."""
+
+    query: int
+    kv: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> Heads:
+        text = config.get_text_config(decoder=True)
+        query = text.num_attention_heads
+        return cls(
+            query,
+            getattr(text, "num_key_value_heads", None) or query,
+            getattr(text, "head_dim", None) or text.hidden_size // query,
+        )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be measured, and what must be said about it beside every number."""
+
+    model: PreTrainedModel
+    name: str
+    layers: int
+    layers_of: int  # as many has the model that it is named after
+    vocabulary: int
+    vocabulary_of: int
+    random_weights: bool
+
+    def __str__(self) -> str:
+        said = [f"{self.name}: {self.layers} of {self.layers_of} layers"]
+        if self.vocabulary < self.vocabulary_of:
+            said.append(f"vocabulary of {self.vocabulary:,} instead of {self.vocabulary_of:,}")
+        if self.random_weights:
+            said.append("random weights")
+        return ", ".join(said)
+
+    def described(self) -> dict[str, object]:
+        """For a JSON file."""
+        return {name: value for name, value in vars(self).items() if name != "model"}
+
+
+def is_real(name: str) -> bool:
+    """Whether `--model` means weights to be loaded: a folder, or a name of the hub."""
+    return name not in SHAPES
+
+
+def layers_of(name: str) -> int:
+    """Layers of the model when none is cut off; reads a real model's configuration."""
+    config = AutoConfig.from_pretrained(name) if is_real(name) else SHAPES[name]()
+    return config.get_text_config(decoder=True).num_hidden_layers
+
+
+def build(name: str, dtype: torch.dtype, layers: int | None) -> Subject:
+    """A model of this name, ready to decode greedily without an end.
+
+    Args:
+        name: one of `SHAPES`, which gets random weights, or a real model's folder or name.
+        layers: how many of its first layers to keep; None: all. A shape that is cut gets a vocabulary of 256, too: with
+            the whole one the language model head would cost as much as several layers.
+    """
+    if is_real(name):
+        config = AutoConfig.from_pretrained(name)
+        text = config.get_text_config(decoder=True)
+        label = Path(name).name  # a folder's place is nobody's business
+    else:
+        config = text = SHAPES[name]()
+        label = name
+        config.max_position_embeddings = LONG_ENOUGH
+    whole, vocabulary = text.num_hidden_layers, text.vocab_size
+    kept = whole if layers is None else min(layers, whole)
+    if kept < whole:
+        text.num_hidden_layers = kept
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:kept]
+        if not is_real(name):
+            text.vocab_size = SMALL_VOCABULARY
+    if is_real(name):
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True)
+    else:
+        model = from_config(config, dtype)
+    endless(model)
+    return Subject(model, label, kept, whole, text.vocab_size, vocabulary, not is_real(name))
+
+
+def from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """With the same random weights every time."""
+    config.bos_token_id = config.eos_token_id = None
+    config.pad_token_id = 0
+    torch.manual_seed(0)
+    return endless(AutoModelForCausalLM.from_config(config, dtype=dtype))
+
+
+def endless(model: PreTrainedModel) -> PreTrainedModel:
+    """Greedy, and without a token that ends an answer: a step must not depend on what was generated."""
+    model.generation_config = GenerationConfig(pad_token_id=0, do_sample=False)
+    return model.eval()
