@@ -99,7 +99,7 @@ def _grid_table(scores: list[Score], form: str, error_form: str) -> str:
     for name, ratio in unique((score["name"], score["ratio"]) for score in scores):
         found = {score["task"]: score for score in scores if (score["name"], score["ratio"]) == (name, ratio)}
         moved = [score["compression"] for score in found.values()]
-        cells = [f"{form.format(found[task]['mean'])} ± {error_form.format(found[task]['error'])}" for task in tasks]
+        cells = [_cell(found.get(task), form, error_form) for task in tasks]
         rows.append([NAMES.get(name, name), str(ratio), f"{sum(moved) / len(moved):.1f}x", *cells])
     return markdown(rows)
 
@@ -121,10 +121,15 @@ def _ablation_table(scores: list[Score]) -> str:
         cells = []
         for task in tasks:
             _, form, error_form = next(kind for prefix, kind in KINDS.items() if task.startswith(prefix))
-            cells.append(f"{form.format(found[task]['mean'])} ± {error_form.format(found[task]['error'])}")
+            cells.append(_cell(found.get(task), form, error_form))
         moved = [score["compression"] for score in found.values()]
         rows.append([name, f"{sum(moved) / len(moved):.1f}x", *cells])
     return markdown(rows)
+
+
+def _cell(score: Score | None, form: str, error_form: str) -> str:
+    """A dash where the sweep's plan leaves a task out."""
+    return "–" if score is None else f"{form.format(score['mean'])} ± {error_form.format(score['error'])}"
 
 
 def _documents(scores: list[Score], task: str) -> str:
@@ -157,10 +162,11 @@ def plot(content: dict[str, Any], path: Path) -> None:
 
     scores = [score for score in content["scores"] if score["ratio"] is not None]
     models = unique(score["model"] for score in scores)
-    size = (4 * len(PANELS), 3.2 * len(models) + 0.5)
-    figure, grid = plt.subplots(len(models), len(PANELS), figsize=size, squeeze=False, layout="constrained")
+    panels = {task: title for task, title in PANELS.items() if any(score["task"] == task for score in scores)}
+    size = (4 * len(panels), 3.2 * len(models) + 0.5)
+    figure, grid = plt.subplots(len(models), len(panels), figsize=size, squeeze=False, layout="constrained")
     for model, line in zip(models, grid, strict=True):
-        for (task, title), axes in zip(PANELS.items(), line, strict=True):
+        for (task, title), axes in zip(panels.items(), line, strict=True):
             found = [score for score in scores if (score["model"], score["task"]) == (model, task)]
             for score in found:
                 if score["name"] == "dense":

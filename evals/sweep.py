@@ -197,7 +197,7 @@ def _error(values: Any) -> float:
 
 PLAN = {  # task: tokens, documents, whether the other methods run at all RATIOS, or at 8 only
     "recall_pass_key_1k": (1024, 25, False),
-    "recall_pass_key_2k": (2048, 25, False),
+    "recall_pass_key_2k": (2048, 25, True),
     "recall_pass_key_4k": (4096, 25, True),
     "recall_pass_key_8k": (8192, 10, False),
     "recall_repetition_1k": (1024, 20, False),
@@ -206,7 +206,7 @@ PLAN = {  # task: tokens, documents, whether the other methods run at all RATIOS
     "recall_repetition_8k": (8192, 5, False),
     "recall_documentation_1k": (1024, 10, False),
     "recall_documentation_4k": (4096, 5, False),
-    "ruler_niah_single_1_cued_4k": (4096, 5, False),
+    "ruler_niah_single_1_cued_4k": (4096, 10, True),
     "ruler_niah_multikey_2_cued_4k": (4096, 20, True),
     "ruler_niah_multikey_3_cued_1k": (1024, 10, False),
 }

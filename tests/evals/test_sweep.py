@@ -1,5 +1,6 @@
 """The sweep over methods and ratios, on a small random model, and what is made of its scores."""
 
+import dataclasses
 import json
 import math
 
@@ -9,6 +10,14 @@ import sweep
 from byte_tokenizer import save_byte_tokenizer
 
 from tests.sparq.tiny import build
+
+
+def test_a_task_left_out_is_a_dash(scores):
+    documentation = [score for score in scores if score.task == "recall_documentation_1k"]
+    elsewhere = [dataclasses.replace(score, task="recall_documentation_4k") for score in documentation[:1]]
+    text = results.tables(content([*documentation, *elsewhere]))
+    (row,) = [line for line in text.splitlines() if line.startswith("| SparQ | 8 |")]
+    assert row.count("–") == 1 and row.count("±") == 1
 
 
 @pytest.fixture(scope="module")
