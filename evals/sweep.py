@@ -33,11 +33,11 @@ RATIOS = (2, 4, 8, 16)
 OTHERS = ("oracle", "window", "h2o", "quest")
 DECODED = 32  # tokens of each context: more than a question has
 PREFILL_BYTES = 4 << 30  # of K and V kept for the other methods
-METRICS = {  # task: its measure, and whether more is better
-    "recall_pass_key": ("right", True),
-    "recall_repetition": ("matched_characters", True),
-    "recall_documentation": ("bits_per_byte", False),
-    "ruler_niah": ("right", True),
+METRICS = {  # beginning of a task's name: its measure
+    "recall_pass_key": "right",
+    "recall_repetition": "matched_characters",
+    "recall_documentation": "bits_per_byte",
+    "ruler_niah": "right",
 }
 
 
@@ -137,7 +137,7 @@ def _run(job: Job) -> list[Score]:
     manager = TaskManager(include_path=str(EVALS / "tasks"), metadata={"tokenizer": job.model})
     tasks = manager.load([job.task])
     prefills = Prefills(PREFILL_BYTES)
-    measure, _ = next(metric for name, metric in METRICS.items() if job.task.startswith(name))
+    measure = next(metric for name, metric in METRICS.items() if job.task.startswith(name))
 
     scores: list[Score] = []
     dense: torch.Tensor | None = None

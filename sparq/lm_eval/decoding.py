@@ -63,7 +63,7 @@ class Decoding:
     @property
     def prefill_kind(self) -> str:
         """What tells caches apart that this method leaves after a prefill from others."""
-        return "h2o" if self.method == "h2o" else ""
+        return self.method if getattr(self.config, "observes", False) else ""
 
     @contextmanager
     def on(self, model: PreTrainedModel) -> Iterator[Callable[[], Report] | None]:

@@ -166,8 +166,9 @@ class SparqLM(HFLM):
                     prefills=self.prefills,
                     kind=self.decoding.prefill_kind,
                 )
+                padded = not mask.all()
                 for t in range(before, context.shape[1] - 1):  # `generate` feeds the last
-                    seen = None if mask.all() else mask[:, : t + 1]
+                    seen = mask[:, : t + 1] if padded else None
                     step(self.model, options["past_key_values"], context[:, t : t + 1], seen)
         return super()._model_generate(context, max_length, stop, **options)
 
