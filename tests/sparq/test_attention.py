@@ -17,7 +17,7 @@ from sparq.config import SparqConfig
 from sparq.counters import Counters
 from sparq.step import Step
 from tests.sparq.slow import Slow
-from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_forced
+from tests.sparq.tiny import build, check_beams, generate, next_tokens, prompt, teacher_forced
 
 SPARSE = dict(r=4, k=12, min_length=0)
 
@@ -424,24 +424,7 @@ def test_normal_use_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_beams_read_their_own_cache() -> None:
-    """The tokens that a beam search has found, fed again one by one, are as likely as the search said."""
-    inputs, model = prompt(batch=1, padding=0), sparq.patch(build(), **SPARSE)
-    found = model.generate(
-        **inputs,
-        max_new_tokens=8,
-        num_beams=4,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_scores=True,
-        length_penalty=0.0,
-        pad_token_id=0,
-    )
-    tokens = found.sequences[:, 40:]
-    with torch.no_grad():
-        first = model(**inputs).logits[:, -1:]
-    logits = torch.cat([first, teacher_forced(model, inputs, tokens[:, :-1])], dim=1)
-    likelihood = logits.log_softmax(-1).gather(-1, tokens[..., None]).sum()
-    torch.testing.assert_close(likelihood, found.sequences_scores[0], rtol=1e-4, atol=1e-4)
+    check_beams(sparq.patch(build(), **SPARSE))
 
 
 def test_one_prompt_cache_for_several_continuations() -> None:

@@ -164,3 +164,24 @@ def teacher_forced(
 
 def next_tokens(batch: int = 2, steps: int = 12, seed: int = 2) -> Tensor:
     return torch.randint(3, VOCABULARY, (batch, steps), generator=torch.Generator().manual_seed(seed))
+
+
+def check_beams(model: PreTrainedModel) -> None:
+    """The tokens that a beam search has found, fed again one by one, are as likely as the search said."""
+    inputs = prompt(batch=1, padding=0)
+    found = model.generate(
+        **inputs,
+        max_new_tokens=8,
+        num_beams=4,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        length_penalty=0.0,
+        pad_token_id=0,
+    )
+    tokens = found.sequences[:, 40:]
+    with torch.no_grad():
+        first = model(**inputs).logits[:, -1:]
+    logits = torch.cat([first, teacher_forced(model, inputs, tokens[:, :-1])], dim=1)
+    likelihood = logits.log_softmax(-1).gather(-1, tokens[..., None]).sum()
+    torch.testing.assert_close(likelihood, found.sequences_scores[0], rtol=1e-4, atol=1e-4)

@@ -14,7 +14,7 @@ import sparq
 from sparq.lm_eval.comparison import Comparison
 from sparq.lm_eval.methods import H2O, H2OLayer, Method, Oracle, Quest, SparqVariant, Window
 from tests.sparq.snapshot import snapshot
-from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_forced
+from tests.sparq.tiny import build, check_beams, generate, next_tokens, prompt, teacher_forced
 
 SPARSE: list[Method] = [
     Oracle(k=12),
@@ -276,25 +276,8 @@ def test_h2o_after_a_crop() -> None:
 
 @pytest.mark.parametrize("method", [SPARSE[0], SPARSE[2]], ids=["Oracle", "H2O"])
 def test_beams(method: Method) -> None:
-    """The tokens that a beam search has found, fed again one by one, are as likely as the search said."""
-    inputs = prompt(batch=1, padding=0)
     model, _ = compared(method)
-    found = model.generate(
-        **inputs,
-        max_new_tokens=8,
-        num_beams=4,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_scores=True,
-        length_penalty=0.0,
-        pad_token_id=0,
-    )
-    tokens = found.sequences[:, 40:]
-    with torch.no_grad():
-        first = model(**inputs).logits[:, -1:]
-    logits = torch.cat([first, teacher_forced(model, inputs, tokens[:, :-1])], dim=1)
-    likelihood = logits.log_softmax(-1).gather(-1, tokens[..., None]).sum()
-    torch.testing.assert_close(likelihood, found.sequences_scores[0], rtol=1e-4, atol=1e-4)
+    check_beams(model)
 
 
 @pytest.mark.parametrize(
