@@ -85,15 +85,15 @@ class Score:
 DENSE = Way("dense", 1, {"method": "dense"})
 
 
-def grid(tokens: int, head_dim: int, ratios: tuple[int, ...] = RATIOS) -> list[Way]:
-    """SparQ at every ratio, the other methods at `ratios`. SparQ's r and k are the paper's, without the floors of
-    `SparqConfig`: at short contexts it would otherwise read more than the others."""
+def grid(tokens: int, head_dim: int) -> list[Way]:
+    """Every method at every ratio. SparQ's r and k are the paper's, without the floors of `SparqConfig`: at short
+    contexts it would otherwise read more than the others."""
     ways = [DENSE, Way("defaults", 8, {"method": "sparq"})]
     for ratio in RATIOS:
         knobs = {"r": head_dim // ratio, "k": tokens // (2 * ratio)}
         ways.append(Way("sparq", ratio, {"method": "sparq"} | knobs))
     for method in OTHERS:
-        ways += [Way(method, ratio, {"method": method, "ratio": ratio}) for ratio in ratios]
+        ways += [Way(method, ratio, {"method": method, "ratio": ratio}) for ratio in RATIOS]
     return ways
 
 
@@ -134,7 +134,7 @@ def _run(job: Job) -> list[Score]:
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32, use_safetensors=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    manager = TaskManager(include_path=str(EVALS / "tasks"), metadata={"tokenizer": job.model})
+    manager = TaskManager(include_path=str(EVALS / "tasks"), include_defaults=False, metadata={"tokenizer": job.model})
     tasks = manager.load([job.task])
     prefills = Prefills(PREFILL_BYTES)
     measure = next(metric for name, metric in METRICS.items() if job.task.startswith(name))
@@ -195,20 +195,18 @@ def _error(values: Any) -> float:
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
 
 
-PLAN = {  # task: tokens, documents, whether the other methods run at all RATIOS, or at 8 only
-    "recall_pass_key_1k": (1024, 25, False),
-    "recall_pass_key_2k": (2048, 25, True),
-    "recall_pass_key_4k": (4096, 25, True),
-    "recall_pass_key_8k": (8192, 10, False),
-    "recall_repetition_1k": (1024, 20, False),
-    "recall_repetition_2k": (2048, 10, False),
-    "recall_repetition_4k": (4096, 10, True),
-    "recall_repetition_8k": (8192, 5, False),
-    "recall_documentation_1k": (1024, 10, False),
-    "recall_documentation_4k": (4096, 5, False),
-    "ruler_niah_single_1_cued_4k": (4096, 10, True),
-    "ruler_niah_multikey_2_cued_4k": (4096, 20, True),
-    "ruler_niah_multikey_3_cued_1k": (1024, 10, False),
+PLAN = {  # task: tokens, documents
+    "recall_pass_key_1k": (1024, 25),
+    "recall_pass_key_2k": (2048, 25),
+    "recall_pass_key_4k": (4096, 25),
+    "recall_pass_key_8k": (8192, 10),
+    "recall_repetition_1k": (1024, 20),
+    "recall_repetition_4k": (4096, 10),
+    "recall_documentation_1k": (1024, 10),
+    "recall_documentation_4k": (4096, 5),
+    "ruler_niah_single_1_cued_4k": (4096, 10),
+    "ruler_niah_multikey_2_cued_4k": (4096, 20),
+    "ruler_niah_multikey_3_cued_1k": (1024, 10),
 }
 ABLATED = ("recall_pass_key_4k", "recall_repetition_4k", "ruler_niah_multikey_2_cued_4k")
 BATCH = 10
@@ -220,10 +218,9 @@ def jobs(models: list[str], share: float) -> list[Job]:
     for model in models:
         config = json.loads((Path(model) / "config.json").read_text())
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        for task, (tokens, documents, everything) in PLAN.items():
+        for task, (tokens, documents) in PLAN.items():
             limit = max(5, round(documents * share / 5) * 5)  # pass keys: five questions about a text
-            ways = grid(tokens, head_dim, RATIOS if everything else (8,))
-            ways += ablations(tokens, head_dim) if task in ABLATED else []
+            ways = grid(tokens, head_dim) + (ablations(tokens, head_dim) if task in ABLATED else [])
             found.append(Job(model, task, tokens, min(BATCH, limit), limit, tuple(ways)))
     return sorted(found, key=lambda job: -job.tokens * job.limit * len(job.ways))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -126,27 +127,31 @@ class H2O(Method):
     def observe(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, state: H2OLayer) -> None:
         """Add the attention of these queries to the scores in `state`, the layer that holds `key`.
 
-        Evicted positions are among those that they see, and stay evicted. The queries are taken in chunks, so that
-        the attention of a long prompt is never all in memory.
+        Evicted positions are among those that they see, and stay evicted. The queries are taken in chunks, each with
+        the positions that any of them sees, so that the attention of a long prompt is never all in memory, and neither
+        the future nor padding is computed.
         """
         batch, kv_heads, group, queries, _ = query.shape
         length = key.shape[2]
         assert state.scores is not None
         wide = state.scores.dtype
-        scores, keys = state.scores.clone(), key.to(wide)
-        chunk = max(1, OBSERVED_AT_ONCE // (batch * kv_heads * group * length))
-        for start in range(0, queries, chunk):
-            q = query[:, :, :, start : start + chunk].to(wide)
-            own = torch.arange(start, start + q.shape[3], device=key.device) + length - queries  # their own positions
+        scores, keys, scaled = state.scores.clone(), key.to(wide), query.to(wide) * scale
+        positions = torch.arange(length, device=key.device)
+        chunk = max(1, OBSERVED_AT_ONCE // (kv_heads * group * length))
+        for row, start in itertools.product(range(batch), range(0, queries, chunk)):
+            q = scaled[row, :, :, start : start + chunk]  # [Hkv, G, chunk, d]
+            own = positions[length - queries + start :][: q.shape[2], None]  # their own positions
             if mask is None:
-                seen = length - queries + start + q.shape[3]  # later positions nobody sees
-                allowed = (torch.arange(seen, device=key.device) <= own[:, None])[None]
+                allowed = positions <= own  # [chunk, S]
             else:
-                seen = length
-                allowed = mask[:, start : start + chunk]
-                allowed = allowed & allowed.gather(-1, own[None, :, None].expand(allowed.shape[0], -1, 1))
-            logits = q @ keys[:, :, None, :seen].transpose(-1, -2) * scale  # [B, Hkv, G, chunk, seen]
-            scores[:, :, :seen] += masked_softmax(logits, allowed[:, None, None]).sum((2, 3))
+                allowed = mask[row, start : start + chunk]
+                allowed = allowed & allowed.gather(-1, own)
+            seen = allowed.any(0).nonzero()
+            if len(seen) == 0:
+                continue
+            columns = slice(int(seen[0]), int(seen[-1]) + 1)
+            logits = q @ keys[row, :, None, columns].transpose(-1, -2)  # [Hkv, G, chunk, columns]
+            scores[row, :, columns] += masked_softmax(logits, allowed[:, columns]).sum((1, 2))
         state.scores = scores
 
     def _select(

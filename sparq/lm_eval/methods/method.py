@@ -73,7 +73,7 @@ class Method(ABC):
         q, keys = widened(query), widened(key)
         logits = q @ keys.transpose(-1, -2) * scale  # [B, Hkv, G, S]
         kept = self._select(q, keys, logits, valid, scale, state)
-        output = masked_softmax(logits, kept) @ clean(value, valid)
+        output = masked_softmax(logits, kept) @ finite_padding(value, valid)
         mass = exact_mass(logits, kept, valid)
         return Attended(output.to(query.dtype), kept, mass, self._elements(kept, valid, query))
 
@@ -125,10 +125,12 @@ def newest(valid: Tensor, count: Tensor) -> Tensor:
     return valid & (newest_first <= count[:, None])
 
 
-def clean(values: Tensor, valid: Tensor) -> Tensor:
-    """Widened [B, Hkv, S, d] with 0 at invalid positions: padding may hold anything, NaN included."""
+def finite_padding(values: Tensor, valid: Tensor) -> Tensor:
+    """Widened [B, Hkv, S, d] that weights of 0 at invalid positions do away with: padding may hold NaN."""
     values = widened(values)
-    return values if valid.all() else values.masked_fill(~valid[:, None, :, None], 0)
+    if values.transpose(1, 2)[~valid].isfinite().all():  # so it is most often, and the rest need not be copied
+        return values
+    return values.masked_fill(~valid[:, None, :, None], 0)
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -82,28 +82,19 @@ class Quest(Method):
 
     def _bounds(self, key: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Smallest and largest of K in each page, [B, Hkv, pages, d], and which pages a row has, bool [B, pages]."""
-        pages = -(-valid.shape[1] // self.page_size)
-        if valid.all():
-            whole = key.shape[2] // self.page_size * self.page_size
-            parts = [key[:, :, :whole].unflatten(2, (-1, self.page_size)), key[:, :, None, whole:]]
-            parts = [part for part in parts if part.numel()]
-            low, high = torch.cat([p.amin(3) for p in parts], 2), torch.cat([p.amax(3) for p in parts], 2)
-            return low, high, torch.ones(valid.shape[0], pages, dtype=torch.bool, device=key.device)
-        # No padding inside the pages.
-        valid_first = valid.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)  # [B, S]
-        keys = key.gather(2, valid_first[:, None, :, None].expand_as(key))
-        beyond = torch.arange(keys.shape[2], device=key.device) >= valid.sum(-1, keepdim=True)  # [B, S]
-        slack = pages * self.page_size - keys.shape[2]
-
-        def paged(fill: float) -> Tensor:
-            filled = keys.masked_fill(beyond[:, None, :, None], fill)
-            return torch.nn.functional.pad(filled, (0, 0, 0, slack), value=fill).unflatten(2, (pages, self.page_size))
-
-        starts = torch.arange(pages, device=key.device) * self.page_size
-        present = starts < valid.sum(-1, keepdim=True)
-        absent = ~present[:, None, :, None]
-        low, high = paged(torch.inf).amin(3), paged(-torch.inf).amax(3)
-        return low.masked_fill(absent, 0), high.masked_fill(absent, 0), present
+        counts = [math.ceil(n / self.page_size) for n in valid.sum(-1).tolist()]
+        low = key.new_zeros(*key.shape[:2], max(counts), key.shape[3])
+        high = torch.zeros_like(low)
+        for row, pages in enumerate(counts):
+            keys = key[row] if valid[row].all() else key[row][:, valid[row]]  # [Hkv, n, d]
+            whole = keys.shape[1] // self.page_size
+            paged = keys[:, : whole * self.page_size].unflatten(1, (whole, self.page_size))
+            low[row, :, :whole], high[row, :, :whole] = paged.amin(2), paged.amax(2)
+            if pages > whole:  # the newest, filled in part
+                rest = keys[:, whole * self.page_size :]
+                low[row, :, whole], high[row, :, whole] = rest.amin(1), rest.amax(1)
+        present = torch.arange(max(counts), device=key.device) < torch.tensor(counts, device=key.device)[:, None]
+        return low, high, present
 
     def _elements(self, kept: Tensor, valid: Tensor, query: Tensor) -> int:
         pages = sum(math.ceil(n / self.page_size) for n in valid.sum(-1).tolist())

@@ -10,7 +10,7 @@ from sparq_kernels.reference import masked_softmax
 from torch import Tensor
 
 from sparq.config import SparqConfig
-from sparq.lm_eval.methods.method import Attended, Method, best, clean, exact_mass, newest, widened
+from sparq.lm_eval.methods.method import Attended, Method, best, exact_mass, newest, widened
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +60,8 @@ class SparqVariant(Method):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scale: float, state: Any = None
     ) -> Attended:
-        q, keys, values = widened(query), widened(key), clean(value, valid)
+        q, keys = widened(query), widened(key)
+        values = widened(value).masked_fill(~valid[:, None, :, None], 0)  # padding may hold anything, NaN included
         approximate = self._approximate(q, keys, valid, scale)  # [B, Hkv, G, S]
         kept = self._choose(approximate, valid, q.shape[-1])
         logits = q @ keys.transpose(-1, -2) * scale

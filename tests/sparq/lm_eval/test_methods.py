@@ -58,7 +58,7 @@ class Case:
 
 
 def case(padding: str = "left", *, length: int = 23, prompt: int = 17, group: int = 2, seed: int = 0) -> Case:
-    """Three rows, two KV heads of size 8, float64; what is padding is NaN."""
+    """Three rows, two KV heads of size 8, float64; what is padding is NaN or, with holes, large."""
     generator = torch.Generator().manual_seed(seed)
     queries = 2 * torch.randn(3, 2, group, length, 8, generator=generator, dtype=torch.float64)
     key, value = torch.randn(2, 3, 2, length, 8, generator=generator, dtype=torch.float64)
@@ -67,8 +67,9 @@ def case(padding: str = "left", *, length: int = 23, prompt: int = 17, group: in
         valid[1, :5] = valid[2, :12] = False
     if padding == "holes":
         valid[0, 7] = valid[1, 8:11] = False
-    key[~valid[:, None].expand(-1, 2, -1)] = torch.nan
-    value[~valid[:, None].expand(-1, 2, -1)] = torch.nan
+    filling = 1e3 if padding == "holes" else torch.nan
+    key[~valid[:, None].expand(-1, 2, -1)] = filling
+    value[~valid[:, None].expand(-1, 2, -1)] = filling
     return Case(queries, key, value, valid, prompt)
 
 
