@@ -116,8 +116,8 @@ def ablations(tokens: int, head_dim: int) -> list[Way]:
 
 
 def run(job: Job) -> list[Score]:
-    """Every score of a job; runs in a process of its own, whose progress bars would fight over the terminal."""
-    with contextlib.redirect_stderr(io.StringIO()):
+    """Every score of a job; runs in a process of its own, whose output would fight over the terminal."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         return _run(job)
 
 
@@ -241,10 +241,10 @@ def circumstances() -> dict[str, Any]:
     }
 
 
-def write(path: Path, scores: list[Score], seconds: float) -> None:
+def write(path: Path, scores: list[Score], known: dict[str, Any], seconds: float) -> None:
     ordered = sorted(scores, key=lambda score: (score.model, score.task, score.ratio is None))
     content = {
-        "circumstances": circumstances() | {"seconds": round(seconds)},
+        "circumstances": known | {"seconds": round(seconds)},
         "scores": [asdict(score) for score in ordered],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,6 +266,7 @@ def main() -> None:
     import sparq_kernels
 
     sparq_kernels.backend("cpu")  # compiled once, before several processes want it
+    known = circumstances()  # before the first result makes the checkout dirty
     begin = time.perf_counter()
     todo = [job for job in jobs(arguments.models, arguments.share) if job.task in (arguments.tasks or (job.task,))]
     scores: list[Score] = []
@@ -278,7 +279,7 @@ def main() -> None:
             name, seconds = f"{scores[-1].model} {scores[-1].task}", sum(score.seconds for score in future.result())
             progress.update(bar, advance=1, description=name)
             progress.console.print(f"{name}: {seconds:.0f} s")
-            write(arguments.json, scores, time.perf_counter() - begin)
+            write(arguments.json, scores, known, time.perf_counter() - begin)
 
 
 if __name__ == "__main__":

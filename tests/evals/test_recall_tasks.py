@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,14 @@ def test_needles_are_asked_for_in_their_own_words(needles, letters):
         assert len(document["prompt"]) < 1024
         assert ruler.scores(document, [answer + " and"]) == {"right": 1.0}
         assert ruler.scores(document, [" " + answer]) == {"right": 0.0}
+
+
+def test_needles_are_the_same_ones_whatever_was_drawn_before():
+    ruler = load(TASKS / "ruler" / "ruler_tasks.py")
+    tokenizer = str(TASKS.parent / "models" / "recall-llama")
+    first = ruler.niah_multikey_2(length=1024, tokenizer=tokenizer)["test"]
+    random.seed(7)
+    expected = random.Random(7).random()
+    again = ruler.niah_multikey_2(length=1024, tokenizer=tokenizer)["test"]
+    assert first["prompt"] == again["prompt"]
+    assert random.random() == expected

@@ -5,7 +5,9 @@ special magic numbers for X is: 7." A byte-level model without any instruction t
 before; it does not understand the question. The texts, the needles and the score are those of the harness.
 """
 
+import random
 import re
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -16,20 +18,30 @@ DOCUMENTS = 100
 
 def niah_single_1(length: int, **others: Any) -> dict[str, datasets.Dataset]:
     """One number in a noise of repeated sentences."""
-    return _cued(niah_utils.niah_single_1(max_seq_lengths=[length], **others))
+    return _cued(niah_utils.niah_single_1, length, others)
 
 
 def niah_multikey_2(length: int, **others: Any) -> dict[str, datasets.Dataset]:
     """One number among numbers for other words: the text is nothing but needles."""
-    return _cued(niah_utils.niah_multikey_2(max_seq_lengths=[length], **others))
+    return _cued(niah_utils.niah_multikey_2, length, others)
 
 
 def niah_multikey_3(length: int, **others: Any) -> dict[str, datasets.Dataset]:
     """The same with random identifiers, 36 characters each, for words and numbers."""
-    return _cued(niah_utils.niah_multikey_3(max_seq_lengths=[length], **others))
+    return _cued(niah_utils.niah_multikey_3, length, others)
 
 
-def _cued(data: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+def _cued(
+    make: Callable[..., dict[str, datasets.Dataset]], length: int, others: dict[str, Any]
+) -> dict[str, datasets.Dataset]:
+    """The documents that `make` draws, the same ones always: the harness draws them from Python's global generator."""
+    state = random.getstate()
+    random.seed(0)
+    try:
+        data = make(max_seq_lengths=[length], **others)
+    finally:
+        random.setstate(state)
+
     def cue(document: dict[str, Any]) -> dict[str, str]:
         found = re.search(r"The special magic (\w+) for (.+) mentioned in", document["gen_prefix"])
         if found is None:
