@@ -36,11 +36,18 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Everything that the CPU can tell about speed (benchmarks/README.md); figures.py makes the README's tables of it.
+RESULTS := benchmarks/results
 bench: $(STAMP)
-	$(BIN)/python benchmarks/attention.py --json benchmarks/results/attention.json --plot benchmarks/results/attention.png
-	$(BIN)/python benchmarks/generation.py --json benchmarks/results/generation.json
-	$(BIN)/python benchmarks/scaling.py --json benchmarks/results/scaling.json --plot benchmarks/results/scaling.png
-	$(BIN)/python benchmarks/memory.py --json benchmarks/results/memory.json
+	$(BIN)/python benchmarks/attention.py --json $(RESULTS)/attention.json --plot $(RESULTS)/attention.png
+	$(BIN)/python benchmarks/generation.py --profile --json $(RESULTS)/generation.json
+	$(BIN)/python benchmarks/generation.py --model llama-2-7b --layers 1 --contexts 4096 16384 --profile \
+		--json $(RESULTS)/generation-llama-2-7b.json
+	$(BIN)/python benchmarks/generation.py --model pythia-1.4b --contexts 2048 16384 --profile \
+		--json $(RESULTS)/generation-pythia-1.4b.json
+	$(BIN)/python benchmarks/scaling.py --json $(RESULTS)/scaling.json --plot $(RESULTS)/scaling.png
+	$(BIN)/python benchmarks/memory.py --json $(RESULTS)/memory.json
+	$(BIN)/python benchmarks/figures.py
 
 # The offline tasks, for both bundled models, over methods and compression ratios (evals/README.md).
 eval: $(STAMP)

@@ -1,5 +1,6 @@
 """Time per token and tokens per second of `generate`, stock and with SparQ, and where the difference comes from.
 
+    python benchmarks/generation.py --json generation.json
     python benchmarks/generation.py --contexts 512 16384 65536 --dtypes float32 bfloat16
     python benchmarks/generation.py --model llama-2-7b --layers 1 --batches 1 4 --profile
     python benchmarks/generation.py --model path/to/a/model --contexts 4000
@@ -24,6 +25,7 @@ operator the reference's output on a cache of the size measured.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,8 +44,10 @@ from ways import COMPILED_WAYS, SPARQ, WAYS, make_runner, steps_of, take_turns
 
 import sparq
 
-FULL = dict(contexts=[512, 16384, 65536], dtypes=["float32", "bfloat16"], rounds=4, tokens=12)
-QUICK = dict(contexts=[8192], dtypes=["float32"], rounds=2, tokens=4)
+FULL = dict(dtypes=["float32", "bfloat16"], rounds=4, tokens=12)
+FULL_SETTINGS = [(512, 1), (16384, 1), (65536, 1), (131072, 1), (16384, 8)]  # cached, batch
+QUICK = dict(dtypes=["float32"], rounds=2, tokens=4)
+QUICK_SETTINGS = [(8192, 1)]
 
 
 def measure(subject: Subject, context: int, batch: int, args: argparse.Namespace, tick: Callable[[str], None]) -> Row:
@@ -75,8 +79,10 @@ def measure(subject: Subject, context: int, batch: int, args: argparse.Namespace
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    parser.add_argument("--contexts", type=positive, nargs="+", help="cached tokens")
-    parser.add_argument("--batches", type=positive, nargs="+", default=[1])
+    parser.add_argument(
+        "--contexts", type=positive, nargs="+", help="cached tokens (default: 512 to 131072, and 16384 at batch 8)"
+    )
+    parser.add_argument("--batches", type=positive, nargs="+", help="of each context (default: 1)")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"])
     parser.add_argument("--prefill", action="store_true", help="compute the prompt (a real model always does)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile, on static caches")
@@ -85,6 +91,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
     fill_in(args, FULL, QUICK)
+    usual = QUICK_SETTINGS if args.quick else FULL_SETTINGS
+    if args.contexts or args.batches:
+        contexts = args.contexts or list(dict.fromkeys(context for context, _ in usual))
+        args.settings = list(itertools.product(contexts, args.batches or [1]))
+    else:
+        args.settings = usual
     args.prefill = args.prefill or is_real(args.model)
     return args
 
@@ -96,15 +108,14 @@ def main() -> None:
     title, said = "", {}
     with Progress(console=console, transient=True) as progress:
         ways = len(WAYS) + (len(COMPILED_WAYS) if args.compile else 0)
-        settings = [(context, batch) for context in args.contexts for batch in args.batches]
-        task = progress.add_task("", total=len(args.dtypes) * len(settings) * (1 + ways * (args.rounds + 1)))
+        task = progress.add_task("", total=len(args.dtypes) * len(args.settings) * (1 + ways * (args.rounds + 1)))
 
         def tick(what: str) -> None:
             progress.update(task, advance=1, description=what)
 
         for dtype in args.dtypes:
             subject = build_subject(args, dtype)
-            for context, batch in settings:
+            for context, batch in args.settings:
                 rows.append(measure(subject, context, batch, args, tick))
                 torch.compiler.reset()  # what was compiled has this row's shapes
             title, said = str(subject), subject.described()

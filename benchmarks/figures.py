@@ -1,0 +1,150 @@
+"""The README's tables of speed, made from what the benchmarks have written.
+
+    python benchmarks/figures.py      # reads results/*.json, writes results/tables.md
+
+The README shows some of these tables word for word; a test compares them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from attention_cases import README, Case
+from report import Grid
+from turns import Ratio
+from workload import Shape
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = ("llama-3.2-1b", "llama-2-7b", "pythia-1.4b")  # the first one's file has no name in it
+Content = dict[str, Any]
+
+
+def attention_grid(content: Content, cases: Iterable[Case]) -> Grid:
+    rows = []
+    for case, row in ((case_of(row), row) for row in content["rows"]):
+        if case not in cases:
+            continue
+        timings = row["timings"]
+        ratios = [
+            "WRONG" if row["wrong"] else f"**{row[name]['value']:.1f}x**" + ("" if row[name]["sure"] else " unsure")
+            for name in ("vs_torch", "vs_kernel")
+        ]
+        times = [
+            f"{timings[name]['ms']:.2f} ({timings[name]['gbs']:.0f})"
+            for name in (row["torch_way"], "C++ dense", "SparQ")
+        ]
+        rows.append((str(case), row["dtype"], *times, *ratios, f"{row['bytes_ratio']:.1f}x"))
+    columns = ("shape", "dtype", "PyTorch", "C++ dense", "SparQ", "vs PyTorch", "vs C++", "bytes allow")
+    return Grid("Attention of one new token: ms (GB/s of what has to be read)", columns, rows)
+
+
+def case_of(row: Content) -> Case:
+    return Case(row["name"], Shape(**{field: row[field] for field in Shape.__dataclass_fields__}))
+
+
+def generation_grid(content: Content) -> Grid:
+    """Milliseconds per layer and token, and where the gain comes from."""
+    layers, rows = content["model"]["layers"], []
+    ways = ("layers alone", "stock dynamic", "stock static", "SparQ's cache", "SparQ")
+    for row in content["rows"]:
+        against = row["sparq_against"]
+        ratios = (
+            against["stock dynamic"],
+            row["own_cache_against_dynamic"],
+            against["SparQ's cache"],
+            against["stock static"],
+        )
+        rows.append(
+            (
+                row["dtype"],
+                f"{row['context']:,}",
+                str(row["batch"]),
+                *(f"{1e3 * row['ways'][way]['seconds_per_token'] / layers:.1f}" for way in ways),
+                *(str(Ratio(**ratio)) for ratio in ratios),
+            )
+        )
+    said = content["model"]
+    title = f"{said['name']}: ms per layer and token ({layers} of {said['layers_of']} layers)"
+    columns = ("dtype", "cached", "batch", *ways, "vs dynamic", "of it: cache", "of it: sparsity", "vs static")
+    return Grid(title, columns, rows, left=1)
+
+
+def parts_grid(content: Content) -> Grid:
+    """Where a step's time goes, of the best stock way and of SparQ."""
+    layers, rows = content["model"]["layers"], []
+    for row in content["rows"]:
+        for way in (row["best_stock"], "SparQ"):
+            parts = row["ways"][way]["parts"]
+            cells = (f"{1e3 * seconds / layers:.2f}" for seconds in parts.values())
+            rows.append((row["dtype"], f"{row['context']:,}", str(row["batch"]), way, *cells))
+    columns = ("dtype", "cached", "batch", "way", *content["rows"][0]["ways"]["SparQ"]["parts"])
+    return Grid(f"{content['model']['name']}: where a step's time goes, ms per layer", columns, rows, left=4)
+
+
+def slopes_grid(content: Content) -> Grid:
+    rows = []
+    for axis, unit in (("context", "1,000 cached tokens"), ("batch", "row of the batch")):
+        for way, line in content[axis]["lines"].items():
+            rows.append((unit, way, f"{line['slope']:.3f} ± {line['slope_error']:.3f}", f"{line['at_zero']:.1f}"))
+    return Grid("One more of it costs, ms per layer and token", ("one more", "way", "costs", "ms at none"), rows)
+
+
+def llamacpp_grid(content: Content) -> Grid:
+    rows = []
+    for result in content["results"]:
+        ways = list(result["slopes"])
+        contexts = {row["context"]: row["milliseconds"] for row in result["rows"]}
+        for way in ways:
+            slope = result["slopes"][way]
+            times = (f"{milliseconds[way]:.1f}" for milliseconds in contexts.values())
+            ratio = slope["value"] / result["slopes"]["SparQ"]["value"]
+            cells = (f"{1e3 * slope['value']:.0f} ± {1e3 * slope['error']:.0f}", f"{ratio:.1f}x")
+            rows.append((result["dtype"], way, *times, *cells))
+    heads = (f"{context:,}" for context in contexts)
+    columns = ("dtype", "way", *heads, "µs per 1,000 tokens more", "times SparQ's")
+    threads = content["settings"]["threads"]
+    return Grid(f"ms per layer and token by cached tokens, {threads} thread(s)", columns, rows)
+
+
+def memory_grid(content: Content) -> Grid:
+    rows = []
+    for row in content["rows"]:
+        stock = row["bytes"]["stock dynamic"]
+        kinds = ("SparQ, used", "SparQ, prompt", "SparQ, growing")
+        held = (f"{row['bytes'][kind] / 2**20:,.0f} ({row['bytes'][kind] / stock:.1f}x)" for kind in kinds)
+        rows.append((f"{row['context']:,}", f"{stock / 2**20:,.0f}", *held))
+    columns = ("cached tokens", "stock", "SparQ, used", "held after a prompt", "held when it has just grown")
+    return Grid("MiB of the cache", columns, rows, left=0)
+
+
+def grids(results: Path) -> Iterator[Grid]:
+    """All tables that there are results for."""
+
+    def read(name: str) -> Content | None:
+        path = results / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    if content := read("attention"):
+        yield attention_grid(content, README)
+        yield attention_grid(content, [case_of(row) for row in content["rows"] if case_of(row) not in README])
+    models = [content for name in MODELS if (content := read("generation" + f"-{name}" * (name != MODELS[0])))]
+    yield from map(generation_grid, models)
+    yield from (parts_grid(content) for content in models if content["settings"]["profile"])
+    if content := read("scaling"):
+        yield slopes_grid(content)
+    for name in ("llamacpp", "llamacpp-one-thread"):
+        if content := read(name):
+            yield llamacpp_grid(content)
+    if content := read("memory"):
+        yield memory_grid(content)
+
+
+def tables(results: Path) -> str:
+    return "\n\n".join(f"**{grid.title}**\n\n{grid.markdown()}" for grid in grids(results)) + "\n"
+
+
+if __name__ == "__main__":
+    (RESULTS / "tables.md").write_text(tables(RESULTS))
