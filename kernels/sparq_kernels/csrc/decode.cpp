@@ -527,26 +527,15 @@ class Decoder {
 
     // Positions scoring at least `bound`, ascending, and their keys.  Returns how many.
     int64_t gather_candidates(const Scratch& s, int64_t from, int64_t to, float bound) const {
+        int32_t least;
+        memcpy(&least, &bound, sizeof least);  // bits of scores order like the scores
         int64_t count = 0;
-        auto add = [&](int64_t position) {
-            s.candidates[count] = static_cast<int32_t>(position);
-            memcpy(s.keys + count, s.score + position, sizeof(float));
-            count += s.score[position] >= bound;
-        };
         for (int64_t j = from; j < to; j++) {
-            const float* maxima = s.maxima + j * LANES;
-            int lanes[LANES], hit = 0;
-            for (int lane = 0; lane < LANES; lane++) {
-                lanes[hit] = lane;
-                hit += maxima[lane] >= bound;
-            }
-            if (hit == 0) continue;
-            if (hit > 12) {
-                for (int64_t i = 0; i < TILE; i++) add(j * TILE + i);
-            } else {
-                for (int64_t i = 0; i < TILE; i += LANES)
-                    for (int h = 0; h < hit; h++) add(j * TILE + i + lanes[h]);
-            }
+            Ints hits = {};
+            for (int lane = 0; lane < LANES; lane += W) hits |= load(s.maxima + j * LANES + lane) >= bound;
+            if (any(hits))
+                count += keep_at_least(reinterpret_cast<const int32_t*>(s.score + j * TILE), TILE, least, j * TILE,
+                                       s.candidates + count, s.keys + count);
         }
         return count;
     }

@@ -49,11 +49,43 @@ inline int32_t kth_largest(const int32_t* keys, int64_t n, int64_t wanted) {
     return static_cast<int32_t>(low);
 }
 
-// Indices of the `wanted` largest of n keys in ascending order.  `keys` has room for padding.
+// Appends to `indices` the first + i, ascending, with keys[i] >= threshold, and these keys to `kept`, which may be
+// `keys`; both have room for W more.  Returns how many.
+inline int64_t keep_at_least(const int32_t* keys, int64_t n, int32_t threshold, int64_t first, int32_t* indices,
+                             int32_t* kept) {
+    int64_t count = 0, i = 0;
+#if defined(__AVX512F__)
+    __m512i index = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                     _mm512_set1_epi32(static_cast<int32_t>(first)));
+    for (; i + W <= n; i += W) {
+        __m512i key = _mm512_loadu_si512(keys + i);
+        __mmask16 large = _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(threshold));
+        _mm512_storeu_si512(indices + count, _mm512_maskz_compress_epi32(large, index));
+        _mm512_storeu_si512(kept + count, _mm512_maskz_compress_epi32(large, key));
+        count += __builtin_popcount(large);
+        index = _mm512_add_epi32(index, _mm512_set1_epi32(W));
+    }
+#endif
+    for (; i < n; i++) {
+        int32_t key;
+        memcpy(&key, keys + i, sizeof key);  // the keys may be the bits of floats
+        indices[count] = static_cast<int32_t>(first + i);
+        kept[count] = key;
+        count += key >= threshold;
+    }
+    return count;
+}
+
+// Indices of the `wanted` largest of n keys in ascending order; the keys are lost.  `keys` and `out` have room for W
+// more.
 inline void select_largest(int32_t* keys, int64_t n, int64_t wanted, int32_t* out) {
     if (wanted <= 0) return;
     pad_keys(keys, n);
     int32_t threshold = kth_largest(keys, n, wanted);
+    if (count_at_least(keys, n, threshold) == wanted) {
+        keep_at_least(keys, n, threshold, 0, out, keys);
+        return;
+    }
     int64_t above = threshold == std::numeric_limits<int32_t>::max() ? 0 : count_at_least(keys, n, threshold + 1);
     int64_t ties = wanted - above, taken = 0;
     for (int64_t i = 0; i < n && taken < wanted; i++) {

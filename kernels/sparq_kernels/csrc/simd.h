@@ -40,6 +40,13 @@ SPARQ_INLINE Floats splat(float x) { return x - Floats{}; }
 SPARQ_INLINE Floats absolute(Floats x) { return x > 0.f ? x : -x; }
 SPARQ_INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
+SPARQ_INLINE bool any(Ints lanes) {
+    uint64_t part[W / 2], all = 0;
+    memcpy(part, &lanes, sizeof lanes);
+    for (int i = 0; i < W / 2; i++) all |= part[i];
+    return all != 0;
+}
+
 SPARQ_INLINE Bits as_bits(Floats x) { Bits b; memcpy(&b, &x, sizeof b); return b; }
 SPARQ_INLINE Floats as_floats(Bits b) { Floats x; memcpy(&x, &b, sizeof x); return x; }
 
