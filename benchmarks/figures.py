@@ -15,6 +15,7 @@ from typing import Any
 from attention_cases import README, Case
 from report import Grid
 from turns import Ratio
+from ways import BARE_CONTEXT
 from workload import Shape
 
 RESULTS = Path(__file__).parent / "results"
@@ -63,13 +64,17 @@ def generation_grid(content: Content) -> Grid:
                 f"{row['context']:,}",
                 str(row["batch"]),
                 *(f"{1e3 * row['ways'][way]['seconds_per_token'] / layers:.1f}" for way in ways),
-                *(str(Ratio(**ratio)) for ratio in ratios),
+                *(short(Ratio(**ratio)) for ratio in ratios),
             )
         )
     said = content["model"]
     title = f"{said['name']}: ms per layer and token ({layers} of {said['layers_of']} layers)"
     columns = ("dtype", "cached", "batch", *ways, "vs dynamic", "of it: cache", "of it: sparsity", "vs static")
     return Grid(title, columns, rows, left=1)
+
+
+def short(ratio: Ratio) -> str:
+    return f"{ratio.value:.2f}x" + " unclear" * ratio.is_unclear
 
 
 def parts_grid(content: Content) -> Grid:
@@ -103,10 +108,10 @@ def llamacpp_grid(content: Content) -> Grid:
             ratio = slope["value"] / result["slopes"]["SparQ"]["value"]
             cells = (f"{1e3 * slope['value']:.0f} ± {1e3 * slope['error']:.0f}", f"{ratio:.1f}x")
             rows.append((result["dtype"], way, *times, *cells))
-    heads = (f"{context:,}" for context in contexts)
+    heads = ("layers alone" if context == BARE_CONTEXT else f"{context:,}" for context in contexts)
     columns = ("dtype", "way", *heads, "µs per 1,000 tokens more", "times SparQ's")
     threads = content["settings"]["threads"]
-    return Grid(f"ms per layer and token by cached tokens, {threads} thread(s)", columns, rows)
+    return Grid(f"llama.cpp: ms per layer and token by cached tokens, {threads} threads", columns, rows)
 
 
 def memory_grid(content: Content) -> Grid:
@@ -120,31 +125,44 @@ def memory_grid(content: Content) -> Grid:
     return Grid("MiB of the cache", columns, rows, left=0)
 
 
-def grids(results: Path) -> Iterator[Grid]:
-    """All tables that there are results for."""
+def read(name: str, results: Path = RESULTS) -> Content | None:
+    path = results / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
-    def read(name: str) -> Content | None:
-        path = results / f"{name}.json"
-        return json.loads(path.read_text()) if path.exists() else None
 
-    if content := read("attention"):
+def in_readme(results: Path = RESULTS) -> Iterator[Grid]:
+    """The tables that the README shows."""
+    if content := read("attention", results):
         yield attention_grid(content, README)
-        yield attention_grid(content, [case_of(row) for row in content["rows"] if case_of(row) not in README])
-    models = [content for name in MODELS if (content := read("generation" + f"-{name}" * (name != MODELS[0])))]
-    yield from map(generation_grid, models)
-    yield from (parts_grid(content) for content in models if content["settings"]["profile"])
-    if content := read("scaling"):
-        yield slopes_grid(content)
-    for name in ("llamacpp", "llamacpp-one-thread"):
-        if content := read(name):
-            yield llamacpp_grid(content)
-    if content := read("memory"):
+    if content := read("generation", results):
+        yield generation_grid(content)
+    if content := read("llamacpp", results):
+        yield llamacpp_grid(content)
+    if content := read("memory", results):
         yield memory_grid(content)
 
 
-def tables(results: Path) -> str:
-    return "\n\n".join(f"**{grid.title}**\n\n{grid.markdown()}" for grid in grids(results)) + "\n"
+def others(results: Path = RESULTS) -> Iterator[Grid]:
+    if content := read("attention", results):
+        yield attention_grid(content, [case for row in content["rows"] if (case := case_of(row)) not in README])
+    models = [read("generation" + f"-{name}" * (name != MODELS[0]), results) for name in MODELS]
+    for content in models:
+        if content and content["model"]["name"] != MODELS[0]:
+            yield generation_grid(content)
+        if content and content["settings"]["profile"]:
+            yield parts_grid(content)
+    if content := read("scaling", results):
+        yield slopes_grid(content)
+
+
+def tables(results: Path = RESULTS) -> str:
+    parts = [
+        "# Tables of speed",
+        "Made by `python benchmarks/figures.py` of the JSON files beside it; `../README.md` says how to read them.",
+    ]
+    parts += [f"**{grid.title}**\n\n{grid.markdown()}" for grid in (*in_readme(results), *others(results))]
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":
-    (RESULTS / "tables.md").write_text(tables(RESULTS))
+    (RESULTS / "tables.md").write_text(tables())
