@@ -328,13 +328,14 @@ class Decoder {
     }
 
     // Adds C components times their queries to the logits of a tile: sums[TILE / W][G][W], pairs of vectors as
-    // load_pair leaves them.  What `next` points to is prefetched.
+    // load_pair leaves them.  What `next` points to, if anything, is prefetched.
     // Not inlined: it needs the registers that the caller's constants would take.
     template <int G, int C>
     static __attribute__((noinline)) void add_components(const T* const* runs, const T* const* next,
                                                          const float* queries, float* sums) {
         for (int64_t i = 0; i < TILE; i += PAIR) {
-            for (int c = 0; c < C; c++) prefetch(next[c] + i, PAIR);
+            if (next)
+                for (int c = 0; c < C; c++) prefetch(next[c] + i, PAIR);
             Floats x[C][2];
             for (int c = 0; c < C; c++) load_pair(runs[c] + i, x[c][0], x[c][1]);
             for (int h = 0; h < 2; h++)
@@ -350,8 +351,7 @@ class Decoder {
     // Logits of a tile for G queries, ordered as in add_components.  A few runs at a time, each read from end to end,
     // are streams that the processor's own prefetcher follows; all r side by side are too many for it.
     template <int G>
-    void tile_logits(const T* tile, const T* next_tile, const int32_t* components, const float* queries,
-                     float* sums) const {
+    void tile_logits(const T* tile, const int32_t* components, const float* queries, float* sums) const {
         std::fill_n(sums, TILE * G, 0.f);
         int64_t done = 0;
         auto add = [&](auto count) {
@@ -359,12 +359,10 @@ class Decoder {
             for (; done + C <= a.r; done += C) {
                 const T *runs[C], *next[C];
                 for (int i = 0; i < C; i++) {
-                    int64_t ahead = done + i + RUNS;
                     runs[i] = tile + components[done + i] * BLOCK;
-                    next[i] = ahead < a.r ? tile + components[ahead] * BLOCK
-                                          : next_tile + components[(ahead - a.r) % a.r] * BLOCK;
+                    next[i] = tile + components[std::min(done + i + RUNS, a.r - 1)] * BLOCK;
                 }
-                add_components<G, C>(runs, next, queries + done * G, sums);
+                add_components<G, C>(runs, done + RUNS < a.r ? next : nullptr, queries + done * G, sums);
             }
         };
         add(std::integral_constant<int, RUNS>());
@@ -412,11 +410,15 @@ class Decoder {
     void score_tile(const T* tile, const T* next_tile, const int32_t* keep, Scratch& s, int64_t g,
                     int64_t index) const {
         alignas(LINE) float sums[TILE * G];
-        // The first queries of the group fetch for all.
-        tile_logits<G>(tile, g == 0 ? next_tile : tile, s.components, s.scored_queries + g * a.r, sums);
+        tile_logits<G>(tile, s.components, s.scored_queries + g * a.r, sums);
         int64_t positions = tiles * TILE;
+        // Meanwhile the first runs of the next tile are fetched, by the first queries of the group for all.
+        constexpr int64_t PIECE = (TILE + UNITS * G - 1) / (UNITS * G);
+        int64_t fetched = g == 0 && next_tile ? std::min<int64_t>(a.r, RUNS) : 0;
         for (int64_t u = 0; u < UNITS; u++) {
             for (int64_t i = 0; i < G; i++) {
+                for (int64_t c = 0; c < fetched; c++)
+                    prefetch(next_tile + s.components[c] * BLOCK + (u * G + i) * PIECE, PIECE);
                 float* x = s.weights + (g + i) * positions + index * TILE + u * UNIT;
                 for (int64_t p = 0; p < UNIT; p += PAIR) {
                     const float* pair = sums + (u * UNIT + p) * G + i * W;
@@ -460,7 +462,7 @@ class Decoder {
                 }
                 keep = lanes;
             }
-            const T *tile = tile_at(components, j), *next = j + 1 < to ? tile_at(components, j + 1) : tile;
+            const T *tile = tile_at(components, j), *next = j + 1 < to ? tile_at(components, j + 1) : nullptr;
             for (int64_t g = 0; g < group; g += 4) {
                 switch (queries_at_once(group - g)) {
                     case 1: score_tile<1>(tile, next, keep, s, g, j); break;
