@@ -39,7 +39,7 @@ format: $(STAMP)
 # Everything that the CPU can tell about speed (benchmarks/README.md); figures.py makes the README's tables of it.
 RESULTS := benchmarks/results
 bench: $(STAMP)
-	$(BIN)/python benchmarks/attention.py --json $(RESULTS)/attention.json --plot $(RESULTS)/attention.png
+	$(BIN)/python benchmarks/attention.py --json $(RESULTS)/attention.json
 	$(BIN)/python benchmarks/generation.py --profile --json $(RESULTS)/generation.json
 	$(BIN)/python benchmarks/generation.py --model llama-2-7b --layers 1 --contexts 4096 16384 --profile \
 		--json $(RESULTS)/generation-llama-2-7b.json

@@ -169,5 +169,5 @@ def run(args: argparse.Namespace) -> bool:
     if args.markdown:
         write_markdown(args.markdown, grids)
     if args.plot and rows:
-        plot(args.plot, rows)
+        plot(args.plot, [row.json() for row in rows])
     return not any({SPARQ, KERNEL} & row.wrong.keys() for row in rows)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from attention_cases import Case
 from report import Grid
@@ -176,39 +178,43 @@ def problems(rows: list[Row]) -> list[str]:
     ]
 
 
-def plot(path: Path, rows: list[Row]) -> None:
-    """Time per step against context, a panel for each family of shapes (rows) and dtype (columns)."""
+def plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Time per step against context, from rows as `Row.json` gives them: a panel for each family of shapes that has
+    several contexts (rows) and each dtype (columns)."""
     from matplotlib.figure import Figure
 
-    def family(row: Row) -> str:
-        return f"{row.case.name}, batch {row.case.shape.batch}, r = {row.case.shape.r}"
+    def family(row: dict[str, Any]) -> str:
+        return f"{row['name']}, batch {row['batch']}, r = {row['r']}"
 
-    families = list(dict.fromkeys(map(family, rows)))
-    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    families = [name for name in dict.fromkeys(map(family, rows)) if _contexts(rows, family, name) > 2]
+    families = families or list(dict.fromkeys(map(family, rows)))
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     figure = Figure(figsize=(5.5 * len(dtypes), 3.6 * len(families)), layout="constrained")
     panels = figure.subplots(len(families), len(dtypes), squeeze=False)
     for name, line in zip(families, panels, strict=True):
         for dtype, panel in zip(dtypes, line, strict=True):
-            members = [row for row in rows if family(row) == name and row.dtype == dtype]
+            members = [row for row in rows if family(row) == name and row["dtype"] == dtype]
+            members.sort(key=lambda row: row["cached"])
             for label in ("PyTorch", KERNEL, SPARQ, REFERENCE):
                 points = []
                 for row in members:
-                    way = row.torch_way if label == "PyTorch" else label
-                    if way in row.timings and way not in row.wrong:
-                        points.append((row.case.shape.cached, row.timings[way]))
-                points.sort(key=lambda point: point[0])
-                if points:
-                    medians = [timing.ms for _, timing in points]
-                    low, high = zip(*(timing.spread for _, timing in points), strict=True)
-                    contexts = [context for context, _ in points]
-                    panel.plot(contexts, medians, marker="o", markersize=3, label=label)
+                    way = row["torch_way"] if label == "PyTorch" else label
+                    if way in row["timings"] and way not in row["wrong"]:
+                        points.append((row["cached"], row["timings"][way]))
+                contexts = [context for context, _ in points]
+                panel.plot(contexts, [timing["ms"] for _, timing in points], marker="o", markersize=3, label=label)
+                if points and label != REFERENCE:  # of which there are too few turns to say
+                    low, high = zip(*(timing["spread_ms"] for _, timing in points), strict=True)
                     panel.fill_between(contexts, low, high, alpha=0.15)
             panel.set(xscale="log", yscale="log", title=f"{name}, {dtype}", xlabel="cached", ylabel="ms per step")
             panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k")
-            contexts = sorted({row.case.shape.cached for row in members})
-            panel.set_xticks(contexts, minor=False)
+            panel.set_xticks([row["cached"] for row in members], minor=False)
             panel.minorticks_off()
             panel.grid(alpha=0.3)
     panels[0][0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def _contexts(rows: list[dict[str, Any]], family: Callable[[dict[str, Any]], str], name: str) -> int:
+    return len({row["cached"] for row in rows if family(row) == name})

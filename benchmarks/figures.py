@@ -1,6 +1,6 @@
 """The README's tables of speed, made from what the benchmarks have written.
 
-    python benchmarks/figures.py      # reads results/*.json, writes results/tables.md
+    python benchmarks/figures.py      # reads results/*.json, writes results/tables.md and results/attention.png
 
 The README shows some of these tables word for word; a test compares them.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_cases import README, Case
+from attention_rows import plot
 from report import Grid
 from turns import Ratio
 from ways import BARE_CONTEXT
@@ -166,3 +167,5 @@ def tables(results: Path = RESULTS) -> str:
 
 if __name__ == "__main__":
     (RESULTS / "tables.md").write_text(tables())
+    if found := read("attention"):
+        plot(RESULTS / "attention.png", found["rows"])

@@ -246,7 +246,7 @@ def test_one_copy_lets_each_opponent_run_alone(monkeypatch):
 
 def test_a_plot_leaves_wrong_and_missing_opponents_out(tmp_path):
     row = Row(TINY[0], "float32", 3, 20.0, {SPARQ: timing(1, 2), KERNEL: timing(3, 4)}, wrong={KERNEL: "differs"})
-    plot(tmp_path / "plot.png", [row])
+    plot(tmp_path / "plot.png", [row.json()])
     assert (tmp_path / "plot.png").exists()
     (cells,) = main_grid([row]).rows
     assert cells[2] == "–" and cells[-3:-1] == ("–", "WRONG")
