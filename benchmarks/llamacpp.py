@@ -1,7 +1,7 @@
 """Milliseconds per layer and token of llama.cpp on the CPU, and of SparQ on the same weights, by cached positions.
 
     pip install llama-cpp-python gguf
-    python benchmarks/llamacpp.py --contexts 512 4096 16384 --dtypes float32 float16 --flash-attention on off
+    python benchmarks/llamacpp.py --contexts 512 4096 16384 65536 --dtypes float32 float16 --flash-attention on off
 
 The model is the one of benchmarks/generation.py: true layers of Llama-3.2-1B with random weights, and a vocabulary of
 256. llama.cpp loads it from a GGUF file, through the low-level interface of llama-cpp-python; weights and cache have
@@ -270,7 +270,7 @@ def missing() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096, 16384])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096, 16384, 65536])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float16"], choices=list(TOLERANCE))
     parser.add_argument("--flash-attention", nargs="+", default=["on", "off"], choices=["on", "off"])
     parser.add_argument("--layers", type=int, default=2)
