@@ -45,6 +45,8 @@ bench: $(STAMP)
 		--json $(RESULTS)/generation-llama-2-7b.json
 	$(BIN)/python benchmarks/generation.py --model pythia-1.4b --contexts 2048 16384 --profile \
 		--json $(RESULTS)/generation-pythia-1.4b.json
+	$(BIN)/python benchmarks/generation.py --contexts 8192 --dtypes float32 --prefill --compile --rounds 3 --tokens 8 \
+		--json $(RESULTS)/generation-compiled.json
 	$(BIN)/python benchmarks/scaling.py --json $(RESULTS)/scaling.json --plot $(RESULTS)/scaling.png
 	$(BIN)/python benchmarks/memory.py --json $(RESULTS)/memory.json
 	$(BIN)/python benchmarks/figures.py

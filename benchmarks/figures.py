@@ -78,6 +78,21 @@ def short(ratio: Ratio) -> str:
     return f"{ratio.value:.2f}x" + " unclear" * ratio.is_unclear
 
 
+def ways_grid(content: Content) -> Grid:
+    """Every way of every row, the compiled ones too, and the time to the first tokens."""
+    rows = []
+    for row in content["rows"]:
+        for name, way in row["ways"].items():
+            firsts = (way["first_token_seconds"], way["second_token_seconds"])
+            cells = (*("–" if seconds is None else f"{seconds:.2f}" for seconds in firsts),)
+            per_token = f"{1e3 * way['seconds_per_token']:.1f}"
+            rows.append((row["dtype"], f"{row['context']:,}", str(row["batch"]), name, *cells, per_token))
+    said = content["model"]
+    title = f"{said['name']}: the prompt computed, and torch.compile ({said['layers']} of {said['layers_of']} layers)"
+    columns = ("dtype", "cached", "batch", "way", "first token s", "second s", "ms per token")
+    return Grid(title, columns, rows, left=4)
+
+
 def parts_grid(content: Content) -> Grid:
     """Where a step's time goes, of the best stock way and of SparQ."""
     layers, rows = content["model"]["layers"], []
@@ -152,6 +167,8 @@ def others(results: Path = RESULTS) -> Iterator[Grid]:
             yield generation_grid(content)
         if content and content["settings"]["profile"]:
             yield parts_grid(content)
+    if content := read("generation-compiled", results):
+        yield ways_grid(content)
     if content := read("scaling", results):
         yield slopes_grid(content)
 
