@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,15 +178,17 @@ def problems(rows: list[Row]) -> list[str]:
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Time per step against context, from rows as `Row.json` gives them: a panel for each family of shapes that has
-    several contexts (rows) and each dtype (columns)."""
+    """Time per step against context, from rows as `Row.json` gives them: a panel for each family of shapes (rows)
+    and each dtype (columns); families of one or two contexts only where there are no others."""
     from matplotlib.figure import Figure
 
     def family(row: dict[str, Any]) -> str:
         return f"{row['name']}, batch {row['batch']}, r = {row['r']}"
 
-    families = [name for name in dict.fromkeys(map(family, rows)) if _contexts(rows, family, name) > 2]
-    families = families or list(dict.fromkeys(map(family, rows)))
+    contexts_of: dict[str, set[int]] = {}
+    for row in rows:
+        contexts_of.setdefault(family(row), set()).add(row["cached"])
+    families = [name for name, found in contexts_of.items() if len(found) > 2] or list(contexts_of)
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     figure = Figure(figsize=(5.5 * len(dtypes), 3.6 * len(families)), layout="constrained")
     panels = figure.subplots(len(families), len(dtypes), squeeze=False)
@@ -214,7 +215,3 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     panels[0][0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-
-
-def _contexts(rows: list[dict[str, Any]], family: Callable[[dict[str, Any]], str], name: str) -> int:
-    return len({row["cached"] for row in rows if family(row) == name})

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from attention_cases import README, Case
-from attention_rows import plot
+from attention_rows import KERNEL, plot
+from attention_rows import SPARQ as OPERATOR
 from report import Grid
 from turns import Ratio
-from ways import BARE_CONTEXT
+from ways import BARE_CONTEXT, DYNAMIC, OWN_CACHE, SPARQ, STATIC, WAYS
 from workload import Shape
 
 RESULTS = Path(__file__).parent / "results"
-MODELS = ("llama-3.2-1b", "llama-2-7b", "pythia-1.4b")  # the first one's file has no name in it
+MODELS = ("generation", "generation-llama-2-7b", "generation-pythia-1.4b")  # the first one is the README's
 Content = dict[str, Any]
 
 
@@ -35,8 +36,7 @@ def attention_grid(content: Content, cases: Iterable[Case]) -> Grid:
             for name in ("vs_torch", "vs_kernel")
         ]
         times = [
-            f"{timings[name]['ms']:.2f} ({timings[name]['gbs']:.0f})"
-            for name in (row["torch_way"], "C++ dense", "SparQ")
+            f"{timings[name]['ms']:.2f} ({timings[name]['gbs']:.0f})" for name in (row["torch_way"], KERNEL, OPERATOR)
         ]
         rows.append((str(case), row["dtype"], *times, *ratios, f"{row['bytes_ratio']:.1f}x"))
     columns = ("shape", "dtype", "PyTorch", "C++ dense", "SparQ", "vs PyTorch", "vs C++", "bytes allow")
@@ -50,20 +50,18 @@ def case_of(row: Content) -> Case:
 def generation_grid(content: Content) -> Grid:
     """Milliseconds per layer and token, and where the gain comes from."""
     layers, rows = content["model"]["layers"], []
-    ways = ("layers alone", "stock dynamic", "stock static", "SparQ's cache", "SparQ")
+    ways = [way.name for way in WAYS]
     for row in content["rows"]:
         against = row["sparq_against"]
         ratios = (
-            against["stock dynamic"],
+            against[DYNAMIC.name],
             row["own_cache_against_dynamic"],
-            against["SparQ's cache"],
-            against["stock static"],
+            against[OWN_CACHE.name],
+            against[STATIC.name],
         )
         rows.append(
             (
-                row["dtype"],
-                f"{row['context']:,}",
-                str(row["batch"]),
+                *setting(row),
                 *(f"{1e3 * row['ways'][way]['seconds_per_token'] / layers:.1f}" for way in ways),
                 *(short(Ratio(**ratio)) for ratio in ratios),
             )
@@ -72,6 +70,10 @@ def generation_grid(content: Content) -> Grid:
     title = f"{said['name']}: ms per layer and token ({layers} of {said['layers_of']} layers)"
     columns = ("dtype", "cached", "batch", *ways, "vs dynamic", "of it: cache", "of it: sparsity", "vs static")
     return Grid(title, columns, rows, left=1)
+
+
+def setting(row: Content) -> tuple[str, str, str]:
+    return row["dtype"], f"{row['context']:,}", str(row["batch"])
 
 
 def short(ratio: Ratio) -> str:
@@ -84,9 +86,8 @@ def ways_grid(content: Content) -> Grid:
     for row in content["rows"]:
         for name, way in row["ways"].items():
             firsts = (way["first_token_seconds"], way["second_token_seconds"])
-            cells = (*("–" if seconds is None else f"{seconds:.2f}" for seconds in firsts),)
-            per_token = f"{1e3 * way['seconds_per_token']:.1f}"
-            rows.append((row["dtype"], f"{row['context']:,}", str(row["batch"]), name, *cells, per_token))
+            cells = ("–" if seconds is None else f"{seconds:.2f}" for seconds in firsts)
+            rows.append((*setting(row), name, *cells, f"{1e3 * way['seconds_per_token']:.1f}"))
     said = content["model"]
     title = f"{said['name']}: the prompt computed, and torch.compile ({said['layers']} of {said['layers_of']} layers)"
     columns = ("dtype", "cached", "batch", "way", "first token s", "second s", "ms per token")
@@ -97,11 +98,11 @@ def parts_grid(content: Content) -> Grid:
     """Where a step's time goes, of the best stock way and of SparQ."""
     layers, rows = content["model"]["layers"], []
     for row in content["rows"]:
-        for way in (row["best_stock"], "SparQ"):
+        for way in (row["best_stock"], SPARQ.name):
             parts = row["ways"][way]["parts"]
             cells = (f"{1e3 * seconds / layers:.2f}" for seconds in parts.values())
-            rows.append((row["dtype"], f"{row['context']:,}", str(row["batch"]), way, *cells))
-    columns = ("dtype", "cached", "batch", "way", *content["rows"][0]["ways"]["SparQ"]["parts"])
+            rows.append((*setting(row), way, *cells))
+    columns = ("dtype", "cached", "batch", "way", *content["rows"][0]["ways"][SPARQ.name]["parts"])
     return Grid(f"{content['model']['name']}: where a step's time goes, ms per layer", columns, rows, left=4)
 
 
@@ -121,7 +122,7 @@ def llamacpp_grid(content: Content) -> Grid:
         for way in ways:
             slope = result["slopes"][way]
             times = (f"{milliseconds[way]:.1f}" for milliseconds in contexts.values())
-            ratio = slope["value"] / result["slopes"]["SparQ"]["value"]
+            ratio = slope["value"] / result["slopes"][SPARQ.name]["value"]
             cells = (f"{1e3 * slope['value']:.0f} ± {1e3 * slope['error']:.0f}", f"{ratio:.1f}x")
             rows.append((result["dtype"], way, *times, *cells))
     heads = ("layers alone" if context == BARE_CONTEXT else f"{context:,}" for context in contexts)
@@ -150,7 +151,7 @@ def in_readme(results: Path = RESULTS) -> Iterator[Grid]:
     """The tables that the README shows."""
     if content := read("attention", results):
         yield attention_grid(content, README)
-    if content := read("generation", results):
+    if content := read(MODELS[0], results):
         yield generation_grid(content)
     if content := read("llamacpp", results):
         yield llamacpp_grid(content)
@@ -161,9 +162,9 @@ def in_readme(results: Path = RESULTS) -> Iterator[Grid]:
 def others(results: Path = RESULTS) -> Iterator[Grid]:
     if content := read("attention", results):
         yield attention_grid(content, [case for row in content["rows"] if (case := case_of(row)) not in README])
-    models = [read("generation" + f"-{name}" * (name != MODELS[0]), results) for name in MODELS]
-    for content in models:
-        if content and content["model"]["name"] != MODELS[0]:
+    for name in MODELS:
+        content = read(name, results)
+        if content and name != MODELS[0]:
             yield generation_grid(content)
         if content and content["settings"]["profile"]:
             yield parts_grid(content)

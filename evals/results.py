@@ -87,7 +87,7 @@ def glance(scores: list[Score]) -> str:
         cells = []
         for model in models:
             for task in tasks:
-                _, form, _ = next(kind for prefix, kind in KINDS.items() if task.startswith(prefix))
+                form, _ = _formats(task)
                 cells.append(form.format(found[model, task]["mean"]))
         rows.append([NAMES.get(name, name), f"{sum(moved) / len(moved):.1f}x less", *cells])
     return markdown(rows)
@@ -120,11 +120,15 @@ def _ablation_table(scores: list[Score]) -> str:
         found = {score["task"]: score for score in scores if score["name"] == name}
         cells = []
         for task in tasks:
-            _, form, error_form = next(kind for prefix, kind in KINDS.items() if task.startswith(prefix))
-            cells.append(_cell(found.get(task), form, error_form))
+            cells.append(_cell(found.get(task), *_formats(task)))
         moved = [score["compression"] for score in found.values()]
         rows.append([name, f"{sum(moved) / len(moved):.1f}x", *cells])
     return markdown(rows)
+
+
+def _formats(task: str) -> tuple[str, str]:
+    """Of a score and of its error."""
+    return next((form, error_form) for prefix, (_, form, error_form) in KINDS.items() if task.startswith(prefix))
 
 
 def _cell(score: Score | None, form: str, error_form: str) -> str:

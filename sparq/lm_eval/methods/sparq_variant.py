@@ -10,7 +10,7 @@ from sparq_kernels.reference import masked_softmax
 from torch import Tensor
 
 from sparq.config import SparqConfig
-from sparq.lm_eval.methods.method import Attended, Method, best, exact_mass, newest, widened
+from sparq.lm_eval.methods.method import Attended, Method, best, exact_mass, finite_padding, newest, widened
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +60,7 @@ class SparqVariant(Method):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scale: float, state: Any = None
     ) -> Attended:
-        q, keys = widened(query), widened(key)
-        values = widened(value).masked_fill(~valid[:, None, :, None], 0)  # padding may hold anything, NaN included
+        q, keys, values = widened(query), widened(key), finite_padding(value, valid)
         approximate = self._approximate(q, keys, valid, scale)  # [B, Hkv, G, S]
         kept = self._choose(approximate, valid, q.shape[-1])
         logits = q @ keys.transpose(-1, -2) * scale
@@ -70,7 +69,7 @@ class SparqVariant(Method):
             count = valid.sum(-1)[:, None, None]  # [B, 1, 1]
             alpha = approximate.masked_fill(~kept, 0).sum(-1)  # [B, Hkv, G]
             alpha = torch.where(kept.sum(-1) >= count, 1.0, alpha)[..., None]
-            mean = (values.sum(2) / count.clamp(min=1))[:, :, None]  # [B, Hkv, 1, d]
+            mean = valid[:, None, None].to(values.dtype) @ values / count.clamp(min=1)[..., None]  # [B, Hkv, 1, d]
             output = alpha * output + (1 - alpha) * mean
         mass = exact_mass(logits, kept, valid)
         return Attended(output.to(query.dtype), kept, mass, self._elements(kept, valid, query))
