@@ -6,9 +6,9 @@
 //             are on their way, then turned into 2^x; each unit of 64 keeps its own integer reference exponent and sum
 //   combine   the group's summed softmax per position, and the maximum of every 16th position of a tile of 256
 //   select    the wanted-th largest of those maxima bounds the wanted-th largest score from below, so only positions at
-//             least that good compete; the local window is appended
+//             least that good compete; the local window is appended; alpha
 //   attend    exact attention over chunks of the chosen rows
-//   merge     chunks joined, alpha, blend with the mean value
+//   merge     chunks joined, blend with the mean value
 // With many heads one task does all phases of a head, so that its scratch stays in the core's cache.  With few, each
 // phase is split over tiles or chunks and a barrier follows.  Results do not depend on the split or the number of
 // threads: the boundaries of units and chunks are fixed, and references are integers, so rescaling is exact and equal
@@ -125,6 +125,7 @@ struct Scratch {
     int32_t* candidates;     // [positions + W]
     int32_t* picks;          // [k_max + W]
     int32_t* chosen;         // [k_max]
+    float* mass;             // [G]: of the softmax over the scores, what the chosen positions have
     float* row_weights;      // [chunks, G, CHUNK]: softmax over a chunk's rows, not normalised
     float* partial;          // [chunks, G, d padded]
     float* partial_max;      // [chunks, G]
@@ -146,6 +147,7 @@ struct Scratch {
         layout.place(candidates, positions + W);
         layout.place(picks, positions + W);
         layout.place(chosen, a.k_max);
+        layout.place(mass, a.group);
         layout.place(row_weights, chunks * a.group * CHUNK);
         layout.place(partial, chunks * a.group * padded_dim);
         layout.place(partial_max, chunks * a.group);
@@ -372,7 +374,7 @@ class Decoder {
 
     // In place: logits become base-2 exponents (capped), and -Inf in lanes not kept.
     void finish_logits(float* x, const int32_t* keep) const {
-        for (int64_t i = 0; i < UNIT; i += W) {
+        for (int64_t i = 0; i < TILE; i += W) {
             Floats logit = load(x + i);
             if (capped) logit = tanh(logit) * static_cast<float>(a.softcap * LOG2E);
             if (keep) logit = load_ints(keep + i) ? logit : splat(-INFINITE);
@@ -380,30 +382,41 @@ class Decoder {
         }
     }
 
-    // In place: x becomes 2^(x - reference), for the N values of a unit or chunk.
-    template <int64_t N>
+    // In place: x becomes 2^(x - reference), for U times N values that share a reference and a sum.
+    template <int64_t N, int U>
     static SPARQ_INLINE void exponentiate(float* x, float* reference, float* sum) {
-        Floats highest = splat(LOWEST), poison = {}, total = {};
-        for (int64_t i = 0; i < N; i += W) {
-            highest = max(load(x + i), highest);
-            poison += load(x + i);
-        }
-        float top = round_to_int(horizontal_max(highest));
-        if (std::fabs(top) < 0x1p21f && !std::isnan(horizontal_sum(poison))) {
+        Floats highest[U], poison[U], total[U];
+        SPARQ_UNROLL for (int u = 0; u < U; u++) {
+            highest[u] = splat(LOWEST);
+            poison[u] = total[u] = Floats{};
             for (int64_t i = 0; i < N; i += W) {
-                Floats weight = exp2_scaled_fast(load(x + i), top);
-                total += weight;
-                store(x + i, weight);
+                Floats value = load(x + u * N + i);
+                highest[u] = max(value, highest[u]);
+                poison[u] += value;
+            }
+        }
+        Floats top = round_to_int(horizontal_maxima(highest));
+        store_first<U>(reference, top);
+        if (!any(absolute(top) >= 0x1p21f) && !std::isnan(horizontal_sum(horizontal_sums(poison)))) {
+            SPARQ_UNROLL for (int u = 0; u < U; u++) {
+                float highest_power = reference[u];
+                for (int64_t i = 0; i < N; i += W) {
+                    Floats weight = exp2_scaled_fast(load(x + u * N + i), highest_power);
+                    total[u] += weight;
+                    store(x + u * N + i, weight);
+                }
             }
         } else {
-            for (int64_t i = 0; i < N; i += W) {
-                Floats weight = exp2_scaled(load(x + i), top);
-                total += weight;
-                store(x + i, weight);
+            for (int u = 0; u < U; u++) {
+                float highest_power = reference[u];
+                for (int64_t i = 0; i < N; i += W) {
+                    Floats weight = exp2_scaled(load(x + u * N + i), highest_power);
+                    total[u] += weight;
+                    store(x + u * N + i, weight);
+                }
             }
         }
-        *reference = top;
-        *sum = horizontal_sum(total);
+        store_first<U>(sum, horizontal_sums(total));
     }
 
     template <int G>
@@ -415,19 +428,19 @@ class Decoder {
         // Meanwhile the first runs of the next tile are fetched, by the first queries of the group for all.
         constexpr int64_t PIECE = (TILE + UNITS * G - 1) / (UNITS * G);
         int64_t fetched = g == 0 && next_tile ? std::min<int64_t>(a.r, RUNS) : 0;
-        for (int64_t u = 0; u < UNITS; u++) {
-            for (int64_t i = 0; i < G; i++) {
+        for (int64_t i = 0; i < G; i++) {
+            float* x = s.weights + (g + i) * positions + index * TILE;
+            for (int64_t u = 0; u < UNITS; u++) {
                 for (int64_t c = 0; c < fetched; c++)
-                    prefetch(next_tile + s.components[c] * BLOCK + (u * G + i) * PIECE, PIECE);
-                float* x = s.weights + (g + i) * positions + index * TILE + u * UNIT;
-                for (int64_t p = 0; p < UNIT; p += PAIR) {
-                    const float* pair = sums + (u * UNIT + p) * G + i * W;
+                    prefetch(next_tile + s.components[c] * BLOCK + (i * UNITS + u) * PIECE, PIECE);
+                for (int64_t p = u * UNIT; p < (u + 1) * UNIT; p += PAIR) {
+                    const float* pair = sums + p * G + i * W;
                     store_pair<T>(x + p, load(pair), load(pair + G * W));
                 }
-                if (capped || keep) finish_logits(x, keep ? keep + u * UNIT : nullptr);
-                int64_t unit = (g + i) * units + index * UNITS + u;
-                exponentiate<UNIT>(x, s.reference + unit, s.sum + unit);
             }
+            if (capped || keep) finish_logits(x, keep);
+            int64_t unit = (g + i) * units + index * UNITS;
+            exponentiate<UNIT, UNITS>(x, s.reference + unit, s.sum + unit);
         }
     }
 
@@ -499,7 +512,7 @@ class Decoder {
         for (int64_t g = 0; g < group; g++)
             sound &= weigh_units(row, s, g, from * UNITS / W * W, to * UNITS);
         int32_t keep[TILE];
-        for (int64_t j = from; j < to; j++) {
+        for (int64_t j = to - 1; j >= from; j--) {  // the last tiles are still in the processor's cache
             bool whole = whole_tile(row, j, row.window_begin);
             if (!whole) tile_lanes(row, j, row.window_begin, keep);
             combine_tile(s, j, whole ? nullptr : keep, sound);
@@ -542,6 +555,18 @@ class Decoder {
         return count;
     }
 
+    // Approximate score mass of the chosen positions for G queries.
+    template <int G>
+    void sum_mass(const Row& row, Scratch& s, int64_t g) const {
+        double sum[G] = {};  // k may be tens of thousands
+        for (int64_t i = 0; i < row.budget; i++) {
+            int64_t position = s.chosen[i], unit = position / UNIT;
+            for (int j = 0; j < G; j++)
+                sum[j] += s.weights[(g + j) * tiles * TILE + position] * s.unit_weight[(g + j) * units + unit];
+        }
+        for (int j = 0; j < G; j++) s.mass[g + j] = static_cast<float>(sum[j]);
+    }
+
     void select(int64_t head, Scratch& s) const {
         const Row& row = row_of(head);
         int64_t wanted = row.everything() ? 0 : row.budget - row.window, taken = std::max<int64_t>(wanted, 0);
@@ -562,42 +587,59 @@ class Decoder {
         int64_t forced_from = row.everything() ? row.first : row.window_begin;
         for (int64_t p = forced_from; p < row.end; p++)
             if (!row.mask || row.mask[p]) s.chosen[taken++] = static_cast<int32_t>(p);
+        for (int64_t g = 0; g < group && !row.everything(); g += 4) {
+            switch (queries_at_once(group - g)) {
+                case 1: sum_mass<1>(row, s, g); break;
+                case 2: sum_mass<2>(row, s, g); break;
+                case 3: sum_mass<3>(row, s, g); break;
+                default: sum_mass<4>(row, s, g); break;
+            }
+        }
         if (a.positions) {
             int64_t* out = a.positions + result_index(head, 1, 0) * a.k_max;
             for (int64_t i = 0; i < a.k_max; i++) out[i] = i < taken ? s.chosen[i] : -1;
         }
     }
 
-    // out[g][i] = query g . key of chosen[i], in base 2 (capped before that).  W dot products at a time end in one
-    // vector.
+    // out[g][i] = query g . key of chosen[i], in base 2 (capped before that).  G queries and a few rows make a vector of
+    // dot products, so that a query is loaded once for these rows.
     template <int G>
     void row_logits(const T* keys, const T* values, const int32_t* chosen, int64_t count, const float* queries,
                     float* out) const {
         constexpr int ROWS = W / G;
         for (int64_t i = 0; i < count; i += ROWS) {
-            int rows = static_cast<int>(std::min<int64_t>(ROWS, count - i));
-            Floats dots[W] = {};
-            for (int j = 0; j < rows; j++) {
-                const T* row = keys + chosen[i + j] * a.key_position;
+            const T* rows[ROWS];
+            for (int j = 0; j < ROWS; j++) {
+                int64_t row = std::min(i + j, count - 1);  // behind the last one, that one again
+                rows[j] = keys + chosen[row] * a.key_position;
                 if (values) {  // the first queries of the group fetch the rows for all
-                    if (i + j + ROWS_AHEAD < count) prefetch(keys + chosen[i + j + ROWS_AHEAD] * a.key_position, dim);
-                    prefetch(values + chosen[i + j] * a.value_position, dim);
+                    if (row + ROWS_AHEAD < count) prefetch(keys + chosen[row + ROWS_AHEAD] * a.key_position, dim);
+                    prefetch(values + chosen[row] * a.value_position, dim);
                 }
-                Floats dot[G] = {};
-                for (int64_t c = 0; c < padded_dim; c += PAIR) {
-                    Floats x, y;
-                    load_dims(row, c, x, y);
-                    for (int g = 0; g < G; g++) {
-                        const float* query = queries + g * padded_dim + c;
-                        dot[g] += x * load(query);
-                        dot[g] += y * load(query + W);
+            }
+            Floats dots[W];  // in registers, as long as nothing clears it as memory
+            SPARQ_UNROLL for (int d = 0; d < W; d++) dots[d] = Floats{};
+            Floats x[ROWS], y[ROWS];
+            auto add = [&](const float* query) __attribute__((always_inline)) {
+                SPARQ_UNROLL for (int g = 0; g < G; g++)
+                    SPARQ_UNROLL for (int j = 0; j < ROWS; j++) {
+                        dots[g * ROWS + j] += x[j] * load(query + g * padded_dim);
+                        dots[g * ROWS + j] += y[j] * load(query + g * padded_dim + W);
                     }
-                }
-                for (int g = 0; g < G; g++) dots[g * ROWS + j] = dot[g];
+            };
+            int64_t c = 0;
+            for (; c + PAIR <= dim; c += PAIR) {
+                SPARQ_UNROLL for (int j = 0; j < ROWS; j++) load_pair(rows[j] + c, x[j], y[j]);
+                add(queries + c);
+            }
+            if (c < dim) {
+                SPARQ_UNROLL for (int j = 0; j < ROWS; j++) load_pair_part(rows[j] + c, dim - c, x[j], y[j]);
+                add(queries + c);
             }
             float sums[W];
             store(sums, horizontal_sums(dots));
-            for (int g = 0; g < G; g++) memcpy(out + g * CHUNK + i, sums + g * ROWS, rows * sizeof(float));
+            int64_t wanted = CHUNK % ROWS ? std::min<int64_t>(ROWS, count - i) : ROWS;
+            for (int g = 0; g < G; g++) memcpy(out + g * CHUNK + i, sums + g * ROWS, wanted * sizeof(float));
         }
     }
 
@@ -628,7 +670,7 @@ class Decoder {
                 for (int64_t i = 0; i < count; i += W)
                     store(w + i, tanh(load(w + i)) * static_cast<float>(a.softcap * LOG2E));
             std::fill(w + count, w + CHUNK, -INFINITE);
-            exponentiate<CHUNK>(w, s.partial_max + chunk * group + g, s.partial_sum + chunk * group + g);
+            exponentiate<CHUNK, 1>(w, s.partial_max + chunk * group + g, s.partial_sum + chunk * group + g);
         }
         for (int64_t g = 0; g < group; g += 4) {
             const float* w = weights + g * CHUNK;
@@ -674,31 +716,8 @@ class Decoder {
         }
     }
 
-    // Approximate score mass of the chosen positions for G queries.
-    template <int G>
-    void attended_mass(const Row& row, const Scratch& s, int64_t g, float* mass) const {
-        double sum[G] = {};  // k may be tens of thousands
-        for (int64_t i = 0; i < row.budget; i++) {
-            int64_t position = s.chosen[i], unit = position / UNIT;
-            for (int j = 0; j < G; j++)
-                sum[j] += s.weights[(g + j) * tiles * TILE + position] * s.unit_weight[(g + j) * units + unit];
-        }
-        for (int j = 0; j < G; j++) mass[j] = static_cast<float>(sum[j]);
-    }
-
     void merge(int64_t head, Scratch& s) const {
-        const Row& row = row_of(head);
-        for (int64_t g = 0; g < group; g += 4) {
-            float alpha[4] = {1, 1, 1, 1};
-            switch (row.everything() ? 0 : queries_at_once(group - g)) {
-                case 0: break;
-                case 1: attended_mass<1>(row, s, g, alpha); break;
-                case 2: attended_mass<2>(row, s, g, alpha); break;
-                case 3: attended_mass<3>(row, s, g, alpha); break;
-                default: attended_mass<4>(row, s, g, alpha); break;
-            }
-            for (int64_t i = 0; i < queries_at_once(group - g); i++) merge_query(head, row, s, g + i, alpha[i]);
-        }
+        for (int64_t g = 0; g < group; g++) merge_query(head, row_of(head), s, g);
     }
 
     // Sum of the values that later queries see and this one does not.
@@ -717,13 +736,14 @@ class Decoder {
     }
 
     // Joins the chunks of query g and writes its output.
-    void merge_query(int64_t head, const Row& row, const Scratch& s, int64_t g, float alpha) const {
+    void merge_query(int64_t head, const Row& row, const Scratch& s, int64_t g) const {
         float out[MAX_HEAD_DIM] = {};
         int64_t chunks = (row.budget + CHUNK - 1) / CHUNK;
         float highest = LOWEST, z = 0;
         for (int64_t c = 0; c < chunks; c++) highest = std::max(highest, s.partial_max[c * group + g]);
         for (int64_t c = 0; c < chunks; c++)
             z += s.partial_sum[c * group + g] * power_of_two_or_zero(splat(s.partial_max[c * group + g] - highest))[0];
+        float alpha = row.everything() ? 1.f : s.mass[g];
         bool blend = a.mean_value && !row.everything();
         float attended = blend ? alpha : 1.f;
         for (int64_t c = 0; c < chunks; c++) {

@@ -35,6 +35,12 @@ constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
 
 #define SPARQ_INLINE inline __attribute__((always_inline))
+// Loops of constant length, unrolled early enough for their arrays of vectors to become registers.
+#if defined(__clang__)
+#define SPARQ_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define SPARQ_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 SPARQ_INLINE Floats splat(float x) { return x - Floats{}; }
 SPARQ_INLINE Floats absolute(Floats x) { return x > 0.f ? x : -x; }
@@ -53,6 +59,8 @@ SPARQ_INLINE Floats as_floats(Bits b) { Floats x; memcpy(&x, &b, sizeof x); retu
 SPARQ_INLINE Ints load_ints(const int32_t* p) { Ints v; memcpy(&v, p, sizeof v); return v; }
 SPARQ_INLINE Floats load(const float* p) { Floats v; memcpy(&v, p, sizeof v); return v; }
 SPARQ_INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+template <int n>
+SPARQ_INLINE void store_first(float* p, Floats v) { memcpy(p, &v, n * sizeof(float)); }
 
 #if defined(__AVX512F__) || (defined(__AVX__) && defined(__F16C__))
 // The one conversion by intrinsics: GCC 12 makes an instruction for each element of a vector of _Float16.
@@ -176,32 +184,43 @@ inline void narrow(float x, Float16* out) {
     out->bits = static_cast<uint16_t>(sign | half);
 }
 
-// Lane i becomes the sum of v[i].  Every round halves the vectors and doubles the number of sums in each.
-SPARQ_INLINE Floats horizontal_sums(Floats (&v)[W]) {
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++)
-            v[i] = interleave_low(v[i], v[i + half]) + interleave_high(v[i], v[i + half]);
-    return v[0];
-}
-
 // Folding a vector onto itself leaves the result in every lane.
 template <int distance>
 SPARQ_INLINE Floats rotate(Floats v) { return rotate<distance>(v, Lanes()); }
 
-SPARQ_INLINE float horizontal_sum(Floats v) {
-    if constexpr (W > 8) v += rotate<W / 2>(v);
-    if constexpr (W > 4) v += rotate<4>(v);
-    v += rotate<2>(v);
-    v += rotate<1>(v);
+// Lane i becomes all of v[i] joined, for N vectors, a power of two; the lanes repeat behind the N-th.  Every round halves
+// the vectors and doubles the number of results in each; what is left of one result is N lanes apart.
+template <int N, class Join>
+SPARQ_INLINE Floats horizontal(Floats (&v)[N], Join join) {
+    static_assert(N <= W && (N & (N - 1)) == 0);
+    SPARQ_UNROLL for (int half = N / 2; half; half /= 2)
+        SPARQ_UNROLL for (int i = 0; i < half; i++)
+            v[i] = join(interleave_low(v[i], v[i + half]), interleave_high(v[i], v[i + half]));
+    if constexpr (W / N > 8) v[0] = join(v[0], rotate<N * 8 % W>(v[0]));
+    if constexpr (W / N > 4) v[0] = join(v[0], rotate<N * 4 % W>(v[0]));
+    if constexpr (W / N > 2) v[0] = join(v[0], rotate<N * 2 % W>(v[0]));
+    if constexpr (W / N > 1) v[0] = join(v[0], rotate<N % W>(v[0]));
     return v[0];
 }
 
+template <int N>
+SPARQ_INLINE Floats horizontal_sums(Floats (&v)[N]) {
+    return horizontal(v, [](Floats a, Floats b) { return a + b; });
+}
+
+template <int N>
+SPARQ_INLINE Floats horizontal_maxima(Floats (&v)[N]) {
+    return horizontal(v, [](Floats a, Floats b) { return max(a, b); });
+}
+
+SPARQ_INLINE float horizontal_sum(Floats v) {
+    Floats all[1] = {v};
+    return horizontal_sums(all)[0];
+}
+
 SPARQ_INLINE float horizontal_max(Floats v) {
-    if constexpr (W > 8) v = max(v, rotate<W / 2>(v));
-    if constexpr (W > 4) v = max(v, rotate<4>(v));
-    v = max(v, rotate<2>(v));
-    v = max(v, rotate<1>(v));
-    return v[0];
+    Floats all[1] = {v};
+    return horizontal_maxima(all)[0];
 }
 
 constexpr float ROUNDER = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
