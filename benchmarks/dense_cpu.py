@@ -10,12 +10,9 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
 import shlex
 import struct
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,12 +85,12 @@ def build() -> Path:
 
     Raises CompilerError.
     """
-    compiler = [*cpu.find_compiler(), *shlex.split(os.environ.get("SPARQ_CXXFLAGS", ""))]
+    compiler, extra = cpu.find_compiler(), [f"-I{cpu.SOURCES}", *shlex.split(os.environ.get("SPARQ_CXXFLAGS", ""))]
     key = hashlib.sha256()
     for part in (
         SOURCE.read_bytes(),
         (cpu.SOURCES / "simd.h").read_bytes(),
-        *map(str.encode, [*compiler, *cpu.host()]),
+        *map(str.encode, [*compiler, *extra, *cpu.host()]),
     ):
         key.update(part + b"\0")
     directory = cpu.cache_directory()
@@ -101,27 +98,5 @@ def build() -> Path:
     with cpu.locked(directory / "lock"):
         if not library.exists():
             print("compiling the dense kernel (once, some seconds) ...", file=sys.stderr, flush=True)
-            compile_library(compiler, library)
+            cpu.compile_library(compiler, SOURCE, extra, library)
     return library
-
-
-def compile_library(compiler: list[str], library: Path) -> None:
-    """Compile and move into place at once; without OpenMP, on one core, where the compiler has none."""
-    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    flags = ["-std=c++17", "-O3", "-fPIC", "-Wno-psabi", native, f"-I{cpu.SOURCES}"]
-    errors = []
-    with tempfile.TemporaryDirectory(dir=library.parent) as directory:
-        built, unit = Path(directory) / "dense.so", Path(directory) / "dense.o"
-        # Linked with the runtime that torch has loaded, so that both share one pool of threads.
-        for openmp, runtime in ((["-fopenmp"], cpu.openmp_runtime()), ([], [])):
-            steps = [
-                [*compiler, *flags, *openmp, "-c", str(SOURCE), "-o", str(unit)],
-                [*compiler, "-shared", str(unit), *runtime, "-o", str(built)],
-            ]
-            results = (subprocess.run(step, capture_output=True, text=True) for step in steps)
-            failed = next((result for result in results if result.returncode), None)
-            if failed is None:
-                os.replace(built, library)
-                return
-            errors.append(failed.stderr.strip())
-    raise cpu.CompilerError(f"{shlex.join(compiler)} could not compile the dense kernel: {errors[0][-2000:]}")

@@ -11,10 +11,6 @@
 
 #include "simd.h"
 
-#if defined(_OPENMP)
-extern "C" int omp_get_thread_num(void);  // the one function needed: omp.h is not everywhere that OpenMP is
-#endif
-
 namespace sparq {
 namespace {
 
@@ -279,14 +275,6 @@ class Dense {
     }
 };
 
-int thread_index() {
-#if defined(_OPENMP)
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
 bool lengths_in_range(const Arguments& a) {
     return std::all_of(a.length, a.length + a.batch, [&](int64_t length) { return 1 <= length && length <= a.cached; });
 }
@@ -295,11 +283,12 @@ bool lengths_in_range(const Arguments& a) {
 template <class T>
 void attention(const Arguments& a) {
     Dense<T> dense(a);
-    std::atomic<int64_t> next_part{0}, next_head{0};
+    std::atomic<int64_t> threads{0}, next_part{0}, next_head{0};
 #pragma omp parallel num_threads(static_cast<int>(a.threads))
     {
         FlushSubnormals flush;
-        for (int64_t i; (i = next_part.fetch_add(1)) < dense.tasks();) dense.attend(i, thread_index());
+        const int64_t slot = threads.fetch_add(1);
+        for (int64_t i; (i = next_part.fetch_add(1)) < dense.tasks();) dense.attend(i, slot);
 #pragma omp barrier
         for (int64_t i; (i = next_head.fetch_add(1)) < dense.heads();) dense.merge(i);
     }

@@ -67,6 +67,14 @@ def kernel() -> Callable[[bytes], int] | None:
             stacklevel=2,
         )
         return None
+    if not library.sparq_has_threads():
+        warnings.warn(
+            "sparq_kernels: the C++ compiler has no OpenMP, so the CPU kernel runs on one thread however many "
+            "PyTorch uses. Install one that has, for example: apt install g++, and delete "
+            f"{cache_directory()}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     function = library.sparq_decode
     function.argtypes = [ctypes.c_char_p]
     function.restype = ctypes.c_int64
@@ -163,7 +171,7 @@ def build() -> Path:
         if not library.exists():  # another process may have built it meanwhile
             print("sparq_kernels: compiling the CPU kernel (once, some seconds) ...", file=sys.stderr, flush=True)
             started = time.perf_counter()
-            compile_library(compiler, extra, library)
+            compile_library(compiler, SOURCES / "decode.cpp", extra, library)
             print(f"sparq_kernels: compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
     return library
 
@@ -214,36 +222,45 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def compile_library(compiler: list[str], extra: list[str], library: Path) -> None:
-    """Compile and move into place at once, so that no process ever loads half a file."""
+def compile_library(compiler: list[str], source: Path, extra: list[str], library: Path) -> None:
+    """Compile and move into place at once, so that no process ever loads half a file.
+
+    Tried in this order, until one compiles and links: for this processor before any of its kind, with OpenMP before
+    one thread.  Raises CompilerError with the first error.
+    """
     native = ["-mcpu=native"] if platform.machine() in ("aarch64", "arm64") else ["-march=native"]
     common = ["-std=c++17", "-O3", "-fPIC", "-Wno-psabi"]
+    openmp = [["-fopenmp"], ["-Xclang", "-fopenmp"]]  # Apple's compiler has OpenMP behind the second one only
     attempts = [
-        ([*common, *native, "-fopenmp"], openmp_runtime()),
-        ([*common, "-fopenmp"], openmp_runtime()),
-        ([*common, *native], []),
-        (common, []),
+        *([*common, *processor, *threads] for processor in (native, []) for threads in openmp),
+        [*common, *native],
+        common,
     ]
+    # A symbol that the runtime lacks has to be an error here, not when the library is loaded.
+    complete = ["-Wl,-z,defs"] if sys.platform.startswith("linux") else []
     errors = []
+
+    def runs(*command: str) -> bool:
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            errors.append(result.stderr.strip())
+        return result.returncode == 0
+
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
-        built, unit = Path(directory) / "decode.so", Path(directory) / "decode.o"
-        for flags, runtime in attempts:
-            source = str(SOURCES / "decode.cpp")
-            steps = [
-                [*compiler, *flags, *extra, "-c", source, "-o", str(unit)],
-                [*compiler, *extra, "-shared", str(unit), *runtime, "-o", str(built)],
-            ]
-            results = (subprocess.run(step, capture_output=True, text=True) for step in steps)
-            failed = next((result for result in results if result.returncode), None)
-            if failed is None:
-                os.replace(built, library)
-                return
-            errors.append(failed.stderr.strip())
+        built, unit = str(Path(directory) / library.name), str(Path(directory) / "unit.o")
+        for flags in attempts:
+            if not runs(*compiler, *flags, *extra, "-c", str(source), "-o", unit):
+                continue
+            for runtime in openmp_runtimes() if "-fopenmp" in flags else [[]]:
+                if runs(*compiler, *extra, "-shared", unit, *runtime, *complete, "-o", built):
+                    os.replace(built, library)
+                    return
     raise CompilerError(f"{shlex.join(compiler)} could not compile it: {errors[0][-2000:]}")
 
 
-def openmp_runtime() -> list[str]:
-    """How to link OpenMP: with the very library torch brought along, else with the compiler's own."""
+def openmp_runtimes() -> list[list[str]]:
+    """How to link OpenMP: with the very library torch brought along, so that both share one pool of threads, or with
+    the compiler's own, which is what Clang needs beside a torch that brought GCC's."""
     bundled = Path(torch.__file__).parent / "lib"
     found = sorted(path for pattern in ("libgomp*", "libomp*", "libiomp5*") for path in bundled.glob(pattern))
-    return [str(found[0])] if found else ["-fopenmp"]
+    return [*([str(path)] for path in found[:1]), ["-fopenmp"]]

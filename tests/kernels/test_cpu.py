@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,25 @@ def test_a_compiler_without_openmp_or_native_still_serves(tmp_path: Path) -> Non
     )
     compiler.chmod(0o755)
     out, _ = finish(start(environment(tmp_path / "cache", CXX=str(compiler))))
+    assert out.startswith("cpp [") and out.count("the CPU kernel runs on one thread") == 1
+
+
+def test_a_runtime_that_lacks_what_the_compiler_calls_is_not_linked(tmp_path: Path) -> None:
+    """Clang's OpenMP beside a torch that brings GCC's: the compiler's own is taken then."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'for a in "$@"; do case $a in *libgomp*|*libomp*|*libiomp*) echo undefined >&2; exit 1;; esac; done\n'
+        'exec c++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    out, _ = finish(start(environment(tmp_path / "cache", CXX=str(compiler))))
+    assert out == "cpp []\n"
+
+
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no Clang on this machine")
+def test_clang_serves_with_threads(tmp_path: Path) -> None:
+    out, _ = finish(start(environment(tmp_path, CXX="clang++")))
     assert out == "cpp []\n"
 
 

@@ -25,9 +25,6 @@
 #include "select.h"
 #include "simd.h"
 
-#if defined(_OPENMP)
-extern "C" int omp_get_thread_num(void);  // the one function needed: omp.h is not everywhere that OpenMP is
-#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -766,14 +763,6 @@ class Decoder {
     }
 };
 
-int thread_index() {
-#if defined(_OPENMP)
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
 // Tasks 0 .. count-1 shared out one by one: rows differ in length.  Each counter serves one phase.
 template <class Task>
 void share(std::atomic<int64_t>& next, int64_t count, const Task& task) {
@@ -794,16 +783,18 @@ void decode(const Arguments& a) {
     int64_t heads = a.batch * a.query_length * a.num_kv_heads;
     bool whole_heads = heads >= 4 * a.threads || a.threads == 1;
     Decoder<T> decoder(a, arena, !whole_heads);
-    std::atomic<int64_t> next[7] = {};
+    std::atomic<int64_t> next[7] = {}, threads{0};
     int64_t parts = (4 * a.threads + heads - 1) / heads, chunks = decoder.max_chunks();
 
 #pragma omp parallel num_threads(static_cast<int>(a.threads))
     {
         FlushSubnormals flush;
+        // Not OpenMP's own number: where two of its runtimes are loaded, the function may be the other one's.
+        const int64_t slot = threads.fetch_add(1);
         share(next[0], a.batch * a.query_length, [&](int64_t i) { decoder.read_row(i); });
 #pragma omp barrier
         if (whole_heads) {
-            share(next[1], heads, [&](int64_t head) { decoder.whole_head(head, thread_index()); });
+            share(next[1], heads, [&](int64_t head) { decoder.whole_head(head, slot); });
         } else {
             share(next[1], heads, [&](int64_t head) { decoder.prepare(head); });
 #pragma omp barrier
@@ -828,6 +819,14 @@ void decode(const Arguments& a) {
 }  // namespace sparq
 
 extern "C" int64_t sparq_arguments_size() { return sizeof(sparq::Arguments); }
+
+extern "C" int64_t sparq_has_threads() {
+#if defined(_OPENMP)
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 // 0 when done, 1 for a dtype it does not know, 2 when memory ran out, 3 when a row's length or start is out of range.
 extern "C" int64_t sparq_decode(const sparq::Arguments* arguments) {

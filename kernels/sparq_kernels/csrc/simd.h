@@ -78,7 +78,7 @@ SPARQ_INLINE Floats load(const Float16* p) {
 }
 #elif defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
 SPARQ_INLINE Floats load(const Float16* p) {
-    typedef _Float16 Native __attribute__((vector_size(2 * W)));
+    typedef __fp16 Native __attribute__((vector_size(2 * W)));  // in C++, GCC 12 has no _Float16 for Arm
     Native h;
     memcpy(&h, p, sizeof h);
     return __builtin_convertvector(h, Floats);
