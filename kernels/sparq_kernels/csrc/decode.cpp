@@ -5,7 +5,7 @@
 //   score     per tile of 256 positions: logits summed over the r component runs, a few at a time while the next few
 //             are on their way, then turned into 2^x; each unit of 64 keeps its own integer reference exponent and sum
 //   combine   the group's summed softmax per position, and the maximum of every 16th position of a tile of 256
-//   select    the wanted-th largest of those maxima bounds the wanted-th largest score from below, so only positions at
+//   select    what at least `wanted` of those maxima reach, the wanted-th largest score reaches too, so only positions at
 //             least that good compete; the local window is appended; alpha
 //   attend    exact attention over chunks of the chosen rows
 //   merge     chunks joined, blend with the mean value
@@ -574,7 +574,7 @@ class Decoder {
             if (lanes > wanted) {
                 memcpy(s.keys, s.maxima + from * LANES, lanes * sizeof(float));
                 pad_keys(s.keys, lanes);
-                int32_t key = std::max(kth_largest(s.keys, lanes, wanted), 0);
+                int32_t key = std::max(threshold_of(s.keys, lanes, wanted, wanted / 8), 0);
                 memcpy(&bound, &key, sizeof bound);
             }
             int64_t count = gather_candidates(s, from, to, bound);

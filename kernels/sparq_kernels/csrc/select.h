@@ -22,8 +22,9 @@ inline void pad_keys(int32_t* keys, int64_t n) {
     for (int64_t i = n; i % W; i++) keys[i] = std::numeric_limits<int32_t>::min();
 }
 
-// The `wanted`-th largest of n padded keys, 1 <= wanted <= n: bisection on the key's value.
-inline int32_t kth_largest(const int32_t* keys, int64_t n, int64_t wanted) {
+// A key that at least `wanted` of n padded keys reach, 1 <= wanted <= n, and at most `spare` more of them, unless they
+// are ties with the wanted-th largest: bisection on the key's value.
+inline int32_t threshold_of(const int32_t* keys, int64_t n, int64_t wanted, int64_t spare) {
     int64_t low = keys[0], high = keys[0];  // count_at_least(low) >= wanted > count_at_least(high + 1)
     if (n >= W) {
         Ints least = load_ints(keys), most = least;
@@ -43,8 +44,13 @@ inline int32_t kth_largest(const int32_t* keys, int64_t n, int64_t wanted) {
     }
     while (low < high) {
         int64_t middle = low + (high - low + 1) / 2;
-        if (count_at_least(keys, n, static_cast<int32_t>(middle)) >= wanted) low = middle;
-        else high = middle - 1;
+        int64_t count = count_at_least(keys, n, static_cast<int32_t>(middle));
+        if (count < wanted) {
+            high = middle - 1;
+        } else {
+            low = middle;
+            if (count <= wanted + spare) break;
+        }
     }
     return static_cast<int32_t>(low);
 }
@@ -81,7 +87,7 @@ inline int64_t keep_at_least(const int32_t* keys, int64_t n, int32_t threshold, 
 inline void select_largest(int32_t* keys, int64_t n, int64_t wanted, int32_t* out) {
     if (wanted <= 0) return;
     pad_keys(keys, n);
-    int32_t threshold = kth_largest(keys, n, wanted);
+    int32_t threshold = threshold_of(keys, n, wanted, 0);
     if (count_at_least(keys, n, threshold) == wanted) {
         keep_at_least(keys, n, threshold, 0, out, keys);
         return;
