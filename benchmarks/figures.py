@@ -21,7 +21,8 @@ from ways import BARE_CONTEXT, DYNAMIC, OWN_CACHE, SPARQ, STATIC, WAYS
 from workload import Shape
 
 RESULTS = Path(__file__).parent / "results"
-MODELS = ("generation", "generation-llama-2-7b", "generation-pythia-1.4b")  # the first one is the README's
+# The first one is the README's.
+MODELS = ("generation", "generation-r12", "generation-llama-2-7b", "generation-pythia-1.4b")
 Content = dict[str, Any]
 
 
@@ -66,8 +67,10 @@ def generation_grid(content: Content) -> Grid:
                 *(short(Ratio(**ratio)) for ratio in ratios),
             )
         )
-    said = content["model"]
+    said, settings = content["model"], content["settings"]
     title = f"{said['name']}: ms per layer and token ({layers} of {said['layers_of']} layers)"
+    if settings["r"] and not settings["k"]:
+        title += f", r = {settings['r']}, k = S / {2 * settings['ratio']:g}"
     columns = ("dtype", "cached", "batch", *ways, "vs dynamic", "of it: cache", "of it: sparsity", "vs static")
     return Grid(title, columns, rows, left=1)
 

@@ -104,6 +104,7 @@ def ablations(tokens: int, head_dim: int) -> list[Way]:
     changes |= {f"r = {other}": {"r": other} for other in (r // 4, r // 2, 2 * r, 4 * r)}
     changes |= {f"k = {other}": {"k": other} for other in (k // 8, k // 4, k // 2, 2 * k, 4 * k)}
     changes |= {
+        f"r = {3 * r // 2}, k = {k // 2}": {"r": 3 * r // 2, "k": k // 2},  # the same bytes
         "no mean value": {"mean_value": False},
         "no local window": {"local": 0},
         "local window of k / 2": {"local": k // 2},
