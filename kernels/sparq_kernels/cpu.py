@@ -3,7 +3,8 @@
 Not `torch.utils.cpp_extension`: this kernel needs pointers and sizes only.  Without torch's headers it compiles in
 about 5 seconds instead of 40, needs neither ninja nor Python's headers, and survives a change of torch's ABI.  Its
 threads are OpenMP's, linked against the runtime that torch has already loaded, so both share one pool, which is also
-what `at::parallel_for` uses.
+what `at::parallel_for` uses.  Only where that runtime is not the compiler's kind (Clang beside a torch that brought
+GCC's) there are two pools.
 
 Environment: CXX chooses the compiler, SPARQ_CXXFLAGS adds flags, SPARQ_CACHE_DIR moves the cache (default
 ~/.cache/sparq_kernels), SPARQ_BACKEND=reference leaves the kernel unused.
