@@ -22,7 +22,13 @@ from workload import Shape
 
 RESULTS = Path(__file__).parent / "results"
 # The first one is the README's.
-MODELS = ("generation", "generation-r12", "generation-llama-2-7b", "generation-pythia-1.4b")
+MODELS = (
+    "generation",
+    "generation-r12",
+    "generation-all-layers",
+    "generation-llama-2-7b",
+    "generation-pythia-1.4b",
+)
 Content = dict[str, Any]
 
 
@@ -68,7 +74,8 @@ def generation_grid(content: Content) -> Grid:
             )
         )
     said, settings = content["model"], content["settings"]
-    title = f"{said['name']}: ms per layer and token ({layers} of {said['layers_of']} layers)"
+    kept = f"{layers} of {said['layers_of']} layers" if layers < said["layers_of"] else "all layers, whole vocabulary"
+    title = f"{said['name']}: ms per layer and token ({kept})"
     if settings["r"] and not settings["k"]:
         title += f", r = {settings['r']}, k = S / {2 * settings['ratio']:g}"
     columns = ("dtype", "cached", "batch", *ways, "vs dynamic", "of it: cache", "of it: sparsity", "vs static")
