@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import shlex
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,22 +77,5 @@ def kernel() -> Callable[[bytes], int]:
 
 
 def build() -> Path:
-    """Path of the shared library for this source, compiler and processor; compiled if need be.
-
-    Raises CompilerError.
-    """
-    compiler, extra = cpu.find_compiler(), [f"-I{cpu.SOURCES}", *shlex.split(os.environ.get("SPARQ_CXXFLAGS", ""))]
-    key = hashlib.sha256()
-    for part in (
-        SOURCE.read_bytes(),
-        (cpu.SOURCES / "simd.h").read_bytes(),
-        *map(str.encode, [*compiler, *extra, *cpu.host()]),
-    ):
-        key.update(part + b"\0")
-    directory = cpu.cache_directory()
-    library = directory / f"dense-{key.hexdigest()[:20]}.so"
-    with cpu.locked(directory / "lock"):
-        if not library.exists():
-            print("compiling the dense kernel (once, some seconds) ...", file=sys.stderr, flush=True)
-            cpu.compile_library(compiler, SOURCE, extra, library)
-    return library
+    """Path of the kernel's shared library; compiled if need be.  Raises CompilerError."""
+    return cpu.build_library("dense", SOURCE, [SOURCE, cpu.SOURCES / "simd.h"], [f"-I{cpu.SOURCES}"])

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,22 +157,30 @@ def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor] | 
 
 
 def build() -> Path:
-    """Path of the shared library for these sources, this compiler and this processor; compiled if need be."""
+    """Path of the kernel's shared library; compiled if need be.  Raises CompilerError."""
+    return build_library("CPU", SOURCES / "decode.cpp", sorted(SOURCES.iterdir()))
+
+
+def build_library(name: str, source: Path, files: list[Path], options: Iterable[str] = ()) -> Path:
+    """Path of the shared library for these files, options, this compiler and this processor; compiled if need be.
+
+    name: what the kernel is called where its compiling is announced.  source: what is compiled.  files: all that it is
+    made of.  options: for the compiler, besides $SPARQ_CXXFLAGS.  Raises CompilerError.
+    """
     compiler = find_compiler()
-    extra = shlex.split(os.environ.get("SPARQ_CXXFLAGS", ""))
-    files = sorted(SOURCES.iterdir())
+    extra = [*options, *shlex.split(os.environ.get("SPARQ_CXXFLAGS", ""))]
     key = hashlib.sha256()
     for part in (*(file.read_bytes() for file in files), *map(str.encode, [*compiler, *extra, *host()])):
         key.update(part + b"\0")
     directory = cache_directory()
-    library = directory / f"decode-{key.hexdigest()[:20]}.so"
+    library = directory / f"{source.stem}-{key.hexdigest()[:20]}.so"
     if library.exists():
         return library
     with locked(directory / "lock"):
         if not library.exists():  # another process may have built it meanwhile
-            print("sparq_kernels: compiling the CPU kernel (once, some seconds) ...", file=sys.stderr, flush=True)
+            print(f"sparq_kernels: compiling the {name} kernel (once, some seconds) ...", file=sys.stderr, flush=True)
             started = time.perf_counter()
-            compile_library(compiler, SOURCES / "decode.cpp", extra, library)
+            compile_library(compiler, source, extra, library)
             print(f"sparq_kernels: compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
     return library
 

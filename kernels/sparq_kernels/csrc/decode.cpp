@@ -394,25 +394,19 @@ class Decoder {
         }
         Floats top = round_to_int(horizontal_maxima(highest));
         store_first<U>(reference, top);
-        if (!any(absolute(top) >= 0x1p21f) && !std::isnan(horizontal_sum(horizontal_sums(poison)))) {
+        auto raise = [&](auto exp2) __attribute__((always_inline)) {
             SPARQ_UNROLL for (int u = 0; u < U; u++) {
-                float highest_power = reference[u];
+                float shared = reference[u];  // not read again after every store
                 for (int64_t i = 0; i < N; i += W) {
-                    Floats weight = exp2_scaled_fast(load(x + u * N + i), highest_power);
+                    Floats weight = exp2(load(x + u * N + i), shared);
                     total[u] += weight;
                     store(x + u * N + i, weight);
                 }
             }
-        } else {
-            for (int u = 0; u < U; u++) {
-                float highest_power = reference[u];
-                for (int64_t i = 0; i < N; i += W) {
-                    Floats weight = exp2_scaled(load(x + u * N + i), highest_power);
-                    total[u] += weight;
-                    store(x + u * N + i, weight);
-                }
-            }
-        }
+        };
+        bool tame = !any(absolute(top) >= 0x1p21f) && !std::isnan(horizontal_sum(horizontal_sums(poison)));
+        if (tame) raise([](Floats value, float shared) { return exp2_scaled_fast(value, shared); });
+        else raise([](Floats value, float shared) { return exp2_scaled(value, shared); });
         store_first<U>(sum, horizontal_sums(total));
     }
 
