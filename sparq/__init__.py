@@ -8,7 +8,7 @@ from sparq.versions import check_versions
 check_versions()
 
 from sparq.config import SparqConfig  # noqa: E402
-from sparq.counters import Report  # noqa: E402
 from sparq.patching import patch, patched, report, unpatch  # noqa: E402
+from sparq.reporting import Report  # noqa: E402
 
 __all__ = ["Report", "SparqConfig", "patch", "patched", "report", "unpatch"]

@@ -18,7 +18,8 @@ from transformers.cache_utils import Cache
 from sparq import attention
 from sparq.cache import allocated_bytes, begin_pass, end_pass, refuse_quantized, upgrade
 from sparq.config import SparqConfig
-from sparq.counters import Counters, Report
+from sparq.counters import Counters
+from sparq.reporting import Report
 from sparq.step import Step
 
 Model = TypeVar("Model", bound=nn.Module)

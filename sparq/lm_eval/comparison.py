@@ -15,9 +15,10 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from sparq.attention import _dense
 from sparq.cache import SparqLayer, refuse_quantized
 from sparq.config import SparqConfig
-from sparq.counters import Counters, Report
+from sparq.counters import Counters
 from sparq.lm_eval.methods import H2OLayer, Method, SparqVariant
 from sparq.patching import _base, _check_served, _decoder, _implementations, _is_entered, _patch_of, _served
+from sparq.reporting import Report
 
 IMPLEMENTATIONS = {"sdpa": "sparq_comparison", "eager": "sparq_comparison_eager"}
 

@@ -11,9 +11,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 import sparq
-from sparq.counters import Report
 from sparq.lm_eval import methods
 from sparq.lm_eval.comparison import Comparison
+from sparq.reporting import Report
 
 METHODS: dict[str, type | None] = {
     "dense": None,

@@ -15,10 +15,10 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
-from sparq.counters import LayerReport
 from sparq.lm_eval.decoding import Decoding
 from sparq.lm_eval.prefill import Prefills, prefill, step
 from sparq.lm_eval.scoring import Row, score
+from sparq.reporting import LayerReport
 
 log = logging.getLogger(__name__)
 
