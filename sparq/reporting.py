@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from sparq.counters import Counters, LayerCounters
 from sparq.totals import DOUBTS, SPARSE
+
+COLUMNS = ("layer", "sparse", "dense", "mean α", "positions read", "MB read", "MB dense", "ratio")
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Proof of activity of a patched model, since it was patched. `str()` is a table, `to_dict()` plain data."""
+    """Proof of activity of a patched model, since it was patched.
+
+    `str()` is a table in plain text wherever it is called, a notebook shows one in HTML, `to_dict()` is plain data.
+    """
 
     config: Any  # a SparqConfig, or the dataclass of a method that is compared with SparQ
     backend: str  # what sparse steps ran on; before the first of them, what they would run on
@@ -54,36 +64,63 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=f"SparQ: decode steps, layer by layer (operator: {self.backend})")
-        for column in ("layer", "sparse", "dense", "mean α", "positions read", "MB read", "MB dense", "ratio"):
+        table = Table(title=self._title())
+        for column in COLUMNS:
             table.add_column(column, justify="right")
-        for index, layer in self.layers.items():
-            table.add_row(str(index), *_cells(layer))
+        *layers, total = self._rows()
+        for row in layers:
+            table.add_row(*row)
         table.add_section()
-        table.add_row("all", *_cells(self.total))
+        table.add_row(*total)
         out = io.StringIO()
-        Console(file=out, width=100).print(table)
-        print(self.config, file=out)
+        # Told all that it would find out by itself: in a notebook it shows a table instead of writing it, and under
+        # FORCE_COLOR it writes escape codes into any file.
+        plain = Console(
+            file=out, width=100, force_terminal=False, force_jupyter=False, color_system=None, legacy_windows=False
+        )
+        plain.print(table)
+        print(*self._lines(), sep="\n", file=out)
+        return out.getvalue().rstrip()
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the table and the lines of `str()`."""
+
+        def row(tag: str, cells: Iterable[str]) -> str:
+            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        *layers, total = self._rows()
+        body = "".join(row("td", cells) for cells in layers)
+        lines = "<br/>".join(escape(line) for line in self._lines())
+        return (
+            f"<div><table><caption>{escape(self._title())}</caption><thead>{row('th', COLUMNS)}</thead>"
+            f"<tbody>{body}</tbody><tfoot>{row('td', total)}</tfoot></table><p>{lines}</p></div>"
+        )
+
+    def _title(self) -> str:
+        return f"SparQ: decode steps, layer by layer (operator: {self.backend})"
+
+    def _rows(self) -> list[list[str]]:
+        """The table's cells; the last row is of all layers together."""
+        return [[str(index), *_cells(layer)] for index, layer in self.layers.items()] + [["all", *_cells(self.total)]]
+
+    def _lines(self) -> list[str]:
+        """What stands below the table."""
+        lines = [str(self.config)]
         if self.cache_bytes:
-            print(f"largest cache: {self.cache_bytes / 1e6:,.1f} MB (K, V, the component copy of K)", file=out)
+            lines.append(f"largest cache: {self.cache_bytes / 1e6:,.1f} MB (K, V, the component copy of K)")
         for reason, steps in sorted(self.total.dense_steps.items(), key=lambda item: -item[1]):
-            print(f"dense, {steps} layer steps: {reason}", file=out)
+            lines.append(f"dense, {steps} layer steps: {reason}")
         if self.total.other_sums:
-            print(
+            lines.append(
                 f"WRONG MEAN, {self.total.other_sums} layer steps: the mask has changed for positions read before, "
-                "which a compiled step or one on a GPU with a static cache cannot follow",
-                file=out,
+                "which a compiled step or one on a GPU with a static cache cannot follow"
             )
         if self.total.ignored_biases:
-            print(
+            lines.append(
                 f"WRONG SCORES, {self.total.ignored_biases} layer steps: the mask had a bias or was not causal, which "
-                "a compiled step or one on a GPU with a static cache does not see",
-                file=out,
+                "a compiled step or one on a GPU with a static cache does not see"
             )
-        return out.getvalue().rstrip()
+        return lines
 
 
 def _frozen(layer: LayerCounters) -> LayerReport:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
+import rich.console
 import torch
 from sparq_kernels import BLOCK
 from transformers import DynamicCache
@@ -118,6 +121,52 @@ def test_table_of_a_model_that_has_not_decoded() -> None:
     report = sparq.report(sparq.patch(build()))
     assert "all" in str(report)
     json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm-256color"},
+        {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "TERM": "xterm"},
+        {"TTY_COMPATIBLE": "1", "TERM": "dumb"},
+        {"COLUMNS": "20", "LINES": "3", "JUPYTER_COLUMNS": "20"},
+    ],
+    ids=lambda environment: next(iter(environment)),
+)
+def test_the_text_is_the_same_everywhere(environment: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = run(dense_layers=1)
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    plain = str(report)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert str(report) == plain
+    assert "\x1b" not in plain and "positions read" in plain
+
+
+def test_in_a_notebook_the_text_holds_the_table_and_nothing_is_shown_besides(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run(dense_layers=1)
+    plain = str(report)
+    monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+    assert rich.console.Console().is_jupyter
+    assert str(report) == plain and "│   all │" in plain
+    assert capsys.readouterr().out == ""
+
+
+def test_html_holds_what_the_text_holds() -> None:
+    report = replace(run(dense_layers=1), config="<config & knobs>", backend="<cpp>")
+    root = ElementTree.fromstring(report._repr_html_())
+    table, below = root.find("table"), root.find("p")
+    assert table is not None and below is not None
+    rows = [[cell.text for cell in row] for row in table.iter("tr")]
+    text = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in str(report).splitlines() if "│" in line]
+    assert rows[0] == ["layer", "sparse", "dense", "mean α", "positions read", "MB read", "MB dense", "ratio"]
+    assert rows[1:] == text and len(text) == 4
+    assert table.findtext("caption") == "SparQ: decode steps, layer by layer (operator: <cpp>)"
+    assert list(below.itertext()) == str(report).splitlines()[-3:]
+    assert below.text == "<config & knobs>"
 
 
 def test_a_report_is_a_moment() -> None:
