@@ -4,6 +4,7 @@
 """
 
 from sparq.versions import check_versions
+from sparq_command import version
 
 check_versions()
 
@@ -11,4 +12,6 @@ from sparq.config import SparqConfig  # noqa: E402
 from sparq.patching import patch, patched, report, unpatch  # noqa: E402
 from sparq.reporting import Report  # noqa: E402
 
-__all__ = ["Report", "SparqConfig", "patch", "patched", "report", "unpatch"]
+__version__ = version()
+
+__all__ = ["Report", "SparqConfig", "__version__", "patch", "patched", "report", "unpatch"]

@@ -2,6 +2,6 @@
 
 import sys
 
-from sparq.cli import main
+from sparq_command import main
 
 sys.exit(main())

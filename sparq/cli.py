@@ -1,13 +1,10 @@
-"""The command `sparq`."""
+"""What the commands of `sparq` do; their arguments are in sparq_command.py."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import sparq_kernels
@@ -19,52 +16,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
 import sparq
-import sparq.lm_eval.command
 from sparq.clock import DecodeClock
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="sparq", description=sparq.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    _add_generate(commands)
-    commands.add_parser("lm-eval", help="lm-evaluation-harness, all its arguments, and a model `sparq`", add_help=False)
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["lm-eval"]:
-        return sparq.lm_eval.command.main(argv[1:])  # before this parser can take an argument for its own
-    args = parser.parse_args(argv)
-    try:
-        return args.run(args)
-    except (TypeError, ValueError, OSError) as error:
-        parser.exit(2, f"sparq {args.command}: {error}\n")
-
-
-def _add_generate(commands: Any) -> None:
-    parser = commands.add_parser(
-        "generate",
-        help="generate text with SparQ, and with --compare also without",
-        description="Generate text with a Hugging Face model that is patched with SparQ, and count time and bytes.",
-    )
-    parser.add_argument("model", help="a folder, or a name on the Hugging Face hub")
-    parser.add_argument("--prompt-file", type=Path, required=True, metavar="F", help="a text file, the prompt")
-    parser.add_argument(
-        "--question",
-        action="append",
-        metavar="TEXT",
-        help="appended to the prompt; may be given several times, each question is then a row of one batch",
-    )
-    parser.add_argument("--r", type=int, help="components of the query used to score (default: head_dim / ratio)")
-    parser.add_argument("--k", type=int, help="positions attended in full (default: cached positions / (2 * ratio))")
-    parser.add_argument("--ratio", type=float, default=8, help="compression wanted of the bytes read (default: 8)")
-    parser.add_argument("--min-length", type=int, help="shorter contexts are dense (default: where sparsity pays)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
-    parser.add_argument("--stop", metavar="TEXT", help="an answer ends where the model writes this")
-    parser.add_argument("--compare", action="store_true", help="generate with the stock model first")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's own")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the Python code that the model's folder may bring along"
-    )
-    parser.set_defaults(run=generate)
 
 
 @dataclass(frozen=True)
@@ -83,7 +35,8 @@ class Run:
 
 
 def generate(args: argparse.Namespace) -> int:
-    """`sparq generate`: answers, tokens per second of the decode, bytes, and the report."""
+    """`sparq generate`: answers, tokens per second of the decode, bytes, and the report; returns the exit status."""
+    device = _device(args.device)
     console = Console(highlight=False)
     config = sparq.SparqConfig(r=args.r, k=args.k, ratio=args.ratio, min_length=args.min_length)
     text = args.prompt_file.read_text(encoding="utf-8")
@@ -94,12 +47,12 @@ def generate(args: argparse.Namespace) -> int:
         tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left", **trusted)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             args.model, dtype=args.dtype or "auto", use_safetensors=True, **trusted
         )
-        model = model.to(args.device).eval()
-    sparq_kernels.backend(args.device)  # compiles where that is due, so that no step is timed with it
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(args.device)
+        model = model.to(device).eval()
+    sparq_kernels.backend(device)  # compiles where that is due, so that no step is timed with it
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(device)
     batch, length = inputs["input_ids"].shape
     console.print(f"{args.model}: {len(prompts)} prompt(s) of up to {length:,} tokens, {model.dtype}, {model.device}\n")
 
@@ -136,6 +89,17 @@ def generate(args: argparse.Namespace) -> int:
         console.print(f"decode speed: {fast.tokens_per_second / stock.tokens_per_second:.2f}x stock\n")
     print(report)
     return 0
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of `--device`; None: a GPU where there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"--device must be one of PyTorch's, for example cpu or cuda, got {name}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device must be one that this PyTorch can use, got {name}, and it finds no GPU")
+    return device
 
 
 def _run(console: Console, name: str, model: Any, tokenizer: Any, inputs: Any, options: dict[str, Any]) -> Run:

@@ -1,4 +1,4 @@
-"""The wheel holds both packages and the C++ source, and works outside the checkout."""
+"""The wheel holds both packages, the command and the C++ source, and works outside the checkout."""
 
 import subprocess
 import sys
@@ -19,12 +19,13 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_wheel_holds_both_packages_and_the_sources(wheel):
+def test_wheel_holds_packages_command_and_sources(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for package, folder in (("sparq", ROOT / "sparq"), ("sparq_kernels", ROOT / "kernels" / "sparq_kernels")):
         for path in folder.rglob("*"):
             if path.suffix in {".py", ".cpp", ".h", ".typed"}:
                 assert f"{package}/{path.relative_to(folder)}" in names
+    assert "sparq_command.py" in names
     # Hugging Face publishes a package `kernels` that transformers imports.
     assert not any(name.startswith("kernels") for name in names)
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -1,11 +1,16 @@
-"""The command `sparq generate`, end to end on a small model with random weights."""
+"""The command `sparq`: `generate` end to end on a small model with random weights, the rest in processes of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from byte_tokenizer import save_byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparq.cli import main
+from sparq_command import main
 
 PROMPT = "".join(f"line {i} has the number {i * i}.\n" for i in range(20))
 
@@ -29,6 +34,15 @@ def model_folder(tmp_path_factory):
     save_byte_tokenizer(folder)
     (folder / "prompt.txt").write_text(PROMPT)
     return folder
+
+
+def sparq(*arguments, path=None, **environment):
+    """Run the installed command; modules in the folder `path` come before all others."""
+    environment = {**os.environ, "COLUMNS": "120", **environment}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    command = [str(Path(sys.executable).with_name("sparq")), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def generate(folder, *options):
@@ -60,6 +74,7 @@ def test_sparse_run_reports_sparse_steps(model_folder, capsys):
         (["--r=99"], "r must not be larger than the model's head_dim=16, got r=99"),
         (["--k=0"], "k must be at least 1, got 0"),
         (["--ratio=0.5"], "ratio must be"),
+        (["--device=toaster"], "--device must be one of PyTorch's, for example cpu or cuda, got toaster"),
     ],
 )
 def test_bad_knobs_end_with_one_line(model_folder, capsys, options, message):
@@ -73,3 +88,75 @@ def test_missing_prompt_file_ends_with_one_line(tmp_path, model_folder, capsys):
     with pytest.raises(SystemExit):
         main(["generate", str(model_folder), "--prompt-file", str(tmp_path / "none.txt")])
     assert "none.txt" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_ends_with_one_line(model_folder, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit_:
+        generate(model_folder, "--device=cuda:1")
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.endswith("got cuda:1, and it finds no GPU\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], ["generate", "lm-eval"]),
+        (["generate", "--help"], ["--prompt-file", "--compare"]),
+        (["--version"], ["sparq 0."]),
+    ],
+    ids=" ".join,
+)
+def test_help_comes_without_torch_and_transformers(arguments, words):
+    done = sparq(*arguments, PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0 and all(word in done.stdout for word in words)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "sparq_command" in imported and "argparse" in imported, "the list is there"
+    assert not imported & {"sparq", "sparq_kernels", "torch", "transformers", "rich"}
+
+
+def test_the_module_is_the_same_command():
+    run = subprocess.run([sys.executable, "-m", "sparq", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == sparq("--version").stdout
+
+
+def test_version_of_a_tree_that_is_not_installed(tmp_path):
+    source = Path(__file__).parents[2] / "sparq_command.py"
+    (tmp_path / source.name).write_text(source.read_text())
+    code = "import sparq_command; sparq_command.main(['--version'])"
+    run = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout == "sparq unknown\n"
+
+
+@pytest.mark.parametrize("arguments", [["generate", "model", "--prompt-file=p"], ["lm-eval", "--help"]], ids=" ".join)
+def test_an_unsupported_version_ends_with_one_line(arguments, tmp_path):
+    metadata = tmp_path / "transformers-4.57.1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.1\n")
+    done = sparq(*arguments, path=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "sparq: transformers 4.57.1 is installed, supported is >=5.17,<6\n"
+
+
+def missing(folder, name):
+    """A module that shadows the installed one and fails as one that is not installed."""
+    (folder / f"{name}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{name}'\", name='{name}')\n")
+
+
+def test_lm_eval_without_the_harness_ends_with_one_line(tmp_path):
+    missing(tmp_path, "lm_eval")
+    done = sparq("lm-eval", "--help", path=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "sparq: lm-eval: No module named 'lm_eval'; the harness comes with pip install 'sparq-attention[eval]'\n"
+    )
+
+
+def test_lm_eval_without_something_the_harness_needs_ends_with_one_line(tmp_path, model_folder):
+    pytest.importorskip("lm_eval")
+    missing(tmp_path, "sacrebleu")  # which the harness imports only when it runs
+    done = sparq("lm-eval", "--model=sparq", f"--model_args=pretrained={model_folder}", "--tasks=none", path=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "sparq: lm-eval: No module named 'sacrebleu'; the harness comes with pip install 'sparq-attention[eval]'"
+    )

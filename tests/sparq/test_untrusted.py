@@ -17,7 +17,7 @@ import train_recall
 from byte_tokenizer import save_byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
-from sparq.cli import main
+from sparq_command import main
 
 
 class Bomb:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import subprocess
 import sys
 
 import pytest
 
+import sparq
+import sparq_command
 from sparq import versions
 
 
@@ -87,3 +90,18 @@ def test_import_fails_before_it_needs_what_is_missing() -> None:
     line, imported = done.stdout.splitlines()
     assert line == "sparq: transformers 4.57.1 is installed, supported is >=5.17,<6"
     assert imported == "False"
+
+
+def test_own_version() -> None:
+    assert sparq.__version__ == importlib.metadata.version("sparq-attention")
+
+
+def test_a_tree_that_is_not_installed_has_a_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(sparq_command, "installed_version", not_installed)
+    assert sparq_command.version() == "unknown"
+    assert importlib.reload(sparq).__version__ == "unknown"
+    monkeypatch.undo()
+    importlib.reload(sparq)

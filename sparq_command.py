@@ -1,0 +1,89 @@
+"""The command `sparq`: its arguments.
+
+A module beside the packages, because `import sparq` brings torch and transformers along, seconds that nobody wants to
+wait for `--help`. What the commands do is in sparq/cli.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """SparQ Attention (arXiv 2312.04985) for Hugging Face models: decoding that reads less of the KV cache.
+`sparq COMMAND --help` says more about a command."""
+
+
+def version() -> str:
+    """SparQ's version; "unknown" where it is not installed, only a tree of files."""
+    try:
+        return installed_version("sparq-attention")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with `argv`, by default the process's own arguments; returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    try:
+        if argv[:1] == ["lm-eval"]:  # before this parser can take an argument for its own
+            from sparq.lm_eval import command
+
+            return command.main(argv[1:])
+        args = parser.parse_args(argv)
+        from sparq import cli
+    except ImportError as error:
+        parser.exit(2, f"sparq: {_one_line(error)}\n")
+    try:
+        return getattr(cli, args.command)(args)
+    except ImportError as error:
+        parser.exit(2, f"sparq {args.command}: {_one_line(error)}\n")
+    except (TypeError, ValueError, OSError) as error:
+        parser.exit(2, f"sparq {args.command}: {error}\n")
+
+
+def _one_line(error: ImportError) -> str:
+    """What is missing or too old; some libraries spread it over a screen."""
+    return " ".join(str(error).removeprefix("sparq: ").split())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sparq", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"sparq {version()}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_generate(commands)
+    commands.add_parser("lm-eval", help="lm-evaluation-harness, all its arguments, and a model `sparq`", add_help=False)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="generate text with SparQ, and with --compare also without",
+        description="Generate text with a Hugging Face model that is patched with SparQ, and count time and bytes.",
+    )
+    parser.add_argument("model", help="a folder, or a name on the Hugging Face hub")
+    parser.add_argument("--prompt-file", type=Path, required=True, metavar="F", help="a text file, the prompt")
+    parser.add_argument(
+        "--question",
+        action="append",
+        metavar="TEXT",
+        help="appended to the prompt; may be given several times, each question is then a row of one batch",
+    )
+    parser.add_argument("--r", type=int, help="components of the query used to score (default: head_dim / ratio)")
+    parser.add_argument("--k", type=int, help="positions attended in full (default: cached positions / (2 * ratio))")
+    parser.add_argument("--ratio", type=float, default=8, help="compression wanted of the bytes read (default: 8)")
+    parser.add_argument("--min-length", type=int, help="shorter contexts are dense (default: where sparsity pays)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--stop", metavar="TEXT", help="an answer ends where the model writes this")
+    parser.add_argument("--compare", action="store_true", help="generate with the stock model first")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's own")
+    parser.add_argument("--device", help="default: cuda where there is one, or else cpu")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that the model's folder may bring along"
+    )
