@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sparq {version()}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands)
+    commands.add_parser(
+        "build",
+        help="compile the CPU kernel now, for example into a container image",
+        description="Compile the kernel for this machine's processor now instead of at the first use, unless it is "
+        "there already. SPARQ_CACHE_DIR says where; another type of processor compiles its own.",
+    )
     commands.add_parser("lm-eval", help="lm-evaluation-harness, all its arguments, and a model `sparq`", add_help=False)
     return parser
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+from sparq_kernels import cpu
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
 import sparq
@@ -88,6 +90,18 @@ def generate(args: argparse.Namespace) -> int:
     if stock is not None:
         console.print(f"decode speed: {fast.tokens_per_second / stock.tokens_per_second:.2f}x stock\n")
     print(report)
+    return 0
+
+
+def build(args: argparse.Namespace) -> int:
+    """`sparq build`: the CPU kernel compiled, or found; returns the exit status."""
+    try:
+        there = cpu.library().exists()
+        path = cpu.build()
+    except (cpu.CompilerError, OSError) as error:
+        print(f"sparq build: {error}", file=sys.stderr)
+        return 1
+    print(f"the CPU kernel {'is there already' if there else 'has been compiled'}: {path}")
     return 0
 
 

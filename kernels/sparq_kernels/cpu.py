@@ -1,7 +1,7 @@
 """The CPU kernel: compiled for the machine it runs on at first use, cached, and called through a plain C interface.
 
 Not `torch.utils.cpp_extension`: this kernel needs pointers and sizes only.  Without torch's headers it compiles in
-about 5 seconds instead of 40, needs neither ninja nor Python's headers, and survives a change of torch's ABI.  Its
+about 6 seconds instead of 40, needs neither ninja nor Python's headers, and survives a change of torch's ABI.  Its
 threads are OpenMP's, linked against the runtime that torch has already loaded, so both share one pool, which is also
 what `at::parallel_for` uses.  Only where that runtime is not the compiler's kind (Clang beside a torch that brought
 GCC's) there are two pools.
@@ -36,6 +36,7 @@ from torch import Tensor
 from .arguments import Arguments
 
 SOURCES = Path(__file__).parent / "csrc"
+SOURCE, FILES = SOURCES / "decode.cpp", sorted(SOURCES.iterdir())
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # csrc/arguments.h in two parts: what changes with every call, and what does not.
 POINTERS = struct.Struct("@12Pq")
@@ -156,9 +157,24 @@ def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor] | 
     raise RuntimeError(f"sparq_kernels: the CPU kernel refused its arguments (status {status})")
 
 
+def library() -> Path:
+    """Where `build` leaves the kernel's shared library, or finds it.  Raises CompilerError if there is no compiler."""
+    return library_path(SOURCE, FILES)
+
+
 def build() -> Path:
     """Path of the kernel's shared library; compiled if need be.  Raises CompilerError."""
-    return build_library("CPU", SOURCES / "decode.cpp", sorted(SOURCES.iterdir()))
+    return build_library("CPU", SOURCE, FILES)
+
+
+def library_path(source: Path, files: list[Path], options: Iterable[str] = ()) -> Path:
+    """Where `build_library` leaves its result: a name of its own for these files, options, this compiler and this
+    processor.  Raises CompilerError if there is no compiler."""
+    key = hashlib.sha256()
+    described = map(str.encode, [*find_compiler(), *compiler_options(options), *host()])
+    for part in (*(file.read_bytes() for file in files), *described):
+        key.update(part + b"\0")
+    return cache_directory() / f"{source.stem}-{key.hexdigest()[:20]}.so"
 
 
 def build_library(name: str, source: Path, files: list[Path], options: Iterable[str] = ()) -> Path:
@@ -167,22 +183,26 @@ def build_library(name: str, source: Path, files: list[Path], options: Iterable[
     name: what the kernel is called where its compiling is announced.  source: what is compiled.  files: all that it is
     made of.  options: for the compiler, besides $SPARQ_CXXFLAGS.  Raises CompilerError.
     """
-    compiler = find_compiler()
-    extra = [*options, *shlex.split(os.environ.get("SPARQ_CXXFLAGS", ""))]
-    key = hashlib.sha256()
-    for part in (*(file.read_bytes() for file in files), *map(str.encode, [*compiler, *extra, *host()])):
-        key.update(part + b"\0")
-    directory = cache_directory()
-    library = directory / f"{source.stem}-{key.hexdigest()[:20]}.so"
+    library = library_path(source, files, options)
     if library.exists():
         return library
-    with locked(directory / "lock"):
+    with locked(library.parent / "lock"):
         if not library.exists():  # another process may have built it meanwhile
-            print(f"sparq_kernels: compiling the {name} kernel (once, some seconds) ...", file=sys.stderr, flush=True)
+            print(
+                f"sparq_kernels: compiling the {name} kernel, once for this machine: about 5 to 30 s ...",
+                file=sys.stderr,
+                flush=True,
+            )
             started = time.perf_counter()
-            compile_library(compiler, source, extra, library)
-            print(f"sparq_kernels: compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
+            compile_library(find_compiler(), source, compiler_options(options), library)
+            seconds = time.perf_counter() - started
+            print(f"sparq_kernels: compiled in {seconds:.1f} s: {library}", file=sys.stderr, flush=True)
     return library
+
+
+def compiler_options(options: Iterable[str]) -> list[str]:
+    """`options` and those of $SPARQ_CXXFLAGS."""
+    return [*options, *shlex.split(os.environ.get("SPARQ_CXXFLAGS", ""))]
 
 
 def find_compiler() -> list[str]:

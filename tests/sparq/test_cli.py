@@ -98,10 +98,28 @@ def test_a_gpu_that_is_not_there_ends_with_one_line(model_folder, capsys, monkey
     assert capsys.readouterr().err.endswith("got cuda:1, and it finds no GPU\n")
 
 
+def test_build_compiles_once_and_says_where(tmp_path):
+    first, second = (sparq("build", SPARQ_CACHE_DIR=str(tmp_path / "cache")) for _ in range(2))
+    assert first.returncode == second.returncode == 0
+    (library,) = (tmp_path / "cache").glob("*.so")
+    assert first.stdout == f"the CPU kernel has been compiled: {library}\n"
+    assert "compiling the CPU kernel, once for this machine" in first.stderr
+    assert second.stdout == f"the CPU kernel is there already: {library}\n"
+    assert "compiling" not in second.stderr
+
+
+def test_build_without_a_compiler_ends_with_one_line(tmp_path):
+    done = sparq("build", SPARQ_CACHE_DIR=str(tmp_path), CXX="no-such-compiler")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "sparq build: CXX=no-such-compiler does not exist. Install one, for example: apt install g++\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["generate", "lm-eval"]),
+        (["--help"], ["generate", "build", "lm-eval"]),
         (["generate", "--help"], ["--prompt-file", "--compare"]),
         (["--version"], ["sparq 0."]),
     ],
