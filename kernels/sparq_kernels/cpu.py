@@ -7,7 +7,8 @@ what `at::parallel_for` uses.  Only where that runtime is not the compiler's kin
 GCC's) there are two pools.
 
 Environment: CXX chooses the compiler, SPARQ_CXXFLAGS adds flags, SPARQ_CACHE_DIR moves the cache (default
-~/.cache/sparq_kernels), SPARQ_BACKEND=reference leaves the kernel unused.
+~/.cache/sparq_kernels, or where that cannot be written a folder in the temporary directory), SPARQ_BACKEND=reference
+leaves the kernel unused.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import struct
 import subprocess
 import sys
@@ -227,17 +229,57 @@ def host() -> list[str]:
 
 
 def cache_directory() -> Path:
-    """Where compiled kernels are kept; a private temporary directory when that place cannot be written."""
+    """Where compiled kernels are kept: $SPARQ_CACHE_DIR, or the user's cache; where that cannot be written, a folder of
+    the user's in the temporary directory."""
     chosen = os.environ.get("SPARQ_CACHE_DIR")
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    directory = Path(chosen if chosen else home).expanduser() / ("" if chosen else "sparq_kernels")
     try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        directory = (Path(chosen) if chosen else home / "sparq_kernels").expanduser()
         directory.mkdir(parents=True, exist_ok=True)
         if os.access(directory, os.W_OK):
             return directory
-    except OSError:
+    except (OSError, RuntimeError):  # a RuntimeError where nobody knows the user's home
         pass
-    return Path(tempfile.mkdtemp(prefix="sparq_kernels-"))
+    temporary = temporary_directory()
+    if chosen:
+        warnings.warn(
+            f"sparq_kernels: SPARQ_CACHE_DIR={chosen} cannot be written, compiled kernels go to {temporary}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return temporary
+
+
+@functools.cache
+def temporary_directory() -> Path:
+    """A folder in the temporary directory that nobody but this user can write to: what is loaded from it is code.
+
+    One for all processes of the user, or else, with a warning, a new one for this process.
+    """
+    parent = Path(tempfile.gettempdir())
+    if not hasattr(os, "getuid"):  # Windows
+        reason = f"this system does not tell which folder in {parent} is of which user"
+    else:
+        directory = parent / f"sparq_kernels-{os.getuid()}"
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        status = directory.lstat()  # of a symbolic link itself, which may be anybody's
+        if not stat.S_ISDIR(status.st_mode):
+            reason = f"{directory} is not a folder"
+        elif status.st_uid != os.getuid():
+            reason = f"{directory} is another user's"
+        elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            reason = f"others may write to {directory}"
+        else:
+            return directory
+    private = Path(tempfile.mkdtemp(prefix="sparq_kernels-"))
+    warnings.warn(
+        f"sparq_kernels: there is no safe place to keep compiled kernels: {reason}. Every process compiles its own, "
+        f"this one in {private}. Set SPARQ_CACHE_DIR to a folder that only you can write to",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return private
 
 
 @contextlib.contextmanager

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sparq_kernels import cpu
 
 CALL = """
 import sys, warnings
@@ -100,3 +105,106 @@ def test_clang_serves_with_threads(tmp_path: Path) -> None:
 def test_the_reference_can_be_chosen(tmp_path: Path) -> None:
     out, err = finish(start(environment(tmp_path, SPARQ_BACKEND="reference")))
     assert out == "reference []\n" and "compiling" not in err
+
+
+def test_without_a_home_that_can_be_written_processes_share_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "home").touch()  # not a folder: root, too, cannot write into it
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    env = environment(tmp_path, XDG_CACHE_HOME=str(tmp_path / "home"), TMPDIR=str(temporary))
+    del env["SPARQ_CACHE_DIR"]
+    (out, err), (again, err_again) = finish(start(env)), finish(start(env))
+    assert out == again == "cpp []\n"
+    assert "compiling" in err and "compiling" not in err_again
+    (folder,) = temporary.glob("sparq_kernels-*")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and len(list(folder.glob("*.so"))) == 1
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder that would be shared, not made yet, on a machine without a cache that can be written."""
+    (tmp_path / "home").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SPARQ_CACHE_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cpu.temporary_directory.cache_clear()
+    yield tmp_path / f"sparq_kernels-{os.getuid()}"
+    cpu.temporary_directory.cache_clear()
+
+
+def test_the_shared_folder_is_used_again(temporary: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cpu.cache_directory() == temporary
+        cpu.temporary_directory.cache_clear()
+        assert cpu.cache_directory() == temporary
+
+
+def link(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder.parent / "elsewhere").mkdir(mode=0o700)
+    folder.symlink_to(folder.parent / "elsewhere")
+
+
+def file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.touch(mode=0o600)
+
+
+def writable_for_the_group(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    folder.chmod(0o770)
+
+
+def writable_for_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    folder.chmod(0o702)
+
+
+def another_users(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    (folder.parent / f"sparq_kernels-{other}").mkdir(mode=0o700)
+
+
+def windows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "getuid")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (link, "is not a folder"),
+        (file, "is not a folder"),
+        (writable_for_the_group, "others may write to"),
+        (writable_for_all, "others may write to"),
+        (another_users, "is another user's"),
+        (windows, "does not tell which folder"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_folder_that_others_may_have_written_is_not_used(
+    prepare: Callable, reason: str, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(temporary.parent.iterdir())
+    prepare(temporary, monkeypatch)
+    with pytest.warns(RuntimeWarning, match=f"no safe place.*{reason}.*SPARQ_CACHE_DIR"):
+        used = cpu.cache_directory()
+    assert used.parent == temporary.parent and used not in before and used.name != temporary.name
+    assert used.is_dir() and not used.is_symlink() and stat.S_IMODE(used.stat().st_mode) == 0o700
+    assert used == cpu.cache_directory(), "one for the process"
+
+
+def test_a_chosen_folder_that_cannot_be_written_is_named(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = temporary.parent / "home" / "kernels"  # below a file
+    monkeypatch.setenv("SPARQ_CACHE_DIR", str(chosen))
+    with pytest.warns(RuntimeWarning, match=f"SPARQ_CACHE_DIR={chosen} cannot be written") as caught:
+        assert cpu.cache_directory() == temporary
+    assert len(caught) == 1
+
+
+def test_without_a_known_home_the_shared_folder_serves(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    assert cpu.cache_directory() == temporary
