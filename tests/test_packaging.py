@@ -1,5 +1,6 @@
 """The wheel holds both packages, the command and the C++ source, and works outside the checkout."""
 
+import email
 import subprocess
 import sys
 import zipfile
@@ -19,6 +20,12 @@ def wheel(tmp_path_factory):
     return path
 
 
+def metadata(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    return email.message_from_bytes(archive.read(name))
+
+
 def test_wheel_holds_packages_command_and_sources(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for package, folder in (("sparq", ROOT / "sparq"), ("sparq_kernels", ROOT / "kernels" / "sparq_kernels")):
@@ -29,6 +36,14 @@ def test_wheel_holds_packages_command_and_sources(wheel):
     # Hugging Face publishes a package `kernels` that transformers imports.
     assert not any(name.startswith("kernels") for name in names)
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_only_the_extra_for_gpus_and_the_developers_one_bring_triton(wheel):
+    requirements = metadata(wheel).get_all("Requires-Dist")
+    triton = [line for line in requirements if line.startswith("triton")]
+    assert len(triton) == 1 and 'extra == "gpu"' in triton[0] and 'sys_platform == "linux"' in triton[0]
+    (developers,) = (line for line in requirements if line.startswith("sparq-attention[gpu]"))
+    assert 'extra == "dev"' in developers
 
 
 def test_wheel_works_outside_the_checkout(wheel, tmp_path):

@@ -40,7 +40,7 @@ def triton_kernels() -> ModuleType | None:
     except ImportError as error:
         warnings.warn(
             f"sparq_kernels: no GPU kernels, the PyTorch reference runs instead (slower than dense attention). "
-            f"Triton >= {OLDEST_TRITON} is needed: {error}",
+            f"Triton >= {OLDEST_TRITON} is needed (pip install 'sparq-attention[gpu]'): {error}",
             RuntimeWarning,
             stacklevel=2,
         )
