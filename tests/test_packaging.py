@@ -7,8 +7,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[1]
+LINKS = {"link_open", "image"}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,32 @@ def test_wheel_holds_packages_command_and_sources(wheel):
     # Hugging Face publishes a package `kernels` that transformers imports.
     assert not any(name.startswith("kernels") for name in names)
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def links(text):
+    """Where the links and images of a Markdown text go."""
+    inline = [token for token in MarkdownIt("commonmark").parse(text) if token.type == "inline"]
+    parts = [part for token in inline for part in token.children]
+    return [part.attrs["href" if part.type == "link_open" else "src"] for part in parts if part.type in LINKS]
+
+
+def test_the_package_index_gets_no_relative_link_or_image(wheel):
+    description = metadata(wheel).get_payload(decode=True).decode()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    absolute = [link for link in links(readme) if link.startswith("https://")]
+    assert len(absolute) >= 2 and len(links(readme)) > len(absolute), "there is something to leave out"
+    assert links(description) == absolute
+    assert metadata(wheel)["Description-Content-Type"] == "text/markdown"
+    fences = [[t.content for t in MarkdownIt().parse(text) if t.type == "fence"] for text in (readme, description)]
+    assert fences[0] == fences[1]
+    # All the rest of the text is there: only whole images and the targets of links are shorter.
+    assert description.count("\n## ") == readme.count("\n## ") and len(description) > 0.95 * len(readme)
+    assert "all other cases in tables.md, and" in description
+
+
+def test_the_files_that_the_readme_links_exist():
+    relative = [link for link in links((ROOT / "README.md").read_text(encoding="utf-8")) if "://" not in link]
+    assert relative and all((ROOT / link).is_file() for link in relative)
 
 
 def test_only_the_extra_for_gpus_and_the_developers_one_bring_triton(wheel):
