@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +28,19 @@ from sparq.step import Plan, Step
 # Where sparsity begins to pay: bytes of K and V that a dense step of one layer reads, by device. Below it the fixed
 # cost of a sparse step is larger than what it saves (measured with benchmarks/crossover.py).
 PAYS_FROM_BYTES = {"cpu": 4 << 20}
+# Reasons for a dense step that the knobs, the model or the number of new tokens explain. Any other is warned of once.
+EXPECTED = {
+    "sliding-window layer",
+    f"more than {MAX_QUERY_LENGTH} new tokens at once",
+    "one of the first dense_layers",
+    "shorter than min_length",
+    "k covers the context",
+    "the cache was not seen before this step",
+}
+NO_KERNEL = (
+    "this device has no kernel, and plain PyTorch is slower than dense attention (SPARQ_BACKEND=reference: run it)"
+)
+patched_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # attention layers of patched models
 
 
 def sparq_attention(
@@ -34,12 +50,14 @@ def sparq_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     sparq_step: Step | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as transformers' `AttentionInterface` calls it.
+    """Attention as transformers' `AttentionInterface` calls it; the arguments stand in the order of its SDPA function.
 
     Args:
         base: the model's own implementation, "sdpa" or "eager", used for everything that is not sparse.
@@ -51,48 +69,90 @@ def sparq_attention(
     Returns:
         The output [B, Q, Hq, d], and the attention weights where `base` gives them.
     """
-    dense = partial(_dense, base, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    step = sparq_step
+    step, query_length = sparq_step, query.shape[2]
+    kwargs |= dict(dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias)
     if step is None:
-        return dense()
+        _warn_if_bypassed(module)
+        return _dense(base, module, query, key, value, attention_mask, **kwargs)
+    if not step.attention_calls:
+        step.begin(query_length, key.shape[2])
     step.attention_calls += 1
-    query_length = query.shape[2]
-    if not query_length:
-        return dense()
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
-    layer = step.layer(layer_idx)
-    is_static = isinstance(layer, SparqStaticLayer)
-    if step.counts_on_device:
+    layer = step.layer(layer_idx, key)
+    call = _Call(base, module, step, layer_idx, layer, query, key, value, attention_mask, kwargs)
+    if not query_length:
+        return call.dense()
+    if step.is_static or torch.compiler.is_compiling():
         step.counters.prepare(layer_idx, key.device, key.dtype)
-    prompt = 0  # so many tokens of this pass are dense, the rest are decode steps
-    if step.is_prompt or query_length == key.shape[2]:
-        prompt = query_length
-        if 0 < step.drafts < query_length == key.shape[2] and not is_static:
-            prompt -= step.drafts
-    steps = query[:, :, prompt:]
-    if is_static and not 0 < steps.shape[2] <= MAX_QUERY_LENGTH:
+    prompt = step.prompt_length(query_length)
+    if isinstance(layer, SparqStaticLayer) and (prompt or query_length > MAX_QUERY_LENGTH):
         # Looked at as if it were its last token: what is valid is known now, and the next step, which goes on from the
         # index, may be a compiled one.
-        _prepare(step, layer_idx, query[:, :, -1:], key, value, attention_mask, dropout, kwargs)
-    if not steps.shape[2]:
-        return dense()
-    ready = _prepare(step, layer_idx, steps, key, value, attention_mask, dropout, kwargs)
-    if isinstance(ready, str):
-        bytes_dense = 2 * key.numel() * key.element_size()
-        if step.counts_on_device:
-            step.counters.dense_on_device(layer_idx, ready, bytes_dense)
+        _prepare(call.part(query_length - 1, query_length))
+    if prompt == query_length:
+        step.prompts[layer_idx] = 2 * key.numel() * key.element_size()
+        return call.dense()
+    if prompt == 0 and (step.drafting is None or query_length <= MAX_QUERY_LENGTH or kwargs.get("output_attentions")):
+        return _decode_or_dense(call)
+    # A draft, perhaps with the prompt before it. Each of its tokens is a step, as many at once as the kernel takes.
+    outputs = [call.part(0, prompt).dense()[0]] if prompt else []
+    for begin in range(prompt, query_length, MAX_QUERY_LENGTH):
+        outputs.append(_decode_or_dense(call.part(begin, min(begin + MAX_QUERY_LENGTH, query_length)))[0])
+    return torch.cat(outputs, 1), None
+
+
+class _Call(NamedTuple):
+    """One call of the attention function, or the part of it that is about some of its queries."""
+
+    base: str
+    module: nn.Module
+    step: Step
+    layer_idx: int
+    layer: Any  # of the cache, as `Step.layer` gives it
+    query: Tensor  # [B, Hq, Q, d]
+    key: Tensor  # [B, Hkv, S, d]
+    value: Tensor
+    attention_mask: Tensor | None  # of the whole call
+    kwargs: dict[str, Any]
+    later: int = 0  # new tokens that come after these queries, and are among the keys
+
+    def part(self, begin: int, end: int) -> _Call:
+        """The same for the queries [begin, end)."""
+        return self._replace(query=self.query[:, :, begin:end], later=self.query.shape[2] - end)
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        query, key, value, mask, later = self.query, self.key, self.value, self.attention_mask, self.later
+        queries = query.shape[2]
+        if mask is not None and mask.dim() == 4 and mask.shape[2] > queries:
+            mask = mask[:, :, mask.shape[2] - later - queries : mask.shape[2] - later]
+        if later and not isinstance(self.layer, SparqStaticLayer):
+            key, value = (x[:, :, : x.shape[2] - later] for x in (key, value))
+            mask = None if mask is None else mask[..., : key.shape[2]]
+        if mask is None:
+            mask = self._missing_mask(key)
+        return _dense(self.base, self.module, query, key, value, mask, **self.kwargs)
+
+    def _missing_mask(self, key: Tensor) -> Tensor | None:
+        """The causal mask of fewer queries than keys, bool [1, 1, Q, S], or None where `base` makes the right one.
+
+        SDPA takes the queries for the first of the tokens, as it is in a static cache with nothing but this prompt.
+        Here they are the last: Gemma 4 leaves most of them out in the layers that share keys, and transformers looks at
+        the name of the implementation to see that it must not.
+        """
+        queries, keys = self.query.shape[2], key.shape[2]
+        causal = self.kwargs["is_causal"]
+        if queries == keys or not (getattr(self.module, "is_causal", True) if causal is None else causal):
+            return None
+        if isinstance(self.layer, SparqStaticLayer):
+            if queries > 1 and self.step.is_prompt and queries + self.later == self.step.tokens:
+                return None
+            first: Any = self.layer.cumulative_length - self.later - queries
+        elif queries == 1:
+            return None
         else:
-            step.counters.dense(layer_idx, ready, bytes_dense)
-        return dense()
-    # Under SDPA the model's dense steps know no cap: older versions of transformers allow that, newer refuse it.
-    softcap = kwargs.get("softcap") if base == "eager" else None
-    output = _decode(step, layer_idx, steps, key, value, ready, scaling, softcap, kwargs.get("s_aux")).transpose(1, 2)
-    if prompt:
-        query, key, value = (x[:, :, :prompt] for x in (query, key, value))
-        mask = None if attention_mask is None else attention_mask[:, :, :prompt, :prompt]
-        before, _ = _dense(base, module, query, key, value, mask, scaling, dropout, **kwargs)
-        output = torch.cat([before, output], 1)
-    return output, None
+            first = keys - queries
+        own = torch.arange(queries, device=key.device)[:, None] + first
+        return (torch.arange(keys, device=key.device) <= own)[None, None]
 
 
 class _Ready(NamedTuple):
@@ -104,51 +164,55 @@ class _Ready(NamedTuple):
     other_sum: Tensor | None  # of a static layer: whether the sum is of other positions
 
 
-def _prepare(
-    step: Step,
-    layer_idx: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    kwargs: dict[str, Any],
-) -> _Ready | str:
+def _decode_or_dense(call: _Call) -> tuple[Tensor, Tensor | None]:
+    """A decode step of one to `MAX_QUERY_LENGTH` tokens, counted."""
+    ready = _prepare(call)
+    if not isinstance(ready, str):
+        return _decode(call, ready).transpose(1, 2), None
+    step, bytes_dense = call.step, 2 * call.key.numel() * call.key.element_size()
+    if torch.compiler.is_compiling():
+        step.counters.dense_on_device(call.layer_idx, ready, bytes_dense)
+    else:
+        step.counters.dense(call.layer_idx, ready, bytes_dense)
+        if ready not in EXPECTED:
+            step.counters.warn_once(f"sparq: decoding stays dense and gains nothing: {ready}")
+    return call.dense()
+
+
+def _prepare(call: _Call) -> _Ready | str:
     """The plan of the step and the layer's index, brought up to date; or why the step must be dense."""
-    reason = _dense_reason(step, layer_idx, query, key, value, dropout, kwargs)
+    reason = _dense_reason(call)
     if reason is not None:
         return reason
-    layer = step.layer(layer_idx)
+    step, layer, key, later = call.step, call.layer, call.key, call.later
+    queries = call.query.shape[2]
     if isinstance(layer, SparqStaticLayer):
-        static = step.static_plan(attention_mask, layer.cumulative_length, key, query.shape[2])
+        static = step.static_plan(call.attention_mask, layer.cumulative_length, key, queries, later)
         if static.dense_reason is not None:
             return static.dense_reason
-        components, value_sum, other_sum = layer.index(static.mask)
+        everything = step.static_plan(call.attention_mask, layer.cumulative_length, key) if later else static
+        components, value_sum, other_sum = layer.index(everything.mask)
+        if later:
+            value_sum = layer.sum_before(later, everything.mask)
         return _Ready(static, components, value_sum, other_sum)
-    plan = step.plan(attention_mask, key.shape[2], key.shape[0], key.device, query.shape[2])
+    plan = step.plan(call.attention_mask, key.shape[2] - later, key.shape[0], key.device, queries, later)
     if plan.dense_reason is not None:
         return plan.dense_reason
-    components, value_sum = layer.index(plan.start, plan.mask)
-    return _Ready(plan, components, value_sum, None)
+    newest = step.plan(call.attention_mask, key.shape[2], key.shape[0], key.device) if later else plan
+    components, value_sum = layer.index(newest.start, newest.mask)
+    return _Ready(plan, components, layer.sum_before(later) if later else value_sum, None)
 
 
-def _decode(
-    step: Step,
-    layer_idx: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    ready: _Ready,
-    scaling: float | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> Tensor:
-    """The sparse step itself, counted: [B, Hq, Q, d]; s_aux: [Hq], attention sinks."""
-    config, plan = step.config, ready.plan
+def _decode(call: _Call, ready: _Ready) -> Tensor:
+    """The sparse step itself, counted: [B, Hq, Q, d]."""
+    step, plan, key, value = call.step, ready.plan, call.key, call.value
+    config = step.config
+    if call.later and isinstance(plan, Plan):
+        key, value = (x[:, :, : x.shape[2] - call.later] for x in (key, value))
     batch, kv_heads, _, head_dim = key.shape
-    queries, r = query.shape[2], config.components(head_dim)
+    queries, r = call.query.shape[2], config.components(head_dim)
     output, alpha, _, lse = sparq_kernels.decode(
-        query,
+        call.query,
         key,
         ready.components,
         value,
@@ -160,19 +224,20 @@ def _decode(
         k=config.min_k,
         k_divisor=config.k_divisor,
         local=config.local,
-        scale=scaling,
-        softcap=softcap,
+        scale=call.kwargs["scaling"],
+        # Under SDPA the model's dense steps know no cap: older versions of transformers allow that, newer refuse it.
+        softcap=call.kwargs.get("softcap") if call.base == "eager" else None,
         mean_value=config.mean_value,
     )
-    if s_aux is not None:
-        output = sinks.attenuate(output, alpha, lse, s_aux)
+    if call.kwargs.get("s_aux") is not None:  # attention sinks, [Hq]
+        output = sinks.attenuate(output, alpha, lse, call.kwargs["s_aux"])
     per_position = kv_heads * key.element_size()
     if isinstance(plan, StaticPlan):
         counts = step.static_counts(plan, per_position, r, head_dim, alpha.numel())
-        step.counters.sparse_on_device(layer_idx, alpha, counts, ready.other_sum, plan.ignored_bias)
+        step.counters.sparse_on_device(call.layer_idx, alpha, counts, ready.other_sum, plan.ignored_bias)
     else:
         step.counters.sparse(
-            layer_idx,
+            call.layer_idx,
             alpha,
             key.dtype,
             positions_cached=plan.valid,
@@ -183,44 +248,45 @@ def _decode(
     return output
 
 
-def _dense_reason(
-    step: Step, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, dropout: float, kwargs: dict[str, Any]
-) -> str | None:
+def _dense_reason(call: _Call) -> str | None:
     """Why this layer's step has to be dense, as far as its mask does not decide it; None: it can be sparse."""
-    layer = step.layer(layer_idx)
+    step, layer, query, key, value, kwargs = call.step, call.layer, call.query, call.key, call.value, call.kwargs
     if kwargs.get("sliding_window") is not None or getattr(layer, "is_sliding", False):
         return "sliding-window layer"
     if query.shape[2] > MAX_QUERY_LENGTH:
         return f"more than {MAX_QUERY_LENGTH} new tokens at once"
-    if layer_idx < step.config.dense_layers:
+    if call.layer_idx < step.config.dense_layers:
         return "one of the first dense_layers"
     if not isinstance(layer, (SparqLayer, SparqStaticLayer)):
         if step.cache is not None and step.cache.offloading:
-            return _unreadable(step, "an offloaded cache")
+            return "an offloaded cache cannot be read sparsely"
         if type(layer) is DynamicLayer:
             return "the cache was not seen before this step"
-        kind = "no cache" if layer is None else f"a cache layer of type {type(layer).__name__}"
-        return _unreadable(step, kind)
+        if layer is None:
+            return "there is no cache of transformers"
+        return f"a cache layer of type {type(layer).__name__} cannot be read sparsely"
     if layer.keys is None or layer.keys.device != key.device:
-        return _unreadable(step, "an offloaded cache")
+        return "an offloaded cache cannot be read sparsely"
     for given, cached in ((key, layer.keys), (value, layer.values)):
         if isinstance(layer, SparqStaticLayer):
             if given is not cached:
-                return _unreadable(step, "attention to other keys and values than the cached ones")
+                return "attention to other keys and values than the cached ones cannot be read sparsely"
         elif cached is None or (given.shape, given.data_ptr()) != (cached.shape, cached.data_ptr()):
-            return _unreadable(step, "attention to other keys and values than the cached ones")
+            return "attention to other keys and values than the cached ones cannot be read sparsely"
     if not query.dtype == key.dtype == value.dtype:
         return "query, key and value differ in dtype"  # autocast
     if key.shape != value.shape:
         return "keys and values differ in shape"
     if isinstance(layer, SparqStaticLayer) and layer.components is None:
         return "the cache was first used in a compiled graph"
-    if dropout:
+    if kwargs["dropout"]:
         return "attention dropout"
-    if kwargs.get("position_bias") is not None:
+    if kwargs["position_bias"] is not None:
         return "attention with position_bias"
     if kwargs.get("output_attentions"):
         return "attention weights were asked for"
+    if not _pays_on(key.device.type, key.dtype):
+        return NO_KERNEL
     min_length = step.config.min_length
     if min_length is None:
         bytes_per_position = 2 * key.numel() // key.shape[2] * key.element_size()
@@ -230,31 +296,53 @@ def _dense_reason(
     return None
 
 
+@torch.compiler.assume_constant_result
+def _pays_on(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the device has a kernel, or the user has asked for the reference, which is slower than dense attention.
+    float64 is nobody's wish for speed: there the reference is what was asked for."""
+    return (
+        dtype == torch.float64
+        or os.environ.get("SPARQ_BACKEND") == "reference"
+        or sparq_kernels.backend(device_type) != "reference"
+    )
+
+
+def _warn_if_bypassed(module: nn.Module) -> None:
+    if not torch.compiler.is_compiling() and module in patched_layers:
+        warnings.warn(
+            "sparq: a patched model's forward was called past its hooks (model.forward(...) instead of model(...)); "
+            "these steps are dense and not counted",
+            stacklevel=2,
+        )
+
+
 def _dense(
-    base: str,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    **kwargs: Any,
+    base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
+    """Attention by transformers' own function; `kwargs` as `sparq_attention` has them."""
     if base == "eager":
-        return _eager(module)(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None
+        given = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in ("is_causal", "position_bias") or value is not None
+        }
+        return _eager(module)(module, query, key, value, mask, **given)
+    plain = kwargs["position_bias"] is None and kwargs.get("softcap") is None
     if query.shape[2] == 1 and query.device.type == "cpu" and plain:
         # On the CPU SDPA is several times faster with the group packed into the query axis than with enable_gqa.
         batch, heads, _, head_dim = query.shape
-        mask = attention_mask
         if mask is not None and mask.shape[1] > 1:  # one for each query head
             mask = mask.reshape(mask.shape[0], key.shape[1], -1, mask.shape[3])
         output = nn.functional.scaled_dot_product_attention(
-            query.reshape(batch, key.shape[1], -1, head_dim), key, value, mask, dropout, scale=scaling
+            query.reshape(batch, key.shape[1], -1, head_dim),
+            key,
+            value,
+            mask,
+            kwargs["dropout"],
+            scale=kwargs["scaling"],
         )
         return output.reshape(batch, 1, heads, -1), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
 def _eager(module: nn.Module) -> Callable:
@@ -266,12 +354,7 @@ def _eager(module: nn.Module) -> Callable:
     raise RuntimeError(f"{type(module).__name__} has no eager attention function")
 
 
-def _unreadable(step: Step, kind: str) -> str:
-    step.counters.warn_once(f"sparq: {kind} cannot be read sparsely; decoding stays dense and gains nothing")
-    return f"{kind} cannot be read sparsely"
-
-
-IMPLEMENTATIONS = {"sdpa": "sparq", "eager": "sparq_eager"}  # the model's own implementation → its patched one
+IMPLEMENTATIONS = {"sdpa": "sparq_sdpa", "eager": "sparq_eager"}  # the model's own implementation → its patched one
 
 
 def register() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
+from sparq.contents import is_held_elsewhere, normal_empty, versions
 from sparq.static_cache import SparqStaticLayer
 
 CAPACITY_STEP = 256  # positions: storage is made for a multiple of this
@@ -25,8 +26,10 @@ class SparqLayer(DynamicLayer):
     ordinary cache that was already filled costs nothing extra until then, and a dense model can use the layer as it
     is.
 
-    `keys` and `values` are views [B, Hkv, length, d] of the storage [B, Hkv, capacity, d]; assigning a tensor to them
-    adopts it as the storage and drops the index, so code that knows only `DynamicLayer` stays right.
+    `keys` and `values` are views [B, Hkv, length, d] of the storage [B, Hkv, capacity, d]. Code that knows only
+    `DynamicLayer` stays right: a tensor assigned to one of them, of whatever length, is adopted as its storage; what
+    is written into them is found by PyTorch's version counters, which `.data` and numpy pass by; either drops the
+    index. Tokens that somebody else still holds are never overwritten.
     """
 
     _key_storage: Tensor | None
@@ -41,7 +44,9 @@ class SparqLayer(DynamicLayer):
         """A SparQ layer in place of `layer`, which may hold tokens; its tensors are copied when it next grows."""
         new = cls()
         if layer.is_initialized:
-            new.dtype, new.device, new.is_initialized = layer.dtype, layer.device, True
+            assert layer.keys is not None and layer.values is not None
+            new.lazy_initialization(layer.keys, layer.values)
+            new.device = layer.device  # an offloaded layer's tensors lie elsewhere
             if layer.get_seq_length() > 0:
                 new.keys, new.values = layer.keys, layer.values
         return new
@@ -58,17 +63,18 @@ class SparqLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        return None if self._value_storage is None else self._value_storage[:, :, : self._length]
+        return None if self._value_storage is None else self._value_storage[:, :, : self._value_length]
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
         self._value_storage, self._owned = values, False
+        self._value_length = 0 if values is None else values.shape[2]
         self._drop_index()
 
     def _drop_storage(self) -> None:
         self._key_storage = self._value_storage = None
         self._owned = False  # an adopted tensor may be in use elsewhere: it is read, never written
-        self._length = 0
+        self._length = self._value_length = 0  # they differ only between two assignments from outside
         self._drop_index()
 
     def _drop_index(self) -> None:
@@ -78,18 +84,82 @@ class SparqLayer(DynamicLayer):
         self.summed = 0
         self.summed_start: Tensor | None = None  # [B] int64, the first valid position of each row; None: 0
         self.summed_mask: Tensor | None = None  # [B, >= summed] bool, further invalid positions; None: there are none
+        self._versions: tuple[int, ...] | None = None  # of the storage, when the index was last known to be right
+
+    def _note_contents(self) -> None:
+        """Call after every write of our own: what the storage holds now is what the index is of."""
+        if not torch.compiler.is_compiling():
+            self._versions = versions(self._key_storage, self._value_storage)
+
+    def _check_contents(self) -> None:
+        """Call before an index is used or extended: drop it if anybody else has written into the storage."""
+        if torch.compiler.is_compiling():
+            return  # a graph cannot look; after it the counters differ, and the index is made anew
+        is_there = self.components is not None or self.value_sum is not None
+        if is_there and self._versions != versions(self._key_storage, self._value_storage):
+            self._drop_index()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [B, Hkv, n, d] new keys and values; returns views of all of them, [B, Hkv, length, d]."""
+        """Append [B, Hkv, n, d] new keys and values; returns views of all of them, [B, Hkv, length, d].
+
+        Raises:
+            ValueError: they do not fit what is held, or `keys` and `values` hold different numbers of tokens.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._check_fit(key_states, value_states)
+        self._check_contents()
+        if self._is_recorded(key_states, value_states):
+            self._write_recorded(key_states, value_states)
+        else:
+            self._write(key_states, value_states)
+        self._note_contents()
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None
+        return keys, values
+
+    def _check_fit(self, key_states: Tensor, value_states: Tensor) -> None:
+        if self._length != self._value_length:
+            raise ValueError(
+                f"keys and values must hold the same number of tokens, got {self._length} and {self._value_length}: "
+                "whoever has assigned one of them has to assign the other"
+            )
+        if not self._length:
+            return
+        held = (self._key_storage, key_states, "key_states"), (self._value_storage, value_states, "value_states")
+        for old, new, name in held:
+            assert old is not None
+            if (old.shape[:2], old.shape[3]) != (new.shape[:2], new.shape[3]):
+                raise ValueError(
+                    f"{name} must match the cached [batch, heads, length, head_dim] of {tuple(old.shape)} "
+                    f"in all but the length, got {tuple(new.shape)}"
+                )
+
+    def _is_recorded(self, *states: Tensor) -> bool:
+        """Whether autograd records what happens to the tokens: they may be needed as they are by a backward pass."""
+        return torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (*states, self._key_storage, self._value_storage)
+        )
+
+    def _write_recorded(self, key_states: Tensor, value_states: Tensor) -> None:
+        """As `DynamicLayer` does it, a new tensor for every token: nothing that was recorded is overwritten."""
+        if self._length:
+            assert self.keys is not None and self.values is not None
+            key_states = torch.cat([self.keys, key_states], 2)
+            value_states = torch.cat([self.values, value_states], 2)
+        else:
+            self._drop_index()
+        self._key_storage, self._value_storage, self._owned = key_states, value_states, False
+        self._length = self._value_length = key_states.shape[2]
+
+    def _write(self, key_states: Tensor, value_states: Tensor) -> None:
         start, end = self._length, self._length + key_states.shape[2]
         keys, values = self._make_room(key_states, value_states, end)
-        if self._index_can_follow(key_states, value_states):
+        if self._index_can_follow(key_states):
             assert self.components is not None
             sparq_kernels.append(
                 keys, values, self.components, self.value_sum, key_states, value_states, position=start
@@ -98,10 +168,9 @@ class SparqLayer(DynamicLayer):
         else:
             keys[:, :, start:end] = key_states
             values[:, :, start:end] = value_states
-        self._length = end
-        return keys[:, :, :end], values[:, :, :end]
+        self._length = self._value_length = end
 
-    def _index_can_follow(self, key_states: Tensor, value_states: Tensor) -> bool:
+    def _index_can_follow(self, key_states: Tensor) -> bool:
         """One new token, and an index that is complete, roomy and writable: all of it is extended in one go."""
         return (
             key_states.shape[2] == 1
@@ -113,19 +182,12 @@ class SparqLayer(DynamicLayer):
             and self.summed_mask is None  # what it says of the new token is not known yet
             and _writable(self.components)
             and _writable(self.value_sum)
-            and not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad))
         )
 
     def _make_room(self, key_states: Tensor, value_states: Tensor, needed: int) -> tuple[Tensor, Tensor]:
         """Storage that can be written up to position `needed`; it doubles when it grows."""
         keys, values = self._key_storage, self._value_storage
         if keys is not None and values is not None and self._length:
-            for old, new, name in ((keys, key_states, "key_states"), (values, value_states, "value_states")):
-                if (old.shape[:2], old.shape[3]) != (new.shape[:2], new.shape[3]):
-                    raise ValueError(
-                        f"{name} must match the cached [batch, heads, length, head_dim] of {tuple(old.shape)} "
-                        f"in all but the length, got {tuple(new.shape)}"
-                    )
             if self._owned and needed <= keys.shape[2] and _writable(keys):
                 return keys, values
             needed = max(needed, 2 * self._length)
@@ -145,12 +207,12 @@ class SparqLayer(DynamicLayer):
         a sparse step asks for it."""
         state = self.__dict__.copy()
         fresh = SparqLayer().__dict__
-        for name in ("components", "indexed", "value_sum", "summed", "summed_start", "summed_mask"):
+        for name in ("components", "indexed", "value_sum", "summed", "summed_start", "summed_mask", "_versions"):
             state[name] = fresh[name]
-        for name in ("_key_storage", "_value_storage"):
-            if state[name] is not None:
+        for name, held in (("_key_storage", self.keys), ("_value_storage", self.values)):
+            if held is not None:
                 # a view would take all of its storage along
-                state[name] = state[name][:, :, : self._length].clone(memory_format=torch.contiguous_format)
+                state[name] = held.clone(memory_format=torch.contiguous_format)
         state["_owned"] = True
         return state
 
@@ -174,6 +236,7 @@ class SparqLayer(DynamicLayer):
             has changed: then V is summed anew.
         """
         assert self._key_storage is not None and self._value_storage is not None
+        self._check_contents()
         batch, heads, capacity, head_dim = self._key_storage.shape
         components = self.components
         if components is None or components.shape[2] * BLOCK < self._length or not _writable(components):
@@ -195,7 +258,15 @@ class SparqLayer(DynamicLayer):
             self.value_sum = self.value_sum + self._sum_values(self.summed, self._length, start, mask)
             self.summed = self._length
         self.summed_start, self.summed_mask = start, mask
+        self._note_contents()
         return components, self.value_sum
+
+    @torch.no_grad()
+    def sum_before(self, later: int) -> Tensor:
+        """The sum of V over the valid positions but the newest `later`, [B, Hkv, d] float32, right after `index`."""
+        assert self.value_sum is not None
+        rest = self._sum_values(self._length - later, self._length, self.summed_start, self.summed_mask)
+        return self.value_sum - rest
 
     def _same_validity(self, start: Tensor | None, mask: Tensor | None) -> bool:
         return _equal(self.summed_start, start) and (
@@ -224,11 +295,18 @@ class SparqLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         if self._key_storage is None:
             return
+        self._check_contents()
         # What the argument means differs between versions of transformers: its own layer says what is left.
         plain = DynamicLayer()
         plain.keys, plain.values, plain.is_initialized = self.keys, self.values, True
         plain.crop(tokens_to_remove)
-        self._length = length = plain.get_seq_length()
+        length = plain.get_seq_length()
+        del plain
+        if length < self._length and any(
+            is_held_elsewhere(t) for t in (self._key_storage, self._value_storage) if t is not None
+        ):
+            self._owned = False  # what is cut off is still somebody's
+        self._length = self._value_length = length
         self.indexed = min(self.indexed, length)
         if self.summed > length:
             # A few tokens (a rejected draft) are taken back from the sum; after a longer cut it is made anew.
@@ -264,12 +342,14 @@ class SparqLayer(DynamicLayer):
         keys, values = self._key_storage, self._value_storage
         if keys is None or values is None or not self._length:
             return
+        self._check_contents()
         self._key_storage, self._value_storage = f(keys), f(values)
         # `f` may give back what it was given (a move to where it is): an adopted tensor stays an adopted one
         self._owned = self._owned or (self._key_storage is not keys and self._value_storage is not values)
         self.components, self.value_sum, self.summed_start, self.summed_mask = (
             None if t is None else f(t) for t in (self.components, self.value_sum, self.summed_start, self.summed_mask)
         )
+        self._note_contents()
 
 
 # What transformers 5.17 calls its quantized layers' base has got a base itself.
@@ -333,7 +413,7 @@ def allocated_bytes(cache: Cache) -> int:
 def _grown(storage: Tensor | None, states: Tensor, used: int, capacity: int) -> Tensor:
     """Storage [B, Hkv, capacity, d] for more of `states` that begins with the `used` positions of `storage`."""
     batch, heads, _, head_dim = states.shape
-    grown = torch.empty(batch, heads, capacity, head_dim, dtype=states.dtype, device=states.device)
+    grown = normal_empty(batch, heads, capacity, head_dim, like=states)
     layout.prefer_huge_pages(grown)
     if storage is not None and used:
         grown[:, :, :used] = storage[:, :, :used]

@@ -59,6 +59,7 @@ class Counters:
         self.totals: dict[int, Totals] = {}  # counted on the device, besides
         self.sparse_on: set[tuple[torch.device, torch.dtype]] = set()  # where and in what sparse steps were made
         self.cache_bytes = 0  # the most that one cache has held
+        self.uncached_tokens = 0  # of the pass before, if it had no cache
         self._warned: set[str] = set()
         self._lock = threading.Lock()
 

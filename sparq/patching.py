@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import sparq_kernels
 import torch
-from sparq_kernels.arguments import MAX_QUERY_LENGTH
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
 
 from sparq import attention
 from sparq.cache import allocated_bytes, begin_pass, end_pass, refuse_quantized, upgrade
 from sparq.config import SparqConfig
 from sparq.counters import Counters
+from sparq.drafting import DraftNotes, find_cache
 from sparq.reporting import Report
 from sparq.step import Step
 
@@ -27,73 +28,128 @@ Model = TypeVar("Model", bound=nn.Module)
 attention.register()  # here, not in `patch`: a patched model may come out of a pickle
 
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+NO_CACHE = "there is no cache (use_cache=False)"
+EMPTY_CACHE = "the model left its cache empty (as it does with gradient checkpointing in training mode)"
+
+_lock = threading.RLock()  # of all changes of what is patched
+
+
+@dataclasses.dataclass(eq=False)
+class Use:
+    """Knobs and counters: of `patch`, or of one `with patched(...)` block."""
+
+    config: SparqConfig
+    counters: Counters = dataclasses.field(default_factory=Counters)
+
+
+_blocks: ContextVar[tuple[Use, ...]] = ContextVar("sparq_blocks", default=())  # that this thread or task is inside of
 
 
 class Patch:
-    """What patching has put on a model: a hook before and after each forward pass of its decoder."""
+    """What patching puts on a model: a hook before and after each forward pass of its decoder.
 
-    def __init__(self, model: PreTrainedModel, decoder: PreTrainedModel, config: SparqConfig) -> None:
-        self.config = config
-        self.counters = Counters()
-        self._parameters = list(inspect.signature(decoder.forward).parameters)
+    Attributes:
+        base: what `patch` has set; None where the model is patched by blocks alone.
+        blocks: the open `with patched(...)` blocks of all threads, the last opened last.
+    """
+
+    def __init__(self, model: PreTrainedModel, decoder: PreTrainedModel) -> None:
+        self.base: Use | None = None
+        self.blocks: tuple[Use, ...] = ()
+        self._decoder = decoder
+        self._drafts = DraftNotes(model)
+        self._handles: list[Any] = []
+        self._are_layers_known = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model has no blocks that could end: the knobs in force become its own."""
+        return self.__dict__ | {"base": self.current(), "blocks": (), "_are_layers_known": False}
+
+    def install(self) -> None:
+        decoder = self._decoder
         self._handles = [
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
             decoder.register_forward_hook(self.after, with_kwargs=True),
         ]
-        if model is not decoder and _hands_down(type(model)):
-            self._handles.append(model.register_forward_pre_hook(_note_drafts, with_kwargs=True))
+        self._drafts.install()
         try:
             self._enter(decoder)
         except BaseException:
-            self.remove(decoder)
+            self.remove()
             raise
+        decoder._sparq_patch = self  # type: ignore[assignment]
+
+    def remove(self) -> None:
+        decoder = self._decoder
+        for handle in self._handles:
+            handle.remove()
+        self._drafts.remove()
+        attention.patched_layers.difference_update(_causal_layers(decoder))
+        if _is_entered(decoder):
+            decoder.set_attn_implementation(self._own_implementation)
+        vars(decoder).pop("_sparq_patch", None)
+
+    def current(self) -> Use | None:
+        """What holds for this thread or task: the innermost block that it is inside of; else, since a block may start a
+        thread to generate in, the block opened last; else what `patch` has set."""
+        if torch.compiler.is_compiling():
+            return self.blocks[-1] if self.blocks else self.base
+        return self.own_block() or (self.blocks[-1] if self.blocks else self.base)
+
+    def own_block(self) -> Use | None:
+        """The innermost block on this model that this thread or task is inside of."""
+        return next((use for use in reversed(_blocks.get()) if use in self.blocks), None)
 
     def _enter(self, decoder: PreTrainedModel) -> None:
         """Select SparQ's form of the attention implementation that the model has."""
         self._own_implementation = _implementations(decoder.config)
         decoder.set_attn_implementation(attention.IMPLEMENTATIONS[_base(decoder, self._own_implementation[""])])
 
-    def before(self, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def before(
+        self, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         """Make the cache readable for SparQ and hand it to the attention functions, which are not given it."""
+        use = self.current()
+        if use is None:
+            return None  # the last block has just ended in another thread
         if not _is_entered(module):
             # The user has chosen an implementation anew, or has unpatched a model that shares the configuration.
             self._enter(module)
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            cache = dict(zip(self._parameters, args, strict=False)).get("past_key_values")
-        if isinstance(cache, Cache):
+        if not self._are_layers_known:
+            self._are_layers_known = True
+            attention.patched_layers.update(_causal_layers(module))
+        cache = find_cache((*kwargs.values(), *args))
+        if cache is not None:
             refuse_quantized(cache)
             upgrade(cache)
             begin_pass(cache)
-        else:
-            cache = None
-        drafts = kwargs.pop("sparq_drafts", 0)
-        return args, {**kwargs, "sparq_step": Step(cache, self.config, self.counters, drafts)}
+        return args, {**kwargs, "sparq_step": Step(cache, use.config, use.counters)}
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        step: Step = kwargs["sparq_step"]
-        if step.cache is not None:
-            end_pass(step.cache)
-            if not torch.compiler.is_compiling():
-                step.counters.cache(allocated_bytes(step.cache))
+        step: Step | None = kwargs.get("sparq_step")
+        if step is None:
+            return
         if not step.attention_calls:
             raise RuntimeError(
                 f"sparq: {type(module).__name__} did not hand its keyword arguments to the attention function, so no "
                 "step was sparse; sparq.unpatch(model) undoes the patch. Please report this model."
             )
-
-    def remove(self, decoder: PreTrainedModel) -> None:
-        for handle in self._handles:
-            handle.remove()
-        if _is_entered(decoder):
-            decoder.set_attn_implementation(self._own_implementation)
+        if step.cache is not None:
+            end_pass(step.cache)
+        if not torch.compiler.is_compiling():
+            if step.drafting is not None:
+                step.drafting.prompt_left = max(0, step.drafting.prompt_left - step.tokens)
+            if step.cache is not None:
+                step.counters.cache(allocated_bytes(step.cache))
+            _count_uncached(step)
 
 
 def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Model:
     """Make `model` decode with SparQ Attention (arXiv 2312.04985), in place.
 
     The prompt is computed as before; each later single token reads r components of every cached key, and only k
-    positions in full. A model that is patched already gets the new knobs, and its counters start anew.
+    positions in full. A model that is patched already gets the new knobs, and its counters start anew; inside a
+    `with patched(...)` block they are the block's. The CPU kernel is compiled now, if this machine has not got it yet.
 
     Args:
         model: a causal language model of transformers, or what wraps one, as a `PeftModel` does.
@@ -106,6 +162,76 @@ def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Mode
     Raises:
         TypeError, ValueError: a bad knob, or a model that SparQ cannot serve, with the reason; the model is unchanged.
     """
+    use, candidate = _prepared(model, config, knobs)
+    with _lock:
+        current = _patch_of(candidate._decoder)
+        block = None if current is None else current.own_block()
+        if block is not None:
+            block.config, block.counters = use.config, use.counters
+            return model
+        _installed(candidate).base = use
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Take SparQ out of `model` again, which is then as it was; does nothing to a model that is not patched.
+
+    Caches made meanwhile go on working, dense. Open `with patched(...)` blocks, of other threads too, go on dense.
+    """
+    with _lock:
+        current = _patch_of(_decoder(model))
+        if current is not None:
+            current.base, current.blocks = None, ()
+            current.remove()
+    return model
+
+
+@contextmanager
+def patched(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Iterator[Model]:
+    """`patch` for the length of a `with` block, whose knobs and counters are its own; those from before come back.
+
+    Several threads, or tasks of asyncio, may each be inside such a block on one model: each has its knobs and its
+    report, and the model is as it was when the last of them has left.
+    """
+    use, candidate = _prepared(model, config, knobs)
+    with _lock:
+        current = _installed(candidate)
+        current.blocks += (use,)
+    token = _blocks.set((*_blocks.get(), use))
+    try:
+        yield model
+    finally:
+        _blocks.reset(token)
+        with _lock:
+            if use in current.blocks:  # it is not where the model was unpatched meanwhile
+                current.blocks = tuple(other for other in current.blocks if other is not use)
+                if current.base is None and not current.blocks:
+                    current.remove()
+
+
+def report(model: nn.Module) -> Report:
+    """What `model` has done since it was patched: print it, or take its `to_dict()`. Inside a `with patched(...)` block
+    it is about that block alone.
+
+    Of several processes each counts its own: tensor parallel its share of the heads in every step (bytes and α are
+    those heads'), data parallel its share of the prompts.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    decoder = _decoder(model)
+    current = _patch_of(decoder)
+    use = None if current is None else current.current()
+    if use is None:
+        raise ValueError(f"model must be patched to have a report, this {type(model).__name__} is not")
+    # The layers may lie on several devices, and the parameters, where accelerate offloads them, on none.
+    used = use.counters.used() or {(decoder.device, decoder.dtype)}
+    names = {"none yet" if device.type == "meta" else sparq_kernels.backend(device, dtype) for device, dtype in used}
+    return Report.of(use.counters, use.config, ", ".join(sorted(names)))
+
+
+def _prepared(model: nn.Module, config: SparqConfig | None, knobs: dict[str, Any]) -> tuple[Use, Patch]:
+    """What would be put on the model, all of it checked, nothing changed."""
     if config is not None and not isinstance(config, SparqConfig):
         raise TypeError(f"config must be a SparqConfig or None, got {config!r} of type {type(config).__name__}")
     unknown = sorted(set(knobs) - {field.name for field in dataclasses.fields(SparqConfig)})
@@ -116,60 +242,33 @@ def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Mode
     served = _served(model)
     decoder = _decoder(served)
     _check_served(served, decoder, config)
-
-    current = _patch_of(decoder)
-    if current is not None:
-        current.config, current.counters = config, Counters()
-        return model
-    decoder._sparq_patch = Patch(served, decoder, config)  # type: ignore[assignment]
-    return model
+    if decoder.device.type != "meta":  # where accelerate offloads the parameters, nobody knows yet
+        sparq_kernels.backend(decoder.device)  # compiles the CPU kernel: not inside the first `generate`
+    return Use(config), Patch(served, decoder)
 
 
-def unpatch(model: Model) -> Model:
-    """Take SparQ out of `model` again, which is then as it was; does nothing to a model that is not patched.
-
-    Caches made meanwhile go on working, dense.
-    """
-    decoder = _decoder(model)
-    current = _patch_of(decoder)
-    if current is not None:
-        current.remove(decoder)
-        del decoder._sparq_patch
-    return model
-
-
-@contextmanager
-def patched(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Iterator[Model]:
-    """`patch` for the length of a `with` block; a model patched before gets its former knobs and counters back."""
-    former = _patch_of(_decoder(model))
-    kept = None if former is None else (former.config, former.counters)
-    patch(model, config, **knobs)
-    try:
-        yield model
-    finally:
-        if former is None or kept is None:
-            unpatch(model)
-        else:
-            former.config, former.counters = kept
-
-
-def report(model: nn.Module) -> Report:
-    """What `model` has done since it was patched: print it, or take its `to_dict()`.
-
-    Of several processes each counts its own: tensor parallel its share of the heads in every step (bytes and α are
-    those heads'), data parallel its share of the prompts.
-
-    Raises:
-        ValueError: the model is not patched.
-    """
-    decoder = _decoder(model)
-    current = _patch_of(decoder)
+def _installed(candidate: Patch) -> Patch:
+    """The patch that the model has, or `candidate`, put on it."""
+    current = _patch_of(candidate._decoder)
     if current is None:
-        raise ValueError(f"model must be patched to have a report, this {type(model).__name__} is not")
-    # The layers may lie on several devices, and the parameters, where accelerate offloads them, on none.
-    used = current.counters.used() or {(decoder.device, decoder.dtype)}
-    names = {"none yet" if device.type == "meta" else sparq_kernels.backend(device, dtype) for device, dtype in used}
-    return Report.of(current.counters, current.config, ", ".join(sorted(names)))
+        candidate.install()
+        return candidate
+    return current
+
+
+def _count_uncached(step: Step) -> None:
+    """Count a decode step that was computed without a cache, the whole text again: one more token than in the pass
+    before. (A model that leaves its cache empty is fed the new token alone.)"""
+    counters, before = step.counters, step.counters.uncached_tokens
+    if step.left_a_cache:
+        counters.uncached_tokens = 0
+        return
+    counters.uncached_tokens = step.tokens
+    if before and (step.tokens == before + 1 or step.cache is not None):
+        reason = NO_CACHE if step.cache is None else EMPTY_CACHE
+        for layer_idx, bytes_dense in step.prompts.items():
+            counters.dense(layer_idx, reason, bytes_dense)
+        counters.warn_once(f"sparq: decoding stays dense and gains nothing: {reason}")
 
 
 def _served(model: nn.Module) -> PreTrainedModel:
@@ -200,15 +299,6 @@ def _decoder(model: nn.Module) -> PreTrainedModel:
 
 def _causal_layers(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if hasattr(m, "layer_idx") and getattr(m, "is_causal", False)]
-
-
-def _note_drafts(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Assisted decoding verifies its first draft together with the prompt. The draft's tokens are decode steps; what
-    tells them from the prompt is that their logits are wanted, too."""
-    wanted = kwargs.get("logits_to_keep")
-    if isinstance(wanted, int) and 1 < wanted <= MAX_QUERY_LENGTH + 1 and kwargs.get("past_key_values") is not None:
-        kwargs = {**kwargs, "sparq_drafts": wanted - 1}
-    return args, kwargs
 
 
 def _patch_of(decoder: PreTrainedModel) -> Patch | None:

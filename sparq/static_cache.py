@@ -10,7 +10,9 @@ from sparq_kernels import layout
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-# What `StaticLayer.lazy_initialization` sets.
+from sparq.contents import versions
+
+# What `StaticLayer.lazy_initialization` sets (`dtype` before transformers 5.24 only).
 TAKEN_OVER = (
     "keys",
     "values",
@@ -46,6 +48,7 @@ class SparqStaticLayer(StaticLayer):
         self.stale = True  # K and V were written without the index
         self.lacks_one = False  # the newest token is among the components, and not in the sum
         self.is_filled = False
+        self._indexed: tuple[Tensor, Tensor, tuple[int, ...]] | None = None  # K, V and their versions
 
     @classmethod
     def adopt(cls, layer: StaticLayer) -> SparqStaticLayer:
@@ -54,7 +57,8 @@ class SparqStaticLayer(StaticLayer):
         new.cumulative_length = layer.cumulative_length
         if layer.is_initialized:
             for name in TAKEN_OVER:
-                setattr(new, name, getattr(layer, name))
+                if hasattr(layer, name):
+                    setattr(new, name, getattr(layer, name))
             # In a compiled graph nobody can ask the device.
             new.is_filled = torch.compiler.is_compiling() or bool(layer.cumulative_length > 0)
             new._allocate_index()
@@ -62,15 +66,37 @@ class SparqStaticLayer(StaticLayer):
         return new
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
+        if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+            with torch.inference_mode(False):  # of inference tensors PyTorch counts no writes
+                super().lazy_initialization(key_states, value_states)
+        else:
+            super().lazy_initialization(key_states, value_states)
         self._allocate_index()
+
+    def _note_contents(self) -> None:
+        """Call after every write of our own, and when the index has been made: it is of what is held now."""
+        if not torch.compiler.is_compiling():
+            self._indexed = (self.keys, self.values, versions(self.keys, self.values))
+
+    def _check_contents(self) -> None:
+        """Call before the index is used or extended: it is of nothing if anybody else has changed what is held."""
+        if torch.compiler.is_compiling() or self._indexed is None:
+            return
+        keys, values, seen = self._indexed
+        if self.keys is not keys or self.values is not values or versions(keys, values) != seen:
+            if (self.keys.shape, self.keys.dtype, self.keys.device) != (keys.shape, keys.dtype, keys.device):
+                self.components = self.value_sum = self.summed = None
+                self._allocate_index()
+            self.stale, self.lacks_one = True, False
 
     def _allocate_index(self) -> None:
         compiling = torch.compiler.is_compiling()
         if self.keys.shape != self.values.shape or (compiling and self.keys.device.type != "cpu"):
             return  # what is allocated inside a CUDA graph is gone after it
         batch, heads, capacity, head_dim = self.keys.shape
-        self.components = layout.allocate_components(batch, heads, capacity, head_dim, self.dtype, self.device).zero_()
+        self.components = layout.allocate_components(
+            batch, heads, capacity, head_dim, self.keys.dtype, self.device
+        ).zero_()
         self.value_sum = self.keys.new_zeros((batch, heads, head_dim), dtype=torch.float32)
         self.summed = self.keys.new_zeros((batch, capacity), dtype=torch.bool)
         self.stale = False
@@ -83,6 +109,7 @@ class SparqStaticLayer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.is_filled = True
+        self._check_contents()
         if (
             key_states.shape[2] != 1
             or self.stale
@@ -90,13 +117,21 @@ class SparqStaticLayer(StaticLayer):
             or (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad))
         ):
             self.stale, self.lacks_one = True, False
-            return super().update(key_states, value_states, *args, **kwargs)
+            super().update(key_states, value_states, *args, **kwargs)
+            self._note_contents()
+            return self.keys, self.values
         assert self.components is not None
         position = self.cumulative_length.expand(key_states.shape[0])
         sparq_kernels.append(self.keys, self.values, self.components, None, key_states, value_states, position=position)
         self.cumulative_length.add_(1)
         self.lacks_one = True
+        self._note_contents()
         return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)  # type: ignore[misc]  # since transformers 5.24
+        if tokens_to_remove:
+            self.stale, self.lacks_one = True, False
 
     @property
     def allocated_bytes(self) -> int:
@@ -121,10 +156,12 @@ class SparqStaticLayer(StaticLayer):
 
     def _index(self, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         assert self.components is not None and self.value_sum is not None and self.summed is not None
+        self._check_contents()
         if self.stale:
             layout.write_components(self.components, self.keys, 0)
             self._sum_anew(valid)
             self.stale = self.lacks_one = False
+            self._note_contents()
             return self.components, self.value_sum, None
         if self.lacks_one:
             newest = (self.cumulative_length - 1)[None]
@@ -140,6 +177,15 @@ class SparqStaticLayer(StaticLayer):
             self._sum_anew(valid)
         return self.components, self.value_sum, None
 
+    def sum_before(self, later: int, valid: Tensor) -> Tensor:
+        """The sum of V over the valid positions but the newest `later`, [B, Hkv, d] float32, right after `index`."""
+        assert self.value_sum is not None
+        with torch.no_grad():
+            newest = self.cumulative_length - later + torch.arange(later, device=self.cumulative_length.device)
+            values = self.values.index_select(2, newest)
+            rest = values.masked_fill(~valid.index_select(1, newest)[:, None, :, None], 0).sum(2, dtype=torch.float32)
+            return self.value_sum - rest
+
     def _sum_anew(self, valid: Tensor) -> None:
         assert self.value_sum is not None and self.summed is not None
         values = self.values.masked_fill(~valid[:, None, :, None], 0)
@@ -153,16 +199,21 @@ class SparqStaticLayer(StaticLayer):
             self.value_sum.zero_()
             self.summed.zero_()
             self.stale = False  # an index of nothing; what the components still hold is never read
+        if self.is_initialized:
+            self._note_contents()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._check_contents()
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._map_index(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def offload(self) -> None:
+        self._check_contents()
         super().offload()
         self._map_index(lambda t: t.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
+        self._check_contents()
         super().prefetch()
         if self.summed is not None and self.summed.device != self.device:
             self._map_index(lambda t: t.to(self.device, non_blocking=True))
@@ -170,3 +221,5 @@ class SparqStaticLayer(StaticLayer):
     def _map_index(self, f: Any) -> None:
         if self.components is not None and self.value_sum is not None and self.summed is not None:
             self.components, self.value_sum, self.summed = f(self.components), f(self.value_sum), f(self.summed)
+        if self.is_initialized:
+            self._note_contents()

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparq.config import SparqConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StaticPlan:
     """As `step.Plan`, of the newest tokens; nothing here has been read back from the device."""
 
@@ -33,28 +33,30 @@ class StaticPlan:
         capacity: int,
         config: SparqConfig,
         queries: int = 1,
+        later: int = 0,
     ) -> StaticPlan:
-        """The plan for a mask [B or 1, 1, Q >= queries, S] (bool, or 0 and large negative numbers) and a length int64
-        []."""
-        later = torch.arange(queries - 1, -1, -1, device=length.device)  # new tokens that a query does not see
-        before = torch.arange(capacity, device=length.device) < length - later[:, None]  # [queries, S]
+        """The plan for a mask [B or 1, 1, Q >= queries + later, S] (bool, or 0 and large negative numbers) and a length
+        int64 [], of `queries` tokens behind which the pass has `later` more, `length` included."""
+        length = length - later if later else length
+        unseen = torch.arange(queries - 1, -1, -1, device=length.device)  # new tokens that a query does not see
+        before = torch.arange(capacity, device=length.device) < length - unseen[:, None]  # [queries, S]
         valid = before[-1].expand(batch, capacity)
         ignored_bias, reason = None, None
         if config.positions(capacity) == capacity:
             reason = "k covers the context"
         elif attention_mask is not None:
             shape = attention_mask.shape
-            if attention_mask.dim() != 4 or shape[1] != 1 or shape[2] < queries or shape[3] < capacity:
+            if attention_mask.dim() != 4 or shape[1] != 1 or shape[2] < queries + later or shape[3] < capacity:
                 reason = "attention mask that is not [batch, 1, 1, length]"
             else:
-                rows = attention_mask[:, 0, -queries:, :capacity].to(length.device)
+                rows = attention_mask[:, 0, -(queries + later) :, :capacity].to(length.device)
                 doubts = []
                 if rows.dtype != torch.bool:
                     masked_out = rows <= torch.finfo(rows.dtype).min / 2
                     doubts.append(("attention mask with a bias", ((rows != 0) & ~masked_out).any()))
                     rows = ~masked_out
-                if queries > 1:
-                    strange = (rows != (rows[:, -1:] & before)).any()
+                if queries > 1 or later:
+                    strange = (rows[:, :queries] != (rows[:, -1:] & before)).any()
                     doubts.append(("attention mask that is not causal", strange))
                 if length.device.type == "cpu" and not torch.compiler.is_compiling():  # reading it costs nothing
                     reason = next((why for why, doubt in doubts if bool(doubt)), None)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sparq_kernels.arguments import MAX_QUERY_LENGTH
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from sparq.config import SparqConfig
 from sparq.counters import Counters
+from sparq.drafting import drafting
 from sparq.static_cache import SparqStaticLayer
 from sparq.static_plan import StaticPlan
 
@@ -33,50 +36,86 @@ class Plan:
 
 
 class Step:
-    """One forward pass: the cache, the knobs, and the plan that all full-attention layers share."""
+    """One forward pass: the cache, the knobs, and the plans that all full-attention layers share."""
 
-    def __init__(self, cache: Cache | None, config: SparqConfig, counters: Counters, drafts: int = 0) -> None:
-        """drafts: how many tokens at the end of a prompt are no prompt but a draft to be verified."""
+    def __init__(self, cache: Cache | None, config: SparqConfig, counters: Counters) -> None:
         self.cache = cache
-        self.drafts = drafts
         self.config = config
         self.counters = counters
         self.attention_calls = 0
-        static = [] if cache is None else [layer for layer in cache.layers if isinstance(layer, SparqStaticLayer)]
-        if static:  # a static cache may have been reset: all its layers stay initialised then
-            self.is_prompt = not any(layer.is_filled for layer in static)
-        else:
-            self.is_prompt = cache is not None and not any(
-                getattr(layer, "is_initialized", True) for layer in cache.layers
-            )
-        self.counts_on_device = len(static) > 0 or torch.compiler.is_compiling()
-        self._plan: tuple[tuple[Tensor | None, int, torch.device, int], Plan] | None = None
-        self._static_plan: tuple[Tensor | None, tuple[torch.device, int], StaticPlan] | None = None
+        self.tokens = 0  # new ones; known from the first attention layer on
+        self.prompts: dict[int, int] = {}  # of each layer that has computed nothing but a prompt: its bytes of K and V
+        layers = [] if cache is None else cache.layers
+        self.is_static = any(isinstance(layer, SparqStaticLayer) for layer in layers)
+        self.is_prompt = cache is not None and not any(_is_filled(layer, self.is_static) for layer in layers)
+        self.drafting = None if torch.compiler.is_compiling() else drafting(cache)
+        self._plans: list[tuple[Tensor | None, tuple, Any]] = []
         self._static_counts: tuple[StaticPlan, tuple[int, ...], Tensor] | None = None
 
-    def layer(self, layer_idx: int) -> Any:
-        """The cache's layer, or None where there is no such."""
-        if self.cache is None or layer_idx >= len(self.cache.layers):
-            return None
-        return self.cache.layers[layer_idx]
+    def begin(self, query_length: int, key_length: int) -> None:
+        """The first attention layer says how many tokens are new, and how many keys there are."""
+        self.tokens = query_length
+        self.is_prompt = self.is_prompt or query_length == key_length
+
+    def prompt_length(self, query_length: int) -> int:
+        """So many of a layer's new tokens are a prompt, and dense; the rest are decode steps. `query_length`: a layer
+        that shares another's keys may be asked for the last of the new tokens only."""
+        if self.drafting is None:
+            return query_length if self.is_prompt or query_length < self.tokens else 0
+        prompt = max(0, query_length - max(0, self.tokens - self.drafting.prompt_left))
+        return prompt if self.is_prompt or prompt > MAX_QUERY_LENGTH else 0
+
+    @property
+    def left_a_cache(self) -> bool:
+        """Whether the pass, when it is over, has left tokens in the cache that it was given."""
+        return self.cache is not None and any(_is_filled(layer, self.is_static) for layer in self.cache.layers)
+
+    def layer(self, layer_idx: int, key: Tensor) -> Any:
+        """The cache's layer that holds `key`, [B, Hkv, S, d]: that of the index, or another, of which the model shares
+        the keys; without such the former, or None where there is none."""
+        layers = [] if self.cache is None else self.cache.layers
+        own = layers[layer_idx] if layer_idx < len(layers) else None
+        if getattr(own, "keys", None) is None:
+            return next((layer for layer in layers if _holds(layer, key)), own)
+        return own
 
     def plan(
-        self, attention_mask: Tensor | None, length: int, batch: int, device: torch.device, queries: int = 1
+        self,
+        attention_mask: Tensor | None,
+        length: int,
+        batch: int,
+        device: torch.device,
+        queries: int = 1,
+        later: int = 0,
     ) -> Plan:
-        """The plan of the newest `queries` tokens, for a mask [B or 1, 1, Q >= queries, S] (bool, or 0 and large
-        negative numbers), or None: everything before a token and itself valid."""
-        asked = (attention_mask, length, device, queries)
-        if self._plan is None or not (self._plan[0][0] is attention_mask and self._plan[0][1:] == asked[1:]):
-            self._plan = (asked, self._make_plan(attention_mask, length, batch, device, queries))
-        return self._plan[1]
+        """The plan of the newest `queries` tokens of `length`, behind which the pass has `later` more, for a mask [B or
+        1, 1, Q >= queries + later, S] (bool, or 0 and large negative numbers), or None: everything before a token and
+        itself valid."""
+        asked = (length, device, queries, later)
+        return self._remembered(
+            attention_mask, asked, lambda: self._make_plan(attention_mask, length, batch, device, queries, later)
+        )
 
-    def static_plan(self, attention_mask: Tensor | None, length: Tensor, keys: Tensor, queries: int = 1) -> StaticPlan:
-        """The plan of the newest tokens on a static cache: keys [B, Hkv, S, d], `length` (int64 []) of S are filled."""
-        held = self._static_plan
-        if held is None or held[0] is not attention_mask or held[1] != (keys.device, queries):
-            plan = StaticPlan.make(attention_mask, length, keys.shape[0], keys.shape[2], self.config, queries)
-            self._static_plan = held = (attention_mask, (keys.device, queries), plan)
-        return held[2]
+    def static_plan(
+        self, attention_mask: Tensor | None, length: Tensor, keys: Tensor, queries: int = 1, later: int = 0
+    ) -> StaticPlan:
+        """The same on a static cache: keys [B, Hkv, S, d], `length` (int64 []) of S are filled, `later` included."""
+        asked = (keys.device, queries, later)
+        batch, capacity = keys.shape[0], keys.shape[2]
+        return self._remembered(
+            attention_mask,
+            asked,
+            lambda: StaticPlan.make(attention_mask, length, batch, capacity, self.config, queries, later),
+        )
+
+    def _remembered(self, attention_mask: Tensor | None, asked: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` gives, once for all layers that ask the same of the same mask."""
+        for mask, before, plan in self._plans:
+            if mask is attention_mask and before == asked:
+                return plan
+        plan = make()
+        self._plans.append((attention_mask, asked, plan))
+        return plan
 
     def static_counts(self, plan: StaticPlan, *shape: int) -> Tensor:
         """`plan.counts(*shape)`, made once for all layers of a shape."""
@@ -86,25 +125,27 @@ class Step:
         return held[2]
 
     def _make_plan(
-        self, attention_mask: Tensor | None, length: int, batch: int, device: torch.device, queries: int
+        self, attention_mask: Tensor | None, length: int, batch: int, device: torch.device, queries: int, later: int
     ) -> Plan:
         lengths = torch.full((batch,), length, dtype=torch.int64, device=device)
         if attention_mask is None:
             return self._counted(lengths, None, None, [[length - later for later in range(queries)]] * batch)
         shape = attention_mask.shape
-        if attention_mask.dim() != 4 or shape[1] != 1 or shape[2] < queries or shape[3] < length:
+        if attention_mask.dim() != 4 or shape[1] != 1 or shape[2] < queries + later or shape[3] < length + later:
             why = f"attention mask that is not [batch, 1, {queries}, length]"
             return Plan(lengths, None, None, 0, 0, 0, why)
-        rows = attention_mask[:, 0, -queries:, :length].to(device).expand(batch, queries, length)
+        rows = attention_mask[:, 0, -(queries + later) :, :length].to(device).expand(batch, -1, length)
         biased = None
         if rows.dtype != torch.bool:
             biased = ~((rows == 0) | (rows <= torch.finfo(rows.dtype).min / 2))
             rows = rows == 0
         mask = rows[:, -1]  # what the last query sees, of which the others must see all before them and themselves
+        rows = rows[:, :queries]
         seen = mask.cumsum(-1)[:, length - queries :].flip(-1)  # [B, queries], the last query first
         first = mask.to(torch.uint8).argmax(-1)  # the first valid position
         # All that Python has to know, read back at once: on a GPU every such moment waits for all work before it.
-        strange = None if queries == 1 else rows != mask[:, None] & _causal(queries, length, device)
+        alone = queries == 1 and not later
+        strange = None if alone else rows != mask[:, None] & _causal(queries, length, device)
         doubts = [torch.zeros_like(first) if doubt is None else doubt.sum((1, 2)) for doubt in (biased, strange)]
         known = torch.cat([torch.stack([first, *doubts], 1), seen], 1).tolist()
         starts, biases, others = ([row[i] for row in known] for i in range(3))
@@ -126,6 +167,19 @@ class Step:
         read = [self.config.positions(count) for count in seen]
         reason = "k covers the context" if read == seen else None
         return Plan(length, start, mask, sum(seen), sum(read), sum(row[0] for row in counts), reason)
+
+
+def _is_filled(layer: Any, is_static: bool) -> bool:
+    """Whether the layer holds tokens. A static cache may have been reset: its layers stay initialised, and only SparQ's
+    know."""
+    if is_static:
+        return isinstance(layer, SparqStaticLayer) and layer.is_filled
+    return getattr(layer, "is_initialized", True) and getattr(layer, "keys", True) is not None
+
+
+def _holds(layer: Any, key: Tensor) -> bool:
+    held = getattr(layer, "keys", None)
+    return held is not None and (held is key or (held.shape, held.data_ptr()) == (key.shape, key.data_ptr()))
 
 
 def _causal(queries: int, length: int, device: torch.device) -> Tensor:

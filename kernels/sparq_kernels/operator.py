@@ -66,6 +66,7 @@ def decode(
 
     query, key, key_components and value share a dtype: float32, bfloat16, float16 (float32 arithmetic) or float64.
     Ties, of components and of positions, go to the lower index.  A query that sees nothing gives zeros and alpha 1.
+    There is no gradient: a backward pass through the results raises a RuntimeError.
     Raises ValueError for a wrong shape, stride, device or range, TypeError for a wrong dtype.
 
     >>> from sparq_kernels import allocate_components, decode, write_components
@@ -76,7 +77,7 @@ def decode(
     >>> decode(query, key, components, key, key.sum(2), length=length, r=2, k=1).output.shape
     torch.Size([1, 2, 1, 4])
     """
-    output, alpha, positions, lse = _decode_op(
+    arguments = (
         query,
         key,
         key_components,
@@ -94,7 +95,28 @@ def decode(
         mean_value,
         return_positions,
     )
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        with torch.no_grad():
+            output, alpha, positions, lse = _decode_op(*arguments)
+        output, alpha, lse = _NoGradient.apply(output, alpha, lse, query, key, value)
+    else:
+        output, alpha, positions, lse = _decode_op(*arguments)
     return DecodeOutput(output, alpha, positions if return_positions else None, lse)
+
+
+class _NoGradient(torch.autograd.Function):
+    """Results that have come from query, key and value, on a way that cannot be gone back."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, alpha: Tensor, lse: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return output.view_as(output), alpha.view_as(alpha), lse.view_as(lse)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "sparq: sparse decode steps have no gradient. Compute what is to be differentiated with the stock model "
+            "(sparq.unpatch(model)), or without a cache; decode under torch.no_grad()"
+        )
 
 
 def decode_default(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -16,10 +16,12 @@ from sparq.attention import _dense
 from sparq.cache import SparqLayer, refuse_quantized
 from sparq.config import SparqConfig
 from sparq.counters import Counters
+from sparq.drafting import find_cache
 from sparq.lm_eval.methods import H2OLayer, Method, SparqVariant
 from sparq.patching import _base, _check_served, _decoder, _implementations, _is_entered, _patch_of, _served
 from sparq.reporting import Report
 
+CACHE_NAMES = ("cache", "past_key_values")  # of the argument for a cache: since transformers 5.24, and before
 IMPLEMENTATIONS = {"sdpa": "sparq_comparison", "eager": "sparq_comparison_eager"}
 
 
@@ -113,19 +115,21 @@ class Comparison:
                 f"the attention implementation has been changed to {module.config._attn_implementation!r} since "
                 f"{type(self.method).__name__} was put on the model: remove() the comparison first"
             )
-        positional = dict(zip(self._parameters, args, strict=False))
-        given = positional | kwargs
-        cache = given.get("past_key_values")
-        if cache is None and self.method.observes and "past_key_values" not in positional:
+        cache = find_cache((*kwargs.values(), *args))
+        if cache is None and self.method.observes:
+            given = dict(zip(self._parameters, args, strict=False)) | kwargs
             use_cache = given.get("use_cache")
             if getattr(module.config, "use_cache", False) if use_cache is None else use_cache:
                 # As the model itself would make it, too late to be seen from here.
                 cache = DynamicCache(config=module.config)
-                kwargs = {**kwargs, "past_key_values": cache}
-        if isinstance(cache, Cache):
+                name = next(name for name in CACHE_NAMES if name in self._parameters)
+                position = self._parameters.index(name)
+                if position < len(args):
+                    args = (*args[:position], cache, *args[position + 1 :])
+                else:
+                    kwargs = {**kwargs, name: cache}
+        if cache is not None:
             _check_cache(cache)
-        else:
-            cache = None
         return args, {**kwargs, "sparq_comparison": Pass(cache, self.method, self._counters)}
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -143,18 +147,21 @@ def comparison_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     sparq_comparison: Pass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as transformers' `AttentionInterface` calls it: arguments and results as of `sparq_attention`."""
-    dense = partial(_dense, base, module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    kwargs |= dict(dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias)
+    dense = partial(_dense, base, module, query, key, value, attention_mask, **kwargs)
     current = sparq_comparison
     if current is None:  # a model that only shares its configuration
         return dense()
     current.attention_calls += 1
-    _check_call(key, value, dropout, kwargs)
+    _check_call(key, value, kwargs)
     method, layer_idx = current.method, module.layer_idx
     assert isinstance(layer_idx, int)
     batch, kv_heads, length, head_dim = key.shape
@@ -208,7 +215,7 @@ def _check_cache(cache: Cache) -> None:
         raise _not_served("an offloaded cache")
 
 
-def _check_call(key: Tensor, value: Tensor, dropout: float, kwargs: dict[str, Any]) -> None:
+def _check_call(key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> None:
     """Raise a ValueError where the model wants of attention what the methods do not know."""
     for name, what in (
         ("softcap", "a softcap on the logits"),
@@ -219,8 +226,8 @@ def _check_call(key: Tensor, value: Tensor, dropout: float, kwargs: dict[str, An
             raise _not_served(what)
     if kwargs.get("output_attentions"):
         raise _not_served("attention weights (output_attentions)")
-    if dropout:
-        raise _not_served(f"attention dropout of {dropout}: model.eval() first")
+    if kwargs["dropout"]:
+        raise _not_served(f"attention dropout of {kwargs['dropout']}: model.eval() first")
     if key.shape != value.shape:
         raise _not_served(f"keys and values that differ in shape, {tuple(key.shape)} and {tuple(value.shape)}")
 

@@ -11,13 +11,13 @@ import torch
 from transformers import DynamicCache
 
 import sparq
-from sparq.attention import _dense_reason
+from sparq.attention import sparq_attention
 from sparq.cache import SparqLayer
 from sparq.config import SparqConfig
 from sparq.counters import Counters
 from sparq.step import Step
 from tests.sparq.slow import Slow
-from tests.sparq.tiny import build, check_beams, generate, next_tokens, prompt, teacher_forced
+from tests.sparq.tiny import attention_module, build, check_beams, generate, next_tokens, prompt, teacher_forced
 
 SPARSE = dict(r=4, k=12, min_length=0)
 
@@ -382,7 +382,7 @@ def test_steps_outside_of_no_grad_leave_no_graph_behind() -> None:
     cache = model(**prompt(batch=1)).past_key_values
     output = model(next_tokens(1, 1), past_key_values=cache)
     assert output.logits.requires_grad
-    assert not model.base_model._sparq_patch.counters.layers[0].alpha_sum.requires_grad
+    assert not model.base_model._sparq_patch.current().counters.layers[0].alpha_sum.requires_grad
 
 
 def test_inference_mode_can_be_left_and_entered() -> None:
@@ -400,14 +400,15 @@ def test_inference_mode_can_be_left_and_entered() -> None:
 def test_an_offloaded_cache_is_dense_with_one_warning() -> None:
     layer = SparqLayer()
     layer.update(torch.zeros(1, 2, 41, 16), torch.zeros(1, 2, 41, 16))
-    step = Step(DynamicCache(), SparqConfig(min_length=0, k=12), Counters())
-    step.cache.layers.append(layer)
+    cache = DynamicCache()
+    cache.layers.append(layer)
+    step = Step(cache, SparqConfig(min_length=0, k=12), Counters())
     there = torch.empty(1, 2, 41, 16, device="meta")  # where the model is; the layer's own have been moved away
     with pytest.warns(UserWarning, match="offloaded") as caught:
         for _ in range(2):
-            reason = _dense_reason(step, 0, there[:, :, :1], there, there, 0.0, {})
-            assert reason is not None and "offloaded" in reason
+            sparq_attention("sdpa", attention_module(), there[:, :, :1], there, there, None, sparq_step=step)
     assert len(caught) == 1
+    assert step.counters.layers[0].dense_steps == {"an offloaded cache cannot be read sparsely": 2}
 
 
 def test_normal_use_is_silent(capfd: pytest.CaptureFixture[str]) -> None:

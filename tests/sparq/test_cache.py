@@ -442,6 +442,7 @@ def test_offload_and_prefetch_move_all_that_is_held() -> None:
     for name in HELD:
         placed = getattr(layer, name).as_subclass(Placed)
         setattr(layer, name, placed.to("cuda:0"))
+    layer._note_contents()
 
     def places() -> set[str]:
         return {str(getattr(layer, name).device) for name in HELD}
@@ -456,6 +457,7 @@ def test_offload_and_prefetch_move_all_that_is_held() -> None:
 
     for name in HELD:
         setattr(layer, name, getattr(layer, name).as_subclass(torch.Tensor))
+    layer._note_contents()
     check(layer, plain, start, mask)
 
 

@@ -180,7 +180,9 @@ def test_the_implementation_may_be_chosen_while_patched() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("family, base", [("llama", "sparq"), ("gemma2", "sparq_eager"), ("gpt_oss", "sparq_eager")])
+@pytest.mark.parametrize(
+    "family, base", [("llama", "sparq_sdpa"), ("gemma2", "sparq_eager"), ("gpt_oss", "sparq_eager")]
+)
 def test_what_is_dense_goes_to_an_implementation_that_knows_softcaps_and_sinks(family: str, base: str) -> None:
     """FlashAttention knows both, and SDPA neither; it cannot be had here, only chosen."""
     model = build(family)

@@ -15,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 import sparq
-from sparq.attention import _dense_reason
+from sparq.attention import sparq_attention
 from sparq.cache import upgrade
 from sparq.config import SparqConfig
 from sparq.counters import Counters
@@ -24,7 +24,7 @@ from sparq.step import Step
 from tests.sparq.slow import Slow
 from tests.sparq.test_attention import causal_mask, decode_with_masks
 from tests.sparq.test_cache import Placed, states
-from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_forced
+from tests.sparq.tiny import attention_module, build, generate, next_tokens, prompt, teacher_forced
 
 SPARSE = dict(r=4, k=12, min_length=0)
 SIZE = 64
@@ -182,6 +182,7 @@ def test_offload_and_prefetch_move_all_that_is_held() -> None:
     layer.device = torch.device("cuda:0")
     for name in held:
         setattr(layer, name, getattr(layer, name).as_subclass(Placed).to("cuda:0"))
+    layer._note_contents()
 
     def places() -> set[str]:
         return {str(getattr(layer, name).device) for name in held}
@@ -195,6 +196,7 @@ def test_offload_and_prefetch_move_all_that_is_held() -> None:
     assert layer.components is there
     for name in held:
         setattr(layer, name, getattr(layer, name).as_subclass(torch.Tensor))
+    layer._note_contents()
     check(layer, plain, seen(20))
 
 
@@ -221,7 +223,7 @@ def test_upgrade_takes_over_the_tensors(filled: bool) -> None:
     for layer, other in zip(cache.layers, plain, strict=True):
         assert type(layer) is SparqStaticLayer and layer.keys is other.keys and layer.values is other.values
         assert layer.cumulative_length is other.cumulative_length and layer.is_filled == filled
-        assert (layer.dtype, layer.device, layer.max_cache_len) == (other.dtype, other.device, SIZE)
+        assert (layer.device, layer.max_cache_len) == (other.device, SIZE)
         assert layer.components is not None and vars(other).keys() <= vars(layer).keys()
 
 
@@ -474,7 +476,7 @@ def test_steps_outside_of_no_grad_leave_no_graph_behind() -> None:
         model(**inputs, past_key_values=cache)
     actual = model(token, past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(actual, expected[:, 0])
-    totals = model.base_model._sparq_patch.counters.totals[0]
+    totals = model.base_model._sparq_patch.current().counters.totals[0]
     assert not totals.alpha.requires_grad and not cache.layers[0].value_sum.requires_grad
 
 
@@ -490,15 +492,17 @@ def test_inference_mode_may_be_left_between_calls() -> None:
 def test_an_offloaded_static_cache_is_dense_with_one_warning() -> None:
     model = build()
     cache = static(model)
+    counters, keys = Counters(), torch.zeros(1, 2, SIZE, 16)
+    cache.update(keys, keys, 0)
     cache.offloading = True  # what makes one needs a GPU
     upgrade(cache)
     assert all(type(layer) is StaticLayer for layer in cache.layers)
-    step = Step(cache, SparqConfig(min_length=0, k=12), Counters())
-    keys = torch.zeros(1, 2, SIZE, 16)
     with pytest.warns(UserWarning, match="offloaded") as caught:
         for _ in range(2):
-            assert "offloaded" in (_dense_reason(step, 0, keys[:, :, :1], keys, keys, 0.0, {}) or "")
+            step = Step(cache, SparqConfig(min_length=0, k=12), counters)
+            sparq_attention("sdpa", attention_module(), keys[:, :, :1], keys, keys, None, sparq_step=step)
     assert len(caught) == 1
+    assert counters.layers[0].dense_steps == {"an offloaded cache cannot be read sparsely": 2}
 
 
 def test_normal_use_is_silent() -> None:

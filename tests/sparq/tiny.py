@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -160,6 +160,13 @@ def teacher_forced(
         )
         logits.append(output.logits[:, -1])
     return torch.stack(logits, dim=1)
+
+
+def attention_module() -> nn.Module:
+    """All that the attention function looks at of the first attention layer of a model."""
+    module = nn.Module()
+    module.layer_idx, module.is_causal = 0, True
+    return module
 
 
 def next_tokens(batch: int = 2, steps: int = 12, seed: int = 2) -> Tensor:

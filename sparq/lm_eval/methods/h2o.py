@@ -36,11 +36,9 @@ class H2OLayer(SparqLayer):
     @classmethod
     def adopt(cls, layer: DynamicLayer) -> H2OLayer:
         """One in place of `layer`, none of whose tokens has been attended to yet."""
-        new = cls()
-        if layer.is_initialized:
-            new.dtype, new.device, new.is_initialized = layer.dtype, layer.device, True
-            new.keys, new.values = layer.keys, layer.values
-            new._extend()
+        new = super().adopt(layer)
+        assert isinstance(new, H2OLayer)
+        new._extend()
         return new
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

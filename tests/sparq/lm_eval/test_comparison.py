@@ -254,7 +254,9 @@ def test_h2o_lives_in_the_cache(k: int) -> None:
     torch.testing.assert_close(continued(model, copies[2], mask[pick], tokens[pick, 4:]), expected[pick])
     copies[3].batch_repeat_interleave(2)
     pick = torch.tensor([0, 0, 1, 1, 2, 2])
-    torch.testing.assert_close(continued(model, copies[3], mask[pick], tokens[pick, 4:]), expected[pick])
+    # products of six rows are rounded in another order than those of three
+    repeated = continued(model, copies[3], mask[pick], tokens[pick, 4:])
+    torch.testing.assert_close(repeated, expected[pick], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -444,7 +446,7 @@ def test_one_at_a_time() -> None:
     with pytest.raises(ValueError, match=r"comparison method already: remove\(\) it first"):
         Comparison(model, Window())
     sparq.patch(model)
-    with pytest.raises(RuntimeError, match="has been changed to 'sparq'"):
+    with pytest.raises(RuntimeError, match="has been changed to 'sparq_sdpa'"):
         model(**prompt())
     with pytest.raises(ValueError, match="patched since the comparison began"):
         comparison.remove()
