@@ -79,7 +79,7 @@ def _add_generate(commands: Any) -> None:
         "--question",
         action="append",
         metavar="TEXT",
-        help="appended to the prompt; may be given several times, each question is then a row of one batch",
+        help="appended to the prompt; may be given several times: what all begin with is read once",
     )
     parser.add_argument("--r", type=int, help="components of the query used to score (default: head_dim / ratio)")
     parser.add_argument("--k", type=int, help="positions attended in full (default: cached positions / (2 * ratio))")

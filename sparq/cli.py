@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from dataclasses import dataclass
 from typing import Any
 
 import sparq_kernels
@@ -15,25 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 from sparq_kernels import cpu
-from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparq
-from sparq.clock import DecodeClock
-
-
-@dataclass(frozen=True)
-class Run:
-    """One call of `generate`."""
-
-    answers: list[str]
-    prompt_seconds: float
-    decode_seconds: float
-    decode_steps: int
-    batch: int
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.batch * self.decode_steps / self.decode_seconds if self.decode_steps else float("nan")
+from sparq import branches
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -42,50 +25,60 @@ def generate(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     config = sparq.SparqConfig(r=args.r, k=args.k, ratio=args.ratio, min_length=args.min_length)
     text = args.prompt_file.read_text(encoding="utf-8")
-    prompts = [text + question for question in args.question or [""]]
     with console.status(f"loading {args.model}"):
         # Said outright: left open, transformers asks on the terminal. Pickled weights are not read at all.
         trusted = dict(trust_remote_code=args.trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left", **trusted)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer = AutoTokenizer.from_pretrained(args.model, **trusted)
         model: Any = AutoModelForCausalLM.from_pretrained(
             args.model, dtype=args.dtype or "auto", use_safetensors=True, **trusted
         )
         model = model.to(device).eval()
     sparq_kernels.backend(device)  # compiles where that is due, so that no step is timed with it
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(device)
-    batch, length = inputs["input_ids"].shape
-    console.print(f"{args.model}: {len(prompts)} prompt(s) of up to {length:,} tokens, {model.dtype}, {model.device}\n")
+    prompts = tokenizer([text + question for question in args.question or [""]])["input_ids"]
+    if not all(prompts):
+        raise ValueError(
+            f"--prompt-file must hold text where there is no --question, got none from {args.prompt_file}"
+        )
+    once = f", the first {branches.shared_length(prompts):,} of them read once" if len(prompts) > 1 else ""
+    longest = max(map(len, prompts))
+    console.print(
+        f"{args.model}: {len(prompts)} prompt(s) of up to {longest:,} tokens{once}, {model.dtype}, {model.device}\n"
+    )
 
-    options = dict(max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    options = dict(max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=pad)
     if args.stop:
         options |= dict(stop_strings=[args.stop], tokenizer=tokenizer)
     sparq.patch(model, config)  # refuses a model or knob before any work is done
     sparq.unpatch(model)
-    stock = _run(console, "stock", model, tokenizer, inputs, options) if args.compare else None
+    stock = _run(console, "stock", model, prompts, options) if args.compare else None
     with sparq.patched(model, config):
-        fast = _run(console, "SparQ", model, tokenizer, inputs, options)
+        fast = _run(console, "SparQ", model, prompts, options)
         report = sparq.report(model)
 
-    for index in range(batch):
+    answers = {
+        name: [answer.strip() for answer in tokenizer.batch_decode(run.new_tokens, skip_special_tokens=True)]
+        for name, run in (("stock", stock), ("SparQ", fast))
+        if run is not None
+    }
+    for index in range(len(prompts)):
         if args.question:
-            console.print(Text(f"{args.question[index]}", style="bold"))
-        if stock is not None:
-            console.print(Text(f"  stock  {stock.answers[index]}"))
-        console.print(Text(f"  SparQ  {fast.answers[index]}"))
+            console.print(Text(args.question[index], style="bold"))
+        for name, texts in answers.items():
+            console.print(Text(f"  {name}  {texts[index]}"))
     if stock is not None:
-        same = sum(a == b for a, b in zip(stock.answers, fast.answers, strict=True))
-        console.print(f"\n{same} of {batch} answers are the same.")
+        same = sum(a == b for a, b in zip(answers["stock"], answers["SparQ"], strict=True))
+        console.print(f"\n{same} of {len(prompts)} answers are the same.")
 
-    table = Table(title="decode")
-    for column in ("", "prompt s", "decode tokens/s", "ms/step", "K and V read, MB/step"):
+    caption = "a pass reads one new token, or the rest of a question" if len(prompts) > 1 else None
+    table = Table(title="decode", caption=caption)
+    for column in ("", "prompt s", "decode tokens/s", "ms/token", "K and V read, MB/pass"):
         table.add_column(column, justify="right")
-    steps = max(1, fast.decode_steps)
+    passes = max(1, report.total.decode_steps // max(1, len(report.layers)))
     if stock is not None:
         # Stock reads what a dense step would have read at SparQ's lengths; its answers may end a few tokens apart.
-        table.add_row("stock", *_figures(stock), f"{report.total.bytes_dense / steps / 1e6:.2f}")
-    table.add_row("SparQ", *_figures(fast), f"{report.total.bytes_read / steps / 1e6:.2f}")
+        table.add_row("stock", *_figures(stock), f"{report.total.bytes_dense / passes / 1e6:.2f}")
+    table.add_row("SparQ", *_figures(fast), f"{report.total.bytes_read / passes / 1e6:.2f}")
     console.print(table)
     if stock is not None:
         console.print(f"decode speed: {fast.tokens_per_second / stock.tokens_per_second:.2f}x stock\n")
@@ -116,23 +109,17 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _run(console: Console, name: str, model: Any, tokenizer: Any, inputs: Any, options: dict[str, Any]) -> Run:
+def _run(
+    console: Console, name: str, model: Any, prompts: list[list[int]], options: dict[str, Any]
+) -> branches.Branches:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(SpinnerColumn(), *columns, console=console, transient=True) as progress:
-        task = progress.add_task(f"{name}: prompt", total=options["max_new_tokens"])
-        clock = DecodeClock(lambda tokens: progress.update(task, completed=tokens, description=f"{name}: decode"))
-        begin = time.perf_counter()
-        output = model.generate(**inputs, **options, stopping_criteria=StoppingCriteriaList([clock]))
-    answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return Run(
-        answers=[answer.strip() for answer in answers],
-        prompt_seconds=clock.times[0] - begin,
-        decode_seconds=clock.times[-1] - clock.times[0],
-        decode_steps=len(clock.times) - 1,
-        batch=output.shape[0],
-    )
+        task = progress.add_task(f"{name}: prompt", total=len(prompts) * options["max_new_tokens"])
+        return branches.generate(
+            model, prompts, lambda: progress.update(task, advance=1, description=f"{name}: decode"), **options
+        )
 
 
-def _figures(run: Run) -> tuple[str, str, str]:
+def _figures(run: branches.Branches) -> tuple[str, str, str]:
     ms = f"{1000 * run.decode_seconds / run.decode_steps:.1f}" if run.decode_steps else "–"
     return f"{run.prompt_seconds:.2f}", f"{run.tokens_per_second:.1f}", ms

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from byte_tokenizer import save_byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from sparq_command import main
 
@@ -54,7 +54,7 @@ def test_compare_prints_both_answers_speed_bytes_and_report(model_folder, capsys
     out = capsys.readouterr().out
     assert "  stock  " in out and "  SparQ  " in out
     assert "1 of 1 answers are the same" in out, "k covers the context"
-    assert "tokens/s" in out and "MB/step" in out
+    assert "tokens/s" in out and "MB/pass" in out and "read once" not in out
     assert "k covers the context" in out
 
 
@@ -63,9 +63,18 @@ def test_sparse_run_reports_sparse_steps(model_folder, capsys):
     out = capsys.readouterr().out
     assert "Why?" in out and "And line 7?" in out
     assert "stock" not in out
-    # six tokens: the first comes from the prompt, five decode steps follow in each of the two layers
+    shared = len(PROMPT) + 1  # the tokenizer's first
+    assert f"2 prompt(s) of up to {shared + 11} tokens, the first {shared} of them read once" in " ".join(out.split())
+    # In each of two layers each question is one step, from which the first of six tokens comes, and five follow.
     total = next(line for line in out.splitlines() if line.startswith("│   all"))
-    assert [cell.strip() for cell in total.split("│")][2:4] == ["10", "0"]
+    assert [cell.strip() for cell in total.split("│")][2:4] == ["24", "0"]
+
+
+def test_what_questions_share_with_each_other_is_read_once_too(model_folder, capsys):
+    assert generate(model_folder, "--compare", "--question=What is 1?", "--question=What is 2?") == 0
+    out = capsys.readouterr().out
+    assert f"the first {1 + len(PROMPT) + 8} of them read once" in " ".join(out.split())
+    assert "2 of 2 answers are the same" in out, "dense: the context is short"
 
 
 @pytest.mark.parametrize(
@@ -88,6 +97,16 @@ def test_missing_prompt_file_ends_with_one_line(tmp_path, model_folder, capsys):
     with pytest.raises(SystemExit):
         main(["generate", str(model_folder), "--prompt-file", str(tmp_path / "none.txt")])
     assert "none.txt" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_ends_with_one_line(tmp_path, model_folder, capsys, monkeypatch):
+    (tmp_path / "empty.txt").touch()
+    # a tokenizer that adds no token of its own
+    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", lambda self, texts: {"input_ids": [[] for _ in texts]})
+    with pytest.raises(SystemExit) as exit_:
+        main(["generate", str(model_folder), "--prompt-file", str(tmp_path / "empty.txt")])
+    assert exit_.value.code == 2
+    assert "--prompt-file must hold text" in capsys.readouterr().err
 
 
 def test_a_gpu_that_is_not_there_ends_with_one_line(model_folder, capsys, monkeypatch):

@@ -1,0 +1,103 @@
+"""Prompts that begin alike, a text with several questions, answered from one cache: what they share is read once."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin, StoppingCriteriaList
+
+from sparq.clock import DecodeClock
+
+# What `generate` calls the cache: "cache" from transformers 5.24 on.
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What came of the prompts, and how long it took."""
+
+    new_tokens: list[list[int]]  # of each prompt
+    prompt_seconds: float  # the shared beginning, and of each prompt the rest, to its first new token
+    decode_seconds: float  # all new tokens but the first of each prompt
+    decode_steps: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.decode_steps / self.decode_seconds if self.decode_steps else float("nan")
+
+
+def shared_length(prompts: Sequence[Sequence[int]]) -> int:
+    """The number of tokens that all prompts begin with, and that leave each of them at least one more to generate from.
+
+    0 for a single prompt, which shares with nobody.
+    """
+    if len(prompts) == 1:
+        return 0
+    same = 0
+    for tokens in zip(*prompts, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        same += 1
+    return min(same, *(len(prompt) - 1 for prompt in prompts))
+
+
+def generate(
+    model: Any, prompts: Sequence[Sequence[int]], on_token: Callable[[], None] = lambda: None, **options: Any
+) -> Branches:
+    """Generate from each prompt as `model.generate` does, one after another on one dynamic cache.
+
+    Args:
+        model: patched or not; its shared beginning is one forward pass, the rest of a prompt another, which a patched
+            model makes sparse where the rest is short.
+        prompts: token ids, each at least one.
+        on_token: called after each new token.
+        options: for `model.generate`.
+    """
+    cache = DynamicCache(config=model.config)
+    # A model may ask for a kind of cache of its own, which cannot be cut back; `generate` refuses it beside this one.
+    implementation, model.generation_config.cache_implementation = model.generation_config.cache_implementation, None
+
+    def run(tokens: Sequence[int], clock: DecodeClock, **options: Any) -> tuple[list[int], float]:
+        """The new tokens, and the seconds until the first of them."""
+        ids = torch.tensor([tokens], device=model.device)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: cache}
+        begin = time.perf_counter()
+        output: Tensor = model.generate(**inputs, **options, stopping_criteria=StoppingCriteriaList([clock]))
+        return output[0, len(tokens) :].tolist(), clock.times[0] - begin
+
+    new_tokens, prompt_seconds, decode_seconds, decode_steps = [], 0.0, 0.0, 0
+    try:
+        shared = shared_length(prompts)
+        if shared:
+            # `generate` rather than a forward pass, because it knows how to call each model; its token is not kept.
+            _, prompt_seconds = run(prompts[0][:shared], DecodeClock(), **options | dict(max_new_tokens=1))
+        # A window forgets what it has slid past, so that it cannot be cut back; but it is small enough to be kept.
+        layers: list[Any] = cache.layers
+        windows = {i: copy.deepcopy(layers[i]) for i, sliding in enumerate(cache.is_sliding) if sliding}
+        for prompt in prompts:
+            clock = DecodeClock(lambda tokens: on_token())
+            tokens, seconds = run(prompt, clock, **options)
+            new_tokens.append(tokens)
+            prompt_seconds += seconds
+            decode_seconds += clock.times[-1] - clock.times[0]
+            decode_steps += len(clock.times) - 1
+            surplus = cache.get_seq_length() - shared
+            for i, layer in enumerate(layers):
+                if i in windows:
+                    layers[i] = copy.deepcopy(windows[i])
+                else:
+                    layer.crop(-surplus)  # negative in all versions: that many tokens less
+    finally:
+        model.generation_config.cache_implementation = implementation
+    return Branches(new_tokens, prompt_seconds, decode_seconds, decode_steps)
