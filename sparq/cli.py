@@ -36,9 +36,7 @@ def generate(args: argparse.Namespace) -> int:
     sparq_kernels.backend(device)  # compiles where that is due, so that no step is timed with it
     prompts = tokenizer([text + question for question in args.question or [""]])["input_ids"]
     if not all(prompts):
-        raise ValueError(
-            f"--prompt-file must hold text where there is no --question, got none from {args.prompt_file}"
-        )
+        raise ValueError(f"--prompt-file must hold text where there is no --question, got none from {args.prompt_file}")
     once = f", the first {branches.shared_length(prompts):,} of them read once" if len(prompts) > 1 else ""
     longest = max(map(len, prompts))
     console.print(
