@@ -24,6 +24,7 @@ from sparq.cache import SparqLayer
 from sparq.static_cache import SparqStaticLayer
 from sparq.static_plan import StaticPlan
 from sparq.step import Plan, Step
+from sparq.totals import NO_KERNEL
 
 # Where sparsity begins to pay: bytes of K and V that a dense step of one layer reads, by device. Below it the fixed
 # cost of a sparse step is larger than what it saves (measured with benchmarks/crossover.py).
@@ -37,9 +38,6 @@ EXPECTED = {
     "k covers the context",
     "the cache was not seen before this step",
 }
-NO_KERNEL = (
-    "this device has no kernel, and plain PyTorch is slower than dense attention (SPARQ_BACKEND=reference: run it)"
-)
 patched_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # attention layers of patched models
 
 
@@ -78,7 +76,7 @@ def sparq_attention(
         step.begin(query_length, key.shape[2])
     step.attention_calls += 1
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
-    layer = step.layer(layer_idx, key)
+    layer = step.layer(layer_idx, key, value)
     call = _Call(base, module, step, layer_idx, layer, query, key, value, attention_mask, kwargs)
     if not query_length:
         return call.dense()
@@ -190,16 +188,21 @@ def _prepare(call: _Call) -> _Ready | str:
         static = step.static_plan(call.attention_mask, layer.cumulative_length, key, queries, later)
         if static.dense_reason is not None:
             return static.dense_reason
-        everything = step.static_plan(call.attention_mask, layer.cumulative_length, key) if later else static
-        components, value_sum, other_sum = layer.index(everything.mask)
+        seen = (step.static_plan(call.attention_mask, layer.cumulative_length, key) if later else static).mask
+        assert seen is not None
+        components, value_sum, other_sum = layer.index(seen)
         if later:
-            value_sum = layer.sum_before(later, everything.mask)
+            value_sum = layer.sum_before(later, seen)
         return _Ready(static, components, value_sum, other_sum)
+    if torch.compiler.is_compiling():  # drafts are not noted there, so nothing is later
+        length = torch.ones(key.shape[2], dtype=torch.int64, device=key.device).sum()
+        static = step.static_plan(call.attention_mask, length, key, queries, is_full=True)
+        return static.dense_reason or _Ready(static, *layer.index(static.start, static.mask))
     plan = step.plan(call.attention_mask, key.shape[2] - later, key.shape[0], key.device, queries, later)
     if plan.dense_reason is not None:
         return plan.dense_reason
     newest = step.plan(call.attention_mask, key.shape[2], key.shape[0], key.device) if later else plan
-    components, value_sum = layer.index(newest.start, newest.mask)
+    components, value_sum, _ = layer.index(newest.start, newest.mask)
     return _Ready(plan, components, layer.sum_before(later) if later else value_sum, None)
 
 
@@ -267,12 +270,8 @@ def _dense_reason(call: _Call) -> str | None:
         return f"a cache layer of type {type(layer).__name__} cannot be read sparsely"
     if layer.keys is None or layer.keys.device != key.device:
         return "an offloaded cache cannot be read sparsely"
-    for given, cached in ((key, layer.keys), (value, layer.values)):
-        if isinstance(layer, SparqStaticLayer):
-            if given is not cached:
-                return "attention to other keys and values than the cached ones cannot be read sparsely"
-        elif cached is None or (given.shape, given.data_ptr()) != (cached.shape, cached.data_ptr()):
-            return "attention to other keys and values than the cached ones cannot be read sparsely"
+    if not layer.holds(key, value):
+        return "attention to other keys and values than the cached ones cannot be read sparsely"
     if not query.dtype == key.dtype == value.dtype:
         return "query, key and value differ in dtype"  # autocast
     if key.shape != value.shape:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from sparq.contents import is_held_elsewhere, normal_empty, versions
+from sparq.contents import is_held_elsewhere, outside_inference_mode, versions
 from sparq.static_cache import SparqStaticLayer
 
 CAPACITY_STEP = 256  # positions: storage is made for a multiple of this
@@ -34,6 +34,8 @@ class SparqLayer(DynamicLayer):
 
     _key_storage: Tensor | None
     _value_storage: Tensor | None
+    _length: int  # of the keys
+    _values_ahead: int  # what the values hold more; 0 but between two assignments from outside
 
     def __init__(self, **kwargs: Any) -> None:
         self._drop_storage()
@@ -57,34 +59,47 @@ class SparqLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
+        value_length = self._length + self._values_ahead
         self._key_storage, self._owned = keys, False
         self._length = 0 if keys is None else keys.shape[2]
+        self._values_ahead = value_length - self._length
         self._drop_index()
 
     @property
     def values(self) -> Tensor | None:
-        return None if self._value_storage is None else self._value_storage[:, :, : self._value_length]
+        return None if self._value_storage is None else self._value_storage[:, :, : self._length + self._values_ahead]
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
         self._value_storage, self._owned = values, False
-        self._value_length = 0 if values is None else values.shape[2]
+        self._values_ahead = (0 if values is None else values.shape[2]) - self._length
         self._drop_index()
 
     def _drop_storage(self) -> None:
         self._key_storage = self._value_storage = None
         self._owned = False  # an adopted tensor may be in use elsewhere: it is read, never written
-        self._length = self._value_length = 0  # they differ only between two assignments from outside
+        self._length = self._values_ahead = 0
         self._drop_index()
 
     def _drop_index(self) -> None:
-        self.components: Tensor | None = None  # [B, Hkv, capacity / BLOCK, d, BLOCK]
-        self.indexed = 0  # positions that `components` covers
+        self.components: Tensor | None = None  # [B, Hkv, capacity / BLOCK, d, BLOCK], of the first `indexed` positions
         self.value_sum: Tensor | None = None  # [B, Hkv, d] float32, over the valid ones of the first `summed` positions
-        self.summed = 0
+        self._unindexed = self._unsummed = self._length  # the newest positions, which the index does not cover
         self.summed_start: Tensor | None = None  # [B] int64, the first valid position of each row; None: 0
         self.summed_mask: Tensor | None = None  # [B, >= summed] bool, further invalid positions; None: there are none
         self._versions: tuple[int, ...] | None = None  # of the storage, when the index was last known to be right
+        self._given: tuple[Tensor, Tensor] | None = None  # what `update` has returned
+
+    # Each number is kept as what it lacks to the length: 0 in most steps, so that a compiled graph knows it, and
+    # depends on one number of a layer only, which grows.
+
+    @property
+    def indexed(self) -> int:
+        return self._length - self._unindexed
+
+    @property
+    def summed(self) -> int:
+        return self._length - self._unsummed
 
     def _note_contents(self) -> None:
         """Call after every write of our own: what the storage holds now is what the index is of."""
@@ -120,13 +135,25 @@ class SparqLayer(DynamicLayer):
         self._note_contents()
         keys, values = self.keys, self.values
         assert keys is not None and values is not None
+        self._given = keys, values
         return keys, values
 
+    def holds(self, key: Tensor, value: Tensor) -> bool:
+        """Whether these are the keys and values that the last `update` has given, or the same memory."""
+        if self._given is not None and key is self._given[0] and value is self._given[1]:
+            return True
+        if torch.compiler.is_compiling():
+            return False  # a graph cannot compare addresses
+        return all(
+            held is not None and (given.shape, given.data_ptr()) == (held.shape, held.data_ptr())
+            for given, held in ((key, self.keys), (value, self.values))
+        )
+
     def _check_fit(self, key_states: Tensor, value_states: Tensor) -> None:
-        if self._length != self._value_length:
+        if self._values_ahead:
             raise ValueError(
-                f"keys and values must hold the same number of tokens, got {self._length} and {self._value_length}: "
-                "whoever has assigned one of them has to assign the other"
+                f"keys and values must hold the same number of tokens, got {self._length} and "
+                f"{self._length + self._values_ahead}: whoever has assigned one of them has to assign the other"
             )
         if not self._length:
             return
@@ -147,6 +174,7 @@ class SparqLayer(DynamicLayer):
 
     def _write_recorded(self, key_states: Tensor, value_states: Tensor) -> None:
         """As `DynamicLayer` does it, a new tensor for every token: nothing that was recorded is overwritten."""
+        new = key_states.shape[2]
         if self._length:
             assert self.keys is not None and self.values is not None
             key_states = torch.cat([self.keys, key_states], 2)
@@ -154,41 +182,45 @@ class SparqLayer(DynamicLayer):
         else:
             self._drop_index()
         self._key_storage, self._value_storage, self._owned = key_states, value_states, False
-        self._length = self._value_length = key_states.shape[2]
+        self._grow(new, 0, 0)
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> None:
-        start, end = self._length, self._length + key_states.shape[2]
+        new = key_states.shape[2]
+        start, end = self._length, self._length + new
         keys, values = self._make_room(key_states, value_states, end)
         if self._index_can_follow(key_states):
             assert self.components is not None
-            sparq_kernels.append(
-                keys, values, self.components, self.value_sum, key_states, value_states, position=start
-            )
-            self.indexed = self.summed = end
+            # Where a mask says what is valid, it is not known yet what it says of this token.
+            value_sum = self.value_sum if self.summed_mask is None else None
+            sparq_kernels.append(keys, values, self.components, value_sum, key_states, value_states, position=start)
+            self._grow(new, new, 0 if value_sum is None else new)
         else:
             keys[:, :, start:end] = key_states
             values[:, :, start:end] = value_states
-        self._length = self._value_length = end
+            self._grow(new, 0, 0)
+
+    def _grow(self, new: int, indexed: int, summed: int) -> None:
+        """Count `new` tokens, so many of which are in the index already."""
+        self._length += new
+        self._unindexed += new - indexed
+        self._unsummed += new - summed
 
     def _index_can_follow(self, key_states: Tensor) -> bool:
-        """One new token, and an index that is complete, roomy and writable: all of it is extended in one go."""
+        """One new token, and an index that is complete and roomy: all of it is extended in one go."""
         return (
             key_states.shape[2] == 1
             and self.components is not None
             and self.value_sum is not None
-            and self.indexed == self.summed == self._length
+            and self._unindexed == self._unsummed == 0
             and self._key_storage is not None
             and self._key_storage.shape[2] <= self.components.shape[2] * BLOCK
-            and self.summed_mask is None  # what it says of the new token is not known yet
-            and _writable(self.components)
-            and _writable(self.value_sum)
         )
 
     def _make_room(self, key_states: Tensor, value_states: Tensor, needed: int) -> tuple[Tensor, Tensor]:
         """Storage that can be written up to position `needed`; it doubles when it grows."""
         keys, values = self._key_storage, self._value_storage
         if keys is not None and values is not None and self._length:
-            if self._owned and needed <= keys.shape[2] and _writable(keys):
+            if self._owned and needed <= keys.shape[2]:
                 return keys, values
             needed = max(needed, 2 * self._length)
         else:
@@ -206,9 +238,9 @@ class SparqLayer(DynamicLayer):
         """For a copy or a file: the tokens held, without slack to grow and without the index, which is made again when
         a sparse step asks for it."""
         state = self.__dict__.copy()
-        fresh = SparqLayer().__dict__
-        for name in ("components", "indexed", "value_sum", "summed", "summed_start", "summed_mask", "_versions"):
-            state[name] = fresh[name]
+        for name in ("components", "value_sum", "summed_start", "summed_mask", "_versions", "_given"):
+            state[name] = None
+        state["_unindexed"] = state["_unsummed"] = self._length
         for name, held in (("_key_storage", self.keys), ("_value_storage", self.values)):
             if held is not None:
                 # a view would take all of its storage along
@@ -222,8 +254,7 @@ class SparqLayer(DynamicLayer):
         held = (self._key_storage, self._value_storage, self.components, self.value_sum)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
-    @torch.no_grad()
-    def index(self, start: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def index(self, start: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Bring the index up to the current length and return it.
 
         Args:
@@ -231,15 +262,20 @@ class SparqLayer(DynamicLayer):
             mask: [B, length] bool, further invalid positions. None: there are none.
 
         Returns:
-            The component copy of K, [B, Hkv, blocks, d, BLOCK], and the sum of V over the valid positions,
-            [B, Hkv, d] float32. Only positions added since the last call are read, unless the validity of older ones
-            has changed: then V is summed anew.
+            The component copy of K, [B, Hkv, blocks, d, BLOCK]; the sum of V over the valid positions, [B, Hkv, d]
+            float32; and None, or in a compiled graph bool [], whether that sum is of other positions. Only positions
+            added since the last call are read, unless the validity of older ones has changed: then V is summed anew,
+            but not in a compiled graph, which cannot ask.
         """
+        with outside_inference_mode(), torch.no_grad():
+            return self._index(start, mask)
+
+    def _index(self, start: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         assert self._key_storage is not None and self._value_storage is not None
         self._check_contents()
         batch, heads, capacity, head_dim = self._key_storage.shape
         components = self.components
-        if components is None or components.shape[2] * BLOCK < self._length or not _writable(components):
+        if components is None or components.shape[2] * BLOCK < self._length:
             grown = layout.allocate_components(
                 batch, heads, capacity, head_dim, self._key_storage.dtype, self._key_storage.device
             )
@@ -247,26 +283,29 @@ class SparqLayer(DynamicLayer):
                 used = -(-self.indexed // BLOCK)
                 grown[:, :, :used] = components[:, :, :used]
             self.components = components = grown
-        if self.indexed < self._length:
+        if self._unindexed:
             layout.write_components(components, self._key_storage[:, :, self.indexed : self._length], self.indexed)
-            self.indexed = self._length
+            self._unindexed = 0
 
-        if self.value_sum is None or not self._same_validity(start, mask):
+        other_sum = None
+        if self.value_sum is not None and torch.compiler.is_compiling():
+            other_sum = self._has_other_validity(start, mask)
+        elif self.value_sum is None or not self._same_validity(start, mask):
             self.value_sum = self._value_storage.new_zeros((batch, heads, head_dim), dtype=torch.float32)
-            self.summed = 0
-        if self.summed < self._length:
+            self._unsummed = self._length
+        if self._unsummed:
             self.value_sum = self.value_sum + self._sum_values(self.summed, self._length, start, mask)
-            self.summed = self._length
+            self._unsummed = 0
         self.summed_start, self.summed_mask = start, mask
         self._note_contents()
-        return components, self.value_sum
+        return components, self.value_sum, other_sum
 
-    @torch.no_grad()
     def sum_before(self, later: int) -> Tensor:
         """The sum of V over the valid positions but the newest `later`, [B, Hkv, d] float32, right after `index`."""
         assert self.value_sum is not None
-        rest = self._sum_values(self._length - later, self._length, self.summed_start, self.summed_mask)
-        return self.value_sum - rest
+        with torch.no_grad():
+            rest = self._sum_values(self._length - later, self._length, self.summed_start, self.summed_mask)
+            return self.value_sum - rest
 
     def _same_validity(self, start: Tensor | None, mask: Tensor | None) -> bool:
         return _equal(self.summed_start, start) and (
@@ -278,19 +317,37 @@ class SparqLayer(DynamicLayer):
             )
         )
 
+    def _has_other_validity(self, start: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """As the contrary of `_same_validity`, bool [], not read back; None where it surely is the same."""
+        before = self._valid(0, self.summed, self.summed_start, self.summed_mask)
+        now = self._valid(0, self.summed, start, mask)
+        if before is None or now is None:
+            known = now if before is None else before
+            return None if known is None else (~known).any()
+        return (before != now).any()
+
+    def _valid(self, begin: int, end: int, start: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """Which positions in [begin, end) are valid, bool [B, end - begin]; None: all."""
+        if start is None and mask is None:
+            return None
+        given = start if mask is None else mask
+        assert given is not None
+        valid = torch.ones(given.shape[0], end - begin, dtype=torch.bool, device=given.device)
+        if start is not None:
+            valid &= torch.arange(begin, end, device=start.device) >= start[:, None]
+        if mask is not None:
+            valid &= mask[:, begin:end]
+        return valid
+
     def _sum_values(self, begin: int, end: int, start: Tensor | None, mask: Tensor | None) -> Tensor:
         """Sum of V over the valid positions in [begin, end), [B, Hkv, d] float32."""
         assert self._value_storage is not None
         values = self._value_storage[:, :, begin:end]
-        if start is None and mask is None:
-            return values.sum(2, dtype=torch.float32)
-        valid = torch.ones(values.shape[0], end - begin, dtype=torch.bool, device=values.device)
-        if start is not None:
-            valid &= torch.arange(begin, end, device=values.device) >= start[:, None]
-        if mask is not None:
-            valid &= mask[:, begin:end]
-        # masked_fill, not a product: padding may hold anything, NaN included
-        return values.masked_fill(~valid[:, None, :, None], 0).sum(2, dtype=torch.float32)
+        valid = self._valid(begin, end, start, mask)
+        if valid is not None:
+            # masked_fill, not a product: padding may hold anything, NaN included
+            values = values.masked_fill(~valid[:, None, :, None], 0)
+        return values.sum(2, dtype=torch.float32)
 
     def crop(self, tokens_to_remove: int) -> None:
         if self._key_storage is None:
@@ -301,21 +358,23 @@ class SparqLayer(DynamicLayer):
         plain.keys, plain.values, plain.is_initialized = self.keys, self.values, True
         plain.crop(tokens_to_remove)
         length = plain.get_seq_length()
+        self._given = None
         del plain
         if length < self._length and any(
             is_held_elsewhere(t) for t in (self._key_storage, self._value_storage) if t is not None
         ):
             self._owned = False  # what is cut off is still somebody's
-        self._length = self._value_length = length
-        self.indexed = min(self.indexed, length)
-        if self.summed > length:
+        cut, self._length = self._length - length, length
+        self._unindexed = max(0, self._unindexed - cut)
+        cut_from_sum, self._unsummed = max(0, cut - self._unsummed), max(0, self._unsummed - cut)
+        if cut_from_sum:
             # A few tokens (a rejected draft) are taken back from the sum; after a longer cut it is made anew.
-            if self.value_sum is not None and self.summed - length < length:
-                rest = self.value_sum - self._sum_values(length, self.summed, self.summed_start, self.summed_mask)
+            if self.value_sum is not None and cut_from_sum < length:
+                cut_off = self._sum_values(length, length + cut_from_sum, self.summed_start, self.summed_mask)
+                rest = self.value_sum - cut_off
                 self.value_sum = rest if bool(rest.isfinite().all()) else None
             else:
                 self.value_sum = None
-            self.summed = length
 
     def reset(self) -> None:
         self._drop_storage()
@@ -343,12 +402,14 @@ class SparqLayer(DynamicLayer):
         if keys is None or values is None or not self._length:
             return
         self._check_contents()
-        self._key_storage, self._value_storage = f(keys), f(values)
+        self._given = None
+        index = (self.components, self.value_sum, self.summed_start, self.summed_mask)
+        with outside_inference_mode():
+            self._key_storage, self._value_storage = f(keys), f(values)
+            mapped = (None if t is None else f(t) for t in index)
+            self.components, self.value_sum, self.summed_start, self.summed_mask = mapped
         # `f` may give back what it was given (a move to where it is): an adopted tensor stays an adopted one
         self._owned = self._owned or (self._key_storage is not keys and self._value_storage is not values)
-        self.components, self.value_sum, self.summed_start, self.summed_mask = (
-            None if t is None else f(t) for t in (self.components, self.value_sum, self.summed_start, self.summed_mask)
-        )
         self._note_contents()
 
 
@@ -389,6 +450,8 @@ def begin_pass(cache: Cache) -> None:
         RuntimeError: an exception has ended the pass before this one between two layers, and nobody has put it right.
             Where there is no mask to be of the wrong size, transformers goes on and answers wrongly.
     """
+    if torch.compiler.is_compiling():
+        return  # a graph would be compiled anew for every number of tokens
     lengths = [layer.get_seq_length() if isinstance(layer, SparqLayer) else None for layer in cache.layers]
     before = getattr(cache, "_sparq_pass", None)
     if before is not None:
@@ -402,6 +465,8 @@ def begin_pass(cache: Cache) -> None:
 
 
 def end_pass(cache: Cache) -> None:
+    if torch.compiler.is_compiling():
+        return
     cache._sparq_pass = None  # type: ignore[attr-defined]
 
 
@@ -413,16 +478,12 @@ def allocated_bytes(cache: Cache) -> int:
 def _grown(storage: Tensor | None, states: Tensor, used: int, capacity: int) -> Tensor:
     """Storage [B, Hkv, capacity, d] for more of `states` that begins with the `used` positions of `storage`."""
     batch, heads, _, head_dim = states.shape
-    grown = normal_empty(batch, heads, capacity, head_dim, like=states)
+    with outside_inference_mode():
+        grown = torch.empty(batch, heads, capacity, head_dim, dtype=states.dtype, device=states.device)
     layout.prefer_huge_pages(grown)
     if storage is not None and used:
         grown[:, :, :used] = storage[:, :, :used]
     return grown
-
-
-def _writable(tensor: Tensor) -> bool:
-    """A tensor made under `torch.inference_mode` cannot be written outside of it."""
-    return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

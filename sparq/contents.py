@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,9 @@ def _uses(tensor: Tensor) -> int:
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
-def normal_empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised memory of which PyTorch counts the writes, under `torch.inference_mode` too."""
-    with torch.inference_mode(False):
-        return torch.empty(*shape, dtype=dtype or like.dtype, device=like.device)
+def outside_inference_mode() -> contextlib.AbstractContextManager:
+    """What is made inside it is a normal tensor, of which PyTorch counts the writes, and which may be written in any
+    mode. Autograd records nothing of inference tensors, so nothing else changes."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
+    return torch.inference_mode(False)

@@ -10,7 +10,7 @@ from sparq_kernels import layout
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from sparq.contents import versions
+from sparq.contents import outside_inference_mode, versions
 
 # What `StaticLayer.lazy_initialization` sets (`dtype` before transformers 5.24 only).
 TAKEN_OVER = (
@@ -66,12 +66,9 @@ class SparqStaticLayer(StaticLayer):
         return new
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
-            with torch.inference_mode(False):  # of inference tensors PyTorch counts no writes
-                super().lazy_initialization(key_states, value_states)
-        else:
+        with outside_inference_mode():
             super().lazy_initialization(key_states, value_states)
-        self._allocate_index()
+            self._allocate_index()
 
     def _note_contents(self) -> None:
         """Call after every write of our own, and when the index has been made: it is of what is held now."""
@@ -176,6 +173,9 @@ class SparqStaticLayer(StaticLayer):
         if not torch.equal(self.summed, valid):
             self._sum_anew(valid)
         return self.components, self.value_sum, None
+
+    def holds(self, key: Tensor, value: Tensor) -> bool:
+        return key is self.keys and value is self.values
 
     def sum_before(self, later: int, valid: Tensor) -> Tensor:
         """The sum of V over the valid positions but the newest `later`, [B, Hkv, d] float32, right after `index`."""

@@ -1,4 +1,4 @@
-"""What a step on a static cache sees: worked out on the device, where alone the cache's length is known."""
+"""What a step on a static cache, or a compiled one, sees: worked out on the device, from which nothing is read back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class StaticPlan:
 
     length: Tensor  # [B] int64
     start: None
-    mask: Tensor  # [B, S] bool, the valid positions: False beyond the length
+    mask: Tensor | None  # [B, S] bool, the valid positions: False beyond the length; None: all are
     valid: Tensor  # [] int64, positions that a query sees, summed over queries and the batch
     read: Tensor  # [] int64, positions read in full, summed likewise
     valid_once: Tensor  # [] int64, valid positions, summed over the batch
@@ -34,9 +34,11 @@ class StaticPlan:
         config: SparqConfig,
         queries: int = 1,
         later: int = 0,
+        is_full: bool = False,
     ) -> StaticPlan:
         """The plan for a mask [B or 1, 1, Q >= queries + later, S] (bool, or 0 and large negative numbers) and a length
-        int64 [], of `queries` tokens behind which the pass has `later` more, `length` included."""
+        int64 [], of `queries` tokens behind which the pass has `later` more, `length` included.
+        is_full: the length is the capacity, as in a compiled step on a dynamic cache."""
         length = length - later if later else length
         unseen = torch.arange(queries - 1, -1, -1, device=length.device)  # new tokens that a query does not see
         before = torch.arange(capacity, device=length.device) < length - unseen[:, None]  # [queries, S]
@@ -68,7 +70,8 @@ class StaticPlan:
         if config.k_divisor is not None:
             read = torch.minimum(n, (n // config.k_divisor).clamp(min=config.min_k))
         lengths, once = length.expand(batch), n[:, -1].sum()
-        return cls(lengths, None, valid.contiguous(), n.sum(), read.sum(), once, ignored_bias, queries, reason)
+        mask = None if is_full and attention_mask is None else valid.contiguous()
+        return cls(lengths, None, mask, n.sum(), read.sum(), once, ignored_bias, queries, reason)
 
     def counts(self, per_position: int, r: int, head_dim: int, alphas: int) -> Tensor:
         """What `Totals.sparse` adds, int64; per_position: bytes of one component in all KV heads."""

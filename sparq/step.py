@@ -12,6 +12,7 @@ from sparq_kernels.arguments import MAX_QUERY_LENGTH
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from sparq.cache import SparqLayer
 from sparq.config import SparqConfig
 from sparq.counters import Counters
 from sparq.drafting import drafting
@@ -70,13 +71,14 @@ class Step:
         """Whether the pass, when it is over, has left tokens in the cache that it was given."""
         return self.cache is not None and any(_is_filled(layer, self.is_static) for layer in self.cache.layers)
 
-    def layer(self, layer_idx: int, key: Tensor) -> Any:
-        """The cache's layer that holds `key`, [B, Hkv, S, d]: that of the index, or another, of which the model shares
-        the keys; without such the former, or None where there is none."""
+    def layer(self, layer_idx: int, key: Tensor, value: Tensor) -> Any:
+        """The cache's layer of that index, or, where that holds nothing, the one that holds these keys and values
+        [B, Hkv, S, d], since the model shares them; None where there is no such."""
         layers = [] if self.cache is None else self.cache.layers
         own = layers[layer_idx] if layer_idx < len(layers) else None
         if getattr(own, "keys", None) is None:
-            return next((layer for layer in layers if _holds(layer, key)), own)
+            holding = (layer for layer in layers if isinstance(layer, (SparqLayer, SparqStaticLayer)))
+            return next((layer for layer in holding if layer.holds(key, value)), own)
         return own
 
     def plan(
@@ -97,15 +99,22 @@ class Step:
         )
 
     def static_plan(
-        self, attention_mask: Tensor | None, length: Tensor, keys: Tensor, queries: int = 1, later: int = 0
+        self,
+        attention_mask: Tensor | None,
+        length: Tensor,
+        keys: Tensor,
+        queries: int = 1,
+        later: int = 0,
+        is_full: bool = False,
     ) -> StaticPlan:
-        """The same on a static cache: keys [B, Hkv, S, d], `length` (int64 []) of S are filled, `later` included."""
+        """The same where the device alone knows: keys [B, Hkv, S, d], `length` (int64 []) of S are filled, `later`
+        included."""
         asked = (keys.device, queries, later)
         batch, capacity = keys.shape[0], keys.shape[2]
         return self._remembered(
             attention_mask,
             asked,
-            lambda: StaticPlan.make(attention_mask, length, batch, capacity, self.config, queries, later),
+            lambda: StaticPlan.make(attention_mask, length, batch, capacity, self.config, queries, later, is_full),
         )
 
     def _remembered(self, attention_mask: Tensor | None, asked: tuple, make: Callable[[], Any]) -> Any:
@@ -175,11 +184,6 @@ def _is_filled(layer: Any, is_static: bool) -> bool:
     if is_static:
         return isinstance(layer, SparqStaticLayer) and layer.is_filled
     return getattr(layer, "is_initialized", True) and getattr(layer, "keys", True) is not None
-
-
-def _holds(layer: Any, key: Tensor) -> bool:
-    held = getattr(layer, "keys", None)
-    return held is not None and (held is key or (held.shape, held.data_ptr()) == (key.shape, key.data_ptr()))
 
 
 def _causal(queries: int, length: int, device: torch.device) -> Tensor:

@@ -7,6 +7,9 @@ from sparq_kernels.arguments import MAX_QUERY_LENGTH
 from torch import Tensor
 
 OTHER_REASON = "another reason (the step ran in a compiled graph)"
+NO_KERNEL = (
+    "this device has no kernel, and plain PyTorch is slower than dense attention (SPARQ_BACKEND=reference runs it)"
+)
 # Why a step was dense, in words that do not depend on the step.
 REASONS = (
     OTHER_REASON,
@@ -16,9 +19,12 @@ REASONS = (
     "query, key and value differ in dtype",
     "keys and values differ in shape",
     "attention dropout",
+    "attention with position_bias",
     "attention weights were asked for",
     "shorter than min_length",
     "k covers the context",
+    "there is no cache of transformers",
+    NO_KERNEL,
     "the cache was not seen before this step",
     "the cache was first used in a compiled graph",
     "an offloaded cache cannot be read sparsely",

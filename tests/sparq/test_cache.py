@@ -45,7 +45,7 @@ def check(layer: SparqLayer, plain: DynamicLayer, start: Tensor | None = None, m
         return
     assert torch.equal(layer.keys, plain.keys) and torch.equal(layer.values, plain.values)
 
-    components, value_sum = layer.index(start, mask)
+    components, value_sum, _ = layer.index(start, mask)
     assert torch.equal(read_components(components, length), plain.keys)
     valid = torch.ones(plain.keys.shape[0], length, dtype=torch.bool)
     if start is not None:
@@ -162,7 +162,7 @@ def test_growth_is_by_doubling() -> None:
     for step in range(tokens):
         key = torch.full((1, 1, 1, 2), float(step))
         layer.update(key, key)
-        components, _ = layer.index()
+        components, _, _ = layer.index()
         if not storages or layer.keys.data_ptr() != storages[-1][0].data_ptr():
             storages.append((layer.keys, step))  # kept, or the allocator gives the same address again
         if not indices or components.data_ptr() != indices[-1][0].data_ptr():
@@ -228,7 +228,7 @@ def test_padding_may_hold_anything() -> None:
     start, mask = torch.tensor([0, 7]), torch.ones(2, 20, dtype=torch.bool)
     mask[0, 4] = False
     for length in (20, 21):
-        _, value_sum = layer.index(start, mask)
+        _, value_sum, _ = layer.index(start, mask)
         valid = mask & (torch.arange(length) >= start[:, None])
         expected = plain.values.double().where(valid[:, None, :, None], 0.0).sum(2)
         torch.testing.assert_close(value_sum.double(), expected)
@@ -258,7 +258,7 @@ def test_sum_is_kept_in_float32() -> None:
         for _ in range(5):
             layer.update(ones[:, :, :1], ones[:, :, :1])
             layer.index(start)
-        components, value_sum = layer.index(start)
+        components, value_sum, _ = layer.index(start)
         assert (value_sum == 1008 - left_out).all() and components.dtype == torch.bfloat16
 
 

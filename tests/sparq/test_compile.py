@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 import sparq
 from tests.sparq.test_static import same_report
@@ -162,9 +163,83 @@ def test_dense_steps_are_counted_with_their_reason(knobs: dict, reason: str) -> 
 
 
 def test_a_reason_without_a_place_is_still_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a graph; Python counts any reason by its name."""
     monkeypatch.setattr(sparq.attention, "_dense_reason", lambda *args: "something new")
-    _, report = compiled_and_expected("llama", SPARSE, "eager", steps=2)
-    assert report.total.dense_steps == {sparq.totals.OTHER_REASON: 3 * 2}
+    reasons = []
+    for compiled in (True, False):
+        model = sparq.patch(build(), **SPARSE)
+        call = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            decode(model, call, prompt(), next_tokens(steps=2), static(model))
+        reasons.append(sparq.report(model).total.dense_steps)
+    assert reasons == [{sparq.totals.OTHER_REASON: 3 * 2}, {"something new": 3 * 2}]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family, padding", [("llama", 0), ("llama", 9), ("gpt_oss", 9)])
+def test_a_dynamic_cache_is_one_graph(family: str, padding: int) -> None:
+    """The first graphs know the first numbers of tokens; the last serves any, until the storage has to grow."""
+    inputs, tokens = prompt(padding=padding), next_tokens(steps=12)
+    expected_model = sparq.patch(build(family), **SPARSE)
+    expected = steps_on_a_dynamic_cache(expected_model, expected_model, inputs, tokens)
+    counter = CompileCounterWithBackend("eager")
+    model = sparq.patch(build(family), **SPARSE)
+    actual = steps_on_a_dynamic_cache(model, torch.compile(model, fullgraph=True, backend=counter), inputs, tokens)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    same_report(sparq.report(model), sparq.report(expected_model))
+    assert sparq.report(model).total.sparse_steps and not sparq.report(model).total.other_sums
+    assert counter.frame_count <= 3
+
+
+@torch.no_grad()
+def test_a_dynamic_cache_grows_and_goes_on_without_its_graph() -> None:
+    """Its storage is made anew at 256 positions; then eager steps follow on what compiled ones have left."""
+    inputs, tokens = prompt(), next_tokens(steps=230)
+    expected_model, model = (sparq.patch(build(), **SPARSE) for _ in range(2))
+    expected = steps_on_a_dynamic_cache(expected_model, expected_model, inputs, tokens)
+    compiled, calls = torch.compile(model, fullgraph=True, backend="eager"), []
+
+    def call(**kwargs):
+        calls.append(len(calls) < 220)
+        return (compiled if calls[-1] else model)(**kwargs)
+
+    actual = steps_on_a_dynamic_cache(model, call, inputs, tokens)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    same_report(sparq.report(model), sparq.report(expected_model))
+
+
+@torch.no_grad()
+def test_a_dynamic_cache_compiles_with_inductor() -> None:
+    inputs, tokens = prompt(padding=0), next_tokens(steps=5)
+    expected_model, model = (sparq.patch(build(), **SPARSE) for _ in range(2))
+    expected = steps_on_a_dynamic_cache(expected_model, expected_model, inputs, tokens)
+    actual = steps_on_a_dynamic_cache(model, torch.compile(model, fullgraph=True), inputs, tokens)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_dynamic_cache_whose_mask_changes_says_so() -> None:
+    """What was valid when it was summed is masked out later; a graph cannot sum anew."""
+    model, inputs, tokens = sparq.patch(build(), **SPARSE), prompt(padding=0), next_tokens(steps=3)
+    call = torch.compile(model, fullgraph=True, backend="eager")
+    cache = DynamicCache(config=model.config)
+    model(**inputs, past_key_values=cache)
+    for step in range(3):
+        mask = torch.ones(2, 41 + step, dtype=torch.int64)
+        mask[:, :20] = step < 2
+        call(input_ids=tokens[:, step : step + 1], attention_mask=mask, past_key_values=cache)
+    assert sparq.report(model).total.other_sums == 3
+
+
+def steps_on_a_dynamic_cache(model, call: Callable, inputs: dict, tokens: Tensor) -> Tensor:
+    cache, mask, logits = DynamicCache(config=model.config), inputs["attention_mask"], []
+    model(**inputs, past_key_values=cache)
+    for step in range(tokens.shape[1]):
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        output = call(input_ids=tokens[:, step : step + 1], attention_mask=mask, past_key_values=cache)
+        logits.append(output.logits[:, -1])
+    return torch.stack(logits, 1)
 
 
 def run_with(make_mask: Callable, steps: int = 4) -> sparq.Report:
