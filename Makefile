@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 # Triton decides when it is imported whether kernels are interpreted: a run of its own. Exit status 5 is "no tests":
 # Triton has no build for this system.
 INTERPRETED := tests/kernels/test_gpu_interpreted.py || [ $$? -eq 5 ]
 QUESTIONS := $(foreach name,amber basalt cobalt dahlia ember,--question "The pass key of $(name) is")
 
-.PHONY: demo test test-oldest lint format bench eval sanitize fuzz clean
+.PHONY: demo test test-oldest test-newest lint format bench eval sanitize fuzz clean
 
 demo: $(STAMP)
 	@echo "== A model that comes with the repository answers five questions about a text of 7,700 bytes =="
@@ -26,6 +27,14 @@ test: $(STAMP)
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest
 	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest $(INTERPRETED)
+
+# The suite on what an installation without constraints resolves to on this day, but for a torch without CUDA.
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint constraints-newest.txt \
+		--editable '.[dev,bench,eval]'
+	$(NEWEST)/bin/python -m pip list | grep -iE '^(torch|transformers|triton|accelerate|peft|lm_eval) '
+	$(NEWEST)/bin/python -m pytest
+	TRITON_INTERPRET=1 $(NEWEST)/bin/python -m pytest $(INTERPRETED)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -67,11 +76,12 @@ fuzz: $(STAMP)
 	$(BIN)/python tests/kernels/fuzz.py --cases 1000 --sanitize
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info
+	rm -rf .venv $(OLDEST) $(NEWEST) build dist *.egg-info
 
 $(STAMP): constraints.txt
 $(OLDEST)/.installed: constraints-oldest.txt
-%/.installed: pyproject.toml
+$(NEWEST)/.installed: constraints-newest.txt
+%/.installed: pyproject.toml setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $*
 	$*/bin/python -m pip install --quiet --upgrade pip

@@ -1,9 +1,13 @@
 """SparQ attention as a PyTorch operator.  Tensors in, tensors out: nothing here knows a model."""
 
-from .append import append
-from .backends import backend
-from .layout import BLOCK, allocate_components, read_components, write_components
-from .operator import DecodeOutput, decode
+from .requirements import check
+
+check("torch")
+
+from .append import append  # noqa: E402
+from .backends import backend  # noqa: E402
+from .layout import BLOCK, allocate_components, read_components, write_components  # noqa: E402
+from .operator import DecodeOutput, decode  # noqa: E402
 
 __all__ = [
     "BLOCK",

@@ -8,11 +8,9 @@ import warnings
 from types import ModuleType
 
 import torch
-from torch.torch_version import TorchVersion
 
 from . import cpu
-
-OLDEST_TRITON = "3.6"
+from .requirements import supported
 
 
 def backend(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
@@ -34,13 +32,13 @@ def triton_kernels() -> ModuleType | None:
     try:
         import triton
 
-        if TorchVersion(triton.__version__) < OLDEST_TRITON:
+        if not supported("triton").contains(triton.__version__, prereleases=True):
             raise ImportError(f"triton {triton.__version__} is installed")
         from . import gpu
     except ImportError as error:
         warnings.warn(
             f"sparq_kernels: no GPU kernels, the PyTorch reference runs instead (slower than dense attention). "
-            f"Triton >= {OLDEST_TRITON} is needed (pip install 'sparq-attention[gpu]'): {error}",
+            f"Triton {supported('triton')} is needed (pip install 'sparq-attention[gpu]'): {error}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -105,7 +105,7 @@ def test_too_old_a_triton_is_named(monkeypatch: pytest.MonkeyPatch, version: str
     old.__version__ = version  # type: ignore[attr-defined]
     (message,) = gpu_backend_with(monkeypatch, old)
     assert message.startswith("sparq_kernels: no GPU kernels")
-    assert "Triton >= 3.6 is needed" in message and message.endswith(f": triton {version} is installed")
+    assert "Triton >=3.6 is needed" in message and message.endswith(f": triton {version} is installed")
 
 
 def test_example_in_the_docstring() -> None:

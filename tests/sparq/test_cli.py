@@ -11,6 +11,7 @@ from byte_tokenizer import save_byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from sparq_command import main
+from tests.sparq.test_versions import TOO_OLD
 
 PROMPT = "".join(f"line {i} has the number {i * i}.\n" for i in range(20))
 
@@ -172,7 +173,7 @@ def test_an_unsupported_version_ends_with_one_line(arguments, tmp_path):
     metadata.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.1\n")
     done = sparq(*arguments, path=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "sparq: transformers 4.57.1 is installed, supported is >=5.17,<6\n"
+    assert done.stderr == TOO_OLD + "\n"
 
 
 def missing(folder, name):

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
+from sparq_kernels import requirements
 
 import sparq
 import sparq_command
 from sparq import versions
+
+
+TOO_OLD = "sparq: transformers 4.57.1 is installed, tried is <5.25,>=5.17: pip install 'transformers<5.25,>=5.17'"
 
 
 def with_versions(monkeypatch: pytest.MonkeyPatch, **installed: str | None) -> None:
@@ -23,7 +30,7 @@ def with_versions(monkeypatch: pytest.MonkeyPatch, **installed: str | None) -> N
             raise importlib.metadata.PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(versions, "version", version)
+    monkeypatch.setattr(requirements, "version", version)
 
 
 def test_the_installed_versions_are_supported() -> None:
@@ -34,9 +41,10 @@ def test_the_installed_versions_are_supported() -> None:
     "installed",
     [
         dict(transformers="5.17.0"),
-        dict(transformers="5.99.9"),
+        dict(transformers="5.24.9"),
         dict(transformers="5.24.0.dev0"),
         dict(torch="2.10.0"),
+        dict(torch="2.14.1"),
         dict(torch="2.13.0+cpu"),
         dict(torch="2.12.0+cu130"),
         dict(torch="2.11.0a0+git1234567"),
@@ -53,13 +61,15 @@ def test_supported(monkeypatch: pytest.MonkeyPatch, installed: dict) -> None:
 @pytest.mark.parametrize(
     "installed, words",
     [
-        (dict(transformers="4.57.1"), ["transformers 4.57.1", ">=5.17,<6"]),
+        (dict(transformers="4.57.1"), ["transformers 4.57.1", "pip install 'transformers<5.25,>=5.17'"]),
         (dict(transformers="5.16.9"), ["transformers 5.16.9"]),
         (dict(transformers="6.0.0"), ["transformers 6.0.0"]),
-        (dict(transformers="6.0.0.dev0"), ["transformers 6.0.0.dev0"]),
+        (dict(transformers="5.25.0"), ["transformers 5.25.0", "or a newer sparq-attention"]),
+        (dict(transformers="5.25.0.dev0"), ["transformers 5.25.0.dev0", "SPARQ_ANY_VERSION=1"]),
         (dict(torch="2.9.1+cu128"), ["torch 2.9.1+cu128", ">=2.10"]),
-        (dict(transformers=None), ["transformers >=5.17,<6 is needed"]),
-        (dict(torch=None), ["torch >=2.10 is needed"]),
+        (dict(torch="2.15.0"), ["torch 2.15.0", "pip install 'torch<2.15,>=2.10'"]),
+        (dict(transformers=None), ["transformers <5.25,>=5.17 is needed"]),
+        (dict(torch=None), ["torch <2.15,>=2.10 is needed"]),
         (dict(torch="2.9.0", transformers="4.0.0"), ["torch 2.9.0", "transformers 4.0.0"]),
     ],
     ids=str,
@@ -71,6 +81,31 @@ def test_unsupported(monkeypatch: pytest.MonkeyPatch, installed: dict, words: li
     message = str(error.value)
     assert message.startswith("sparq: ") and "\n" not in message
     assert all(word in message for word in words)
+
+
+def test_an_untried_version_can_be_insisted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_versions(monkeypatch, transformers="5.25.0")
+    monkeypatch.setenv("SPARQ_ANY_VERSION", "1")
+    with pytest.warns(UserWarning, match="transformers 5.25.0 is installed"):
+        versions.check_versions()
+
+
+def test_a_tree_that_is_not_installed_takes_any_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(requirements, "requires", not_installed)
+    with_versions(monkeypatch, torch="1.0", transformers="1.0")
+    versions.check_versions()
+
+
+def test_the_bounds_are_those_of_the_project_file() -> None:
+    """Of the installed package, which an editable installation makes when pyproject.toml changes."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    for name in ("torch", "transformers", "triton"):
+        (bounds,) = re.findall(rf'"{name}([<>=][^";]*)[";]', text)
+        assert SpecifierSet(bounds) == requirements.supported(name)
+    assert requirements.supported("nothing of ours") == SpecifierSet()
 
 
 def test_import_fails_before_it_needs_what_is_missing() -> None:
@@ -88,7 +123,7 @@ def test_import_fails_before_it_needs_what_is_missing() -> None:
     paths = f"import sys; sys.path[:0] = {[path for path in sys.path if path]!r}\n"
     done = subprocess.run([sys.executable, "-c", paths + code], capture_output=True, text=True, check=True)
     line, imported = done.stdout.splitlines()
-    assert line == "sparq: transformers 4.57.1 is installed, supported is >=5.17,<6"
+    assert line == TOO_OLD
     assert imported == "False"
 
 
