@@ -79,8 +79,40 @@ OPERATIONS: dict[str, Callable] = {
     "reset": lambda layer: empty(layer),
     "offload": lambda layer: layer.offload(),
     "offload and prefetch": lambda layer: (layer.offload(), layer.prefetch()),
-    "assignment": lambda layer: (setattr(layer, "keys", layer.keys[:1]), setattr(layer, "values", layer.values[:1])),
+    "assignment of one row": lambda layer: assign(layer, lambda t: t[:1]),
+    "assignment, values first": lambda layer: assign(layer, lambda t: t.flip(2), values_first=True),
+    "assignment of fewer": lambda layer: assign(layer, lambda t: t[:, :, -200:]),
+    "assignment of fewer, values first": lambda layer: assign(layer, lambda t: t[:, :, -200:], values_first=True),
+    "assignment of more": lambda layer: assign(layer, lambda t: torch.cat([t, t[:, :, :90]], 2)),
+    "assignment of more, values first": lambda layer: assign(
+        layer, lambda t: torch.cat([t, t[:, :, :90]], 2), values_first=True
+    ),
+    "assignment of a selection": lambda layer: assign(layer, lambda t: t.index_select(2, KEPT)),
+    "assignment of more rows": lambda layer: assign(layer, lambda t: t.repeat_interleave(3, 0)),
+    "assignment of the same": lambda layer: assign(layer, lambda t: t),
+    "assignment of keys alone": lambda layer: setattr(layer, "keys", layer.keys.roll(1, 2)),
+    "assignment of values alone": lambda layer: setattr(layer, "values", layer.values.roll(1, 2)),
+    "write into keys": lambda layer: layer.keys[:, :, 9:12].fill_(3.0),
+    "write into values": lambda layer: layer.values.mul_(2),
+    "write under no_grad": lambda layer: torch.no_grad()(layer.keys.neg_)(),
+    "write in inference mode": lambda layer: torch.inference_mode()(layer.values.neg_)(),
+    "write through an assigned tensor": lambda layer: write_through_assigned(layer),
 }
+KEPT = torch.tensor([0, 1, 2, 3, *range(150, 300)])  # a few of the first, and the newest
+
+
+def assign(layer: DynamicLayer, change: Callable[[Tensor], Tensor], values_first: bool = False) -> None:
+    """As public code evicts tokens, or puts a document's tokens behind others."""
+    for name in ("values", "keys") if values_first else ("keys", "values"):
+        setattr(layer, name, change(getattr(layer, name)))
+
+
+def write_through_assigned(layer: DynamicLayer) -> None:
+    keys, values = layer.keys.clone(), layer.values.clone()
+    layer.keys, layer.values = keys, values
+    if isinstance(layer, SparqLayer):
+        layer.index()
+    keys.mul_(2), values[:, :, 5:].neg_()
 
 
 @pytest.mark.parametrize("indexed", [False, True], ids=["no index yet", "indexed"])
@@ -101,6 +133,99 @@ def test_operation(operation: str, indexed: bool) -> None:
         returned = layer.update(*new), plain.update(*new)
         assert torch.equal(returned[0][0], returned[1][0]) and torch.equal(returned[0][1], returned[1][1])
         check(layer, plain, start)
+
+
+def test_a_write_between_an_update_and_its_index() -> None:
+    """The token has been appended to the index already when somebody changes it."""
+    layer, plain = filled(), filled(cls=DynamicLayer)
+    layer.index()
+    for seed in range(3):
+        for one in (layer, plain):
+            keys, _ = one.update(*states(1, seed=seed))
+            keys[:, :, -1].mul_(3)
+            one.values[:, :, 7].zero_()
+        check(layer, plain)
+
+
+def test_a_write_through_an_older_view_is_found() -> None:
+    layer = filled()
+    older = layer.keys, layer.values
+    layer.update(*states(1, seed=1))
+    layer.index()
+    for tensor in older:
+        tensor[:, :, 11].fill_(5.0)
+    own = DynamicLayer()
+    own.update(layer.keys.clone(), layer.values.clone())
+    check(layer, own)
+
+
+@pytest.mark.parametrize("longer", [False, True])
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_keys_and_values_of_different_length_are_named(name: str, longer: bool) -> None:
+    layer = filled()
+    layer.index()
+    length = 310 if longer else 200
+    setattr(layer, name, torch.ones(2, HEADS, length, HEAD_DIM))
+    held = layer.keys.clone(), layer.values.clone()
+    message = f"same number of tokens, got {length if name == 'keys' else 300} and {300 if name == 'keys' else length}"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            layer.update(*states(1, seed=1))
+        assert torch.equal(layer.keys, held[0]) and torch.equal(layer.values, held[1])
+    other = "values" if name == "keys" else "keys"
+    setattr(layer, other, torch.zeros(2, HEADS, length, HEAD_DIM))
+    own = DynamicLayer()
+    own.update(layer.keys.clone(), layer.values.clone())
+    for one in (layer, own):
+        one.update(*states(1, seed=1))
+    check(layer, own)
+
+
+@pytest.mark.parametrize("kept", ["given by update", "read from the layer", "a slice"])
+@pytest.mark.parametrize("tokens", [1, 5, 700])
+def test_what_was_handed_out_never_changes(kept: str, tokens: int) -> None:
+    layer, plain = SparqLayer(), DynamicLayer()
+    views = layer.update(*states(240))
+    plain.update(*states(240))
+    if kept != "given by update":
+        views = layer.keys, layer.values
+    if kept == "a slice":
+        views = tuple(t[:, :1, 200:] for t in views)
+    before = [t.clone() for t in views]
+    layer.index()
+    for seed in range(2):
+        for one in (layer, plain):
+            one.crop(-4)
+            one.update(*states(tokens, seed=seed + 1))
+        check(layer, plain)
+    assert all(torch.equal(t, old) for t, old in zip(views, before, strict=True))
+
+
+def test_layers_that_share_tensors_go_their_own_ways() -> None:
+    first, plains = filled(), [filled(cls=DynamicLayer) for _ in range(3)]
+    second = SparqLayer()
+    second.keys, second.values = first.keys, first.values
+    second.lazy_initialization(first.keys, first.values)
+    layers = (first, second, SparqLayer.adopt(first))
+    for seed in range(3):
+        for number, (layer, plain) in enumerate(zip(layers, plains, strict=True)):
+            for one in (layer, plain):
+                one.crop(-number)
+                one.update(*states(2, seed=10 * number + seed))
+        for layer, plain in zip(layers, plains, strict=True):
+            check(layer, plain)
+
+
+def test_a_rejected_draft_copies_nothing() -> None:
+    layer, plain = filled(), filled(cls=DynamicLayer)
+    layer.index()
+    places = [layer._key_storage.data_ptr(), layer._value_storage.data_ptr()]
+    for seed in range(5):
+        for one in (layer, plain):
+            one.update(*states(6, seed=seed))
+            one.crop(-4)
+        check(layer, plain)
+        assert [layer._key_storage.data_ptr(), layer._value_storage.data_ptr()] == places
 
 
 def test_crop_to_a_length_is_what_transformers_makes_of_it() -> None:
@@ -485,7 +610,7 @@ class Layers(RuleBasedStateMachine):
         self.batch, self.seed = 2, 0
         self.first_valid = [0, 0]
         self.holes: list[set[int]] = [set(), set()]
-        self.adopted: list[tuple[Tensor, Tensor]] = []
+        self.kept: list[tuple[Tensor, Tensor]] = []  # what others hold, and what it was
 
     def both(self, operation: Callable) -> None:
         for layer in (self.layer, self.plain):
@@ -553,8 +678,52 @@ class Layers(RuleBasedStateMachine):
     @precondition(filled)
     @rule()
     def adopt(self) -> None:
-        self.adopted += [(tensor, tensor.clone()) for tensor in (self.plain.keys, self.plain.values)]
         self.layer = SparqLayer.adopt(self.plain)
+        self.keep()
+        for name in ("keys", "values"):  # what is written into one of the two is not written into the other
+            setattr(self.plain, name, getattr(self.plain, name).clone())
+
+    @precondition(filled)
+    @rule()
+    def keep(self) -> None:
+        self.kept += [(tensor, tensor.clone()) for tensor in (self.layer.keys, self.layer.values)]
+
+    @rule(draft=st.integers(1, 5), rejected=st.integers(1, 5), kept=st.booleans())
+    def reject(self, draft: int, rejected: int, kept: bool) -> None:
+        self.update(draft)
+        if kept:
+            self.keep()
+        self.both(lambda layer: layer.crop(-min(rejected, draft)))
+        self.update(1)
+
+    @precondition(filled)
+    @rule(data=st.data(), values_first=st.booleans())
+    def assign(self, data: st.DataObject, values_first: bool) -> None:
+        """Tokens in any order and number, some of them twice, of any rows."""
+        length = self.plain.get_seq_length()
+        tokens = torch.tensor(data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=12)))
+        if data.draw(st.booleans()):
+            tokens = torch.cat([torch.arange(length), tokens])
+        rows = data.draw(st.lists(st.integers(0, self.batch - 1), min_size=1, max_size=3))
+        self.both(lambda layer: assign(layer, lambda t: t[rows].index_select(2, tokens), values_first))
+        self.select(rows)
+
+    @precondition(filled)
+    @rule(
+        name=st.sampled_from(["keys", "values"]),
+        share=st.floats(0, 1),
+        mode=st.sampled_from([torch.no_grad, torch.enable_grad, torch.inference_mode]),
+    )
+    def write(self, name: str, share: float, mode: type) -> None:
+        self.check_kept()
+        self.kept.clear()  # others may hold what is written into
+        self.sparse_step()  # or there is often no index to go stale
+        position = int(share * (self.plain.get_seq_length() - 1))
+        with mode():
+            self.both(lambda layer: getattr(layer, name)[:, :, position:].mul_(-1.5))
+
+    def check_kept(self) -> None:
+        assert all(torch.equal(tensor, before) for tensor, before in self.kept)
 
     @rule()
     def copied(self) -> None:
@@ -580,8 +749,8 @@ class Layers(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.sparse_step()
-        assert all(torch.equal(tensor, before) for tensor, before in self.adopted)
+        self.check_kept()
 
 
-Layers.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None, derandomize=True)
+Layers.TestCase.settings = settings(max_examples=100, stateful_step_count=25, deadline=None, derandomize=True)
 TestLayers = Layers.TestCase
