@@ -8,6 +8,7 @@ from sparq_command import version
 
 check_versions()
 
+import sparq.implementation  # noqa: E402, F401  makes attn_implementation="sparq" known to transformers
 from sparq.config import SparqConfig  # noqa: E402
 from sparq.patching import patch, patched, report, unpatch  # noqa: E402
 from sparq.reporting import Report  # noqa: E402

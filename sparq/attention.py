@@ -71,7 +71,7 @@ def sparq_attention(
     kwargs |= dict(dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias)
     if step is None:
         _warn_if_bypassed(module)
-        return _dense(base, module, query, key, value, attention_mask, **kwargs)
+        return dense_attention(base, module, query, key, value, attention_mask, **kwargs)
     if not step.attention_calls:
         step.begin(query_length, key.shape[2])
     step.attention_calls += 1
@@ -128,7 +128,7 @@ class _Call(NamedTuple):
             mask = None if mask is None else mask[..., : key.shape[2]]
         if mask is None:
             mask = self._missing_mask(key)
-        return _dense(self.base, self.module, query, key, value, mask, **self.kwargs)
+        return dense_attention(self.base, self.module, query, key, value, mask, **self.kwargs)
 
     def _missing_mask(self, key: Tensor) -> Tensor | None:
         """The causal mask of fewer queries than keys, bool [1, 1, Q, S], or None where `base` makes the right one.
@@ -315,7 +315,7 @@ def _warn_if_bypassed(module: nn.Module) -> None:
         )
 
 
-def _dense(
+def dense_attention(
     base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Attention by transformers' own function; `kwargs` as `sparq_attention` has them."""

@@ -27,6 +27,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 attention.register()  # here, not in `patch`: a patched model may come out of a pickle
 
+NAME = "sparq"  # the attention implementation by which a model patches itself (implementation.py)
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 NO_CACHE = "there is no cache (use_cache=False)"
 EMPTY_CACHE = "the model left its cache empty (as it does with gradient checkpointing in training mode)"
@@ -102,7 +103,7 @@ class Patch:
 
     def _enter(self, decoder: PreTrainedModel) -> None:
         """Select SparQ's form of the attention implementation that the model has."""
-        self._own_implementation = _implementations(decoder.config)
+        self._own_implementation = _implementations(decoder.config, _default_base(decoder))
         decoder.set_attn_implementation(attention.IMPLEMENTATIONS[_base(decoder, self._own_implementation[""])])
 
     def before(
@@ -223,7 +224,8 @@ def report(model: nn.Module) -> Report:
     current = _patch_of(decoder)
     use = None if current is None else current.current()
     if use is None:
-        raise ValueError(f"model must be patched to have a report, this {type(model).__name__} is not")
+        yet = " yet: it has not run" if decoder.config._attn_implementation == NAME else ""
+        raise ValueError(f"model must be patched to have a report, this {type(model).__name__} is not{yet}")
     # The layers may lie on several devices, and the parameters, where accelerate offloads them, on none.
     used = use.counters.used() or {(decoder.device, decoder.dtype)}
     names = {"none yet" if device.type == "meta" else sparq_kernels.backend(device, dtype) for device, dtype in used}
@@ -311,25 +313,34 @@ def _is_entered(decoder: PreTrainedModel) -> bool:
 
 def _base(decoder: PreTrainedModel, own: str) -> str:
     """The implementation for what is not sparse, in a model that has chosen `own`."""
-    if own in attention.IMPLEMENTATIONS:
-        return own
     # FlashAttention and others know sinks and softcaps; of the two here, eager alone does.
-    text = decoder.config.get_text_config(decoder=True)
-    capped = getattr(text, "attn_logit_softcapping", None) is not None
-    return "sdpa" if decoder._supports_sdpa and not capped else "eager"
+    return own if own in attention.IMPLEMENTATIONS else _default_base(decoder)
 
 
-def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
+def _default_base(decoder: PreTrainedModel) -> str:
+    return "sdpa" if decoder._supports_sdpa and not is_softcapped(decoder.config) else "eager"
+
+
+def is_softcapped(config: PreTrainedConfig) -> bool:
+    return getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
+
+
+def is_patched(model: nn.Module) -> bool:
+    return _patch_of(_decoder(model)) is not None
+
+
+def _implementations(config: PreTrainedConfig, default: str) -> dict[str, Any]:
     """The attention implementations of a configuration and its parts, in the form `set_attn_implementation` takes.
 
-    SparQ's own stand for what they are based on: another patched model may share the configuration.
+    SparQ's own stand for what they are based on: another patched model may share the configuration. The name by which a
+    model patches itself stands for `default`.
     """
-    bases = {patched: base for base, patched in attention.IMPLEMENTATIONS.items()}
+    bases = {patched: base for base, patched in attention.IMPLEMENTATIONS.items()} | {NAME: default}
     own: dict[str, Any] = {"": bases.get(config._attn_implementation, config._attn_implementation)}
     for name in config.sub_configs:
         part = getattr(config, name, None)
         if part is not None:
-            own[name] = _implementations(part)
+            own[name] = _implementations(part, default)
     return own
 
 

@@ -12,13 +12,22 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from sparq.attention import _dense
+from sparq.attention import dense_attention
 from sparq.cache import SparqLayer, refuse_quantized
 from sparq.config import SparqConfig
 from sparq.counters import Counters
 from sparq.drafting import find_cache
 from sparq.lm_eval.methods import H2OLayer, Method, SparqVariant
-from sparq.patching import _base, _check_served, _decoder, _implementations, _is_entered, _patch_of, _served
+from sparq.patching import (
+    _base,
+    _check_served,
+    _decoder,
+    _default_base,
+    _implementations,
+    _is_entered,
+    _patch_of,
+    _served,
+)
 from sparq.reporting import Report
 
 CACHE_NAMES = ("cache", "past_key_values")  # of the argument for a cache: since transformers 5.24, and before
@@ -82,7 +91,7 @@ class Comparison:
         self.method = method
         self._counters = Counters()
         self._parameters = list(inspect.signature(decoder.forward).parameters)
-        self._own_implementation = _implementations(decoder.config)
+        self._own_implementation = _implementations(decoder.config, _default_base(decoder))
         decoder.set_attn_implementation(IMPLEMENTATIONS[_base(decoder, self._own_implementation[""])])
         self._handles = [
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -156,7 +165,7 @@ def comparison_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as transformers' `AttentionInterface` calls it: arguments and results as of `sparq_attention`."""
     kwargs |= dict(dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias)
-    dense = partial(_dense, base, module, query, key, value, attention_mask, **kwargs)
+    dense = partial(dense_attention, base, module, query, key, value, attention_mask, **kwargs)
     current = sparq_comparison
     if current is None:  # a model that only shares its configuration
         return dense()

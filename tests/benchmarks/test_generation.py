@@ -137,7 +137,9 @@ def test_a_wrong_operator_prints_no_ratio(monkeypatch, capsys, tmp_path):
 def test_a_wrong_patch_is_found(monkeypatch, name):
     model = model_shapes.build(name, torch.float32, layers=2).model
     assert agreement.wrong_model(model) is None
-    monkeypatch.setattr("sparq.attention._dense", lambda *a, **k: (torch.zeros(a[2].shape).transpose(1, 2), None))
+    monkeypatch.setattr(
+        "sparq.attention.dense_attention", lambda *a, **k: (torch.zeros(a[2].shape).transpose(1, 2), None)
+    )
     assert "logits differ" in agreement.wrong_model(model)
 
 
