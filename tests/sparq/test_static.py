@@ -23,7 +23,7 @@ from sparq.static_cache import SparqStaticLayer
 from sparq.step import Step
 from tests.sparq.slow import Slow
 from tests.sparq.test_attention import causal_mask, decode_with_masks
-from tests.sparq.test_cache import Placed, states
+from tests.sparq.test_cache import Placed, assign, states
 from tests.sparq.tiny import attention_module, build, generate, next_tokens, prompt, teacher_forced
 
 SPARSE = dict(r=4, k=12, min_length=0)
@@ -74,7 +74,16 @@ OPERATIONS: dict[str, Callable] = {
     "reset and one": lambda layer: (layer.reset(), layer.update(*states(1, seed=1))),
     "reset and many": lambda layer: (layer.reset(), layer.update(*states(9, seed=1))),
     "nothing": lambda layer: None,
+    "assignment": lambda layer: assign(layer, lambda t: t.roll(1, 2)),
+    "assignment, values first": lambda layer: assign(layer, lambda t: t.roll(1, 2), values_first=True),
+    "assignment of keys alone": lambda layer: setattr(layer, "keys", layer.keys.neg()),
+    "write into keys": lambda layer: layer.keys[:, :, 9:12].fill_(3.0),
+    "write into values": lambda layer: layer.values[:, :, :20].mul_(2),
+    "write in inference mode": lambda layer: torch.inference_mode()(layer.values[:, :, :20].neg_)(),
+    "write, one, write": lambda layer: (layer.keys.neg_(), layer.update(*states(1)), layer.values[:, :, 20].zero_()),
+    "reset and write": lambda layer: (layer.reset(), layer.values[:, :, :1].zero_(), layer.update(*states(3, seed=1))),
 }
+needs_crop = pytest.mark.skipif(not hasattr(StaticLayer, "crop"), reason="this transformers cannot crop a static layer")
 
 
 @pytest.mark.parametrize("indexed", [False, True], ids=["no index yet", "indexed"])
@@ -113,6 +122,36 @@ def test_single_tokens_extend_the_index_and_many_make_it_anew(monkeypatch: pytes
     # a captured graph knows these by their address
     now = [layer.keys, layer.values, layer.components, layer.value_sum, layer.summed, layer.cumulative_length]
     assert all(a is b for a, b in zip(held, now, strict=True))
+
+
+@pytest.mark.parametrize("rows", [[1], [0, 1, 1]], ids=["fewer", "more"])
+def test_another_batch_may_be_assigned(rows: list[int]) -> None:
+    layer, plain = pair()
+    layer.index(seen(20))
+    for one in (layer, plain):
+        assign(one, lambda t: t[rows])
+    for length in (20, 21, 22):
+        check(layer, plain, seen(length)[:1].expand(len(rows), -1))
+        for one in (layer, plain):
+            one.update(*states(1, len(rows), seed=length))
+
+
+@needs_crop
+@pytest.mark.parametrize("removed", [0, 1, 3, 20])
+@pytest.mark.parametrize("indexed", [False, True], ids=["no index yet", "indexed"])
+def test_crop(removed: int, indexed: bool) -> None:
+    layer, plain = pair()
+    if indexed:
+        layer.index(seen(20))
+    for one in (layer, plain):
+        one.crop(-removed)
+    for seed in range(3):
+        length = 20 - removed + seed
+        assert int(layer.get_seq_length()) == length
+        if length:
+            check(layer, plain, seen(length))
+        for one in (layer, plain):
+            one.update(*states(1, seed=30 + seed))
 
 
 def test_padding_may_hold_nan() -> None:
@@ -238,6 +277,39 @@ def test_copies_stand_alone() -> None:
 
 
 # Models
+
+
+def edited(model, edit: Callable, cache: StaticCache) -> Tensor:
+    """Logits of steps of which others change the cache before every second one."""
+    inputs, tokens, logits = prompt(batch=1, padding=0), next_tokens(1, 6), []
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+        for step in range(6):
+            if step % 2:
+                for layer in cache.layers:
+                    edit(layer)
+            logits.append(model(tokens[:, step : step + 1], past_key_values=cache).logits[:, -1])
+    return torch.stack(logits, 1)
+
+
+EDITS: dict[str, Callable] = {
+    "keys and values": lambda layer: assign(layer, lambda t: t.roll(2, 2)),
+    "values and keys": lambda layer: assign(layer, lambda t: t.roll(2, 2), values_first=True),
+    "write": lambda layer: (layer.keys[:, :, 5:9].neg_(), layer.values[:, :, 5:9].mul_(-2)),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_cache_that_others_change_between_steps(edit: str) -> None:
+    """Sparse steps are those of the definition, which knows no index, on a cache that was changed in the same way."""
+    stock, covering = build(), sparq.patch(build(), k=SIZE, min_length=0)
+    dense = edited(stock, EDITS[edit], static(stock))
+    torch.testing.assert_close(edited(covering, EDITS[edit], static(covering)), dense, rtol=1e-4, atol=1e-4)
+    slow, model = Slow(r=4, k=12).install(build()), sparq.patch(build(), **SPARSE)
+    expected = edited(slow, EDITS[edit], static(slow))
+    torch.testing.assert_close(edited(model, EDITS[edit], static(model)), expected, rtol=1e-4, atol=1e-4)
+    assert sparq.report(model).total.sparse_steps == 3 * 6
+    assert (expected - edited(build(), lambda layer: None, static(stock))).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
