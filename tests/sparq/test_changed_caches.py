@@ -1,0 +1,140 @@
+"""Models that decode on a dynamic cache which others change between the steps, or go on using."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+import sparq
+import sparq.cache
+from sparq.cache import SparqLayer, upgrade
+from tests.sparq import test_cache
+from tests.sparq.slow import Slow
+from tests.sparq.test_cache import assign
+from tests.sparq.tiny import build, generate, next_tokens, prompt
+
+SPARSE: dict[str, Any] = dict(r=4, k=12, min_length=0)
+MODES = [torch.no_grad, torch.inference_mode]
+
+
+def write(layer: Any) -> None:
+    keys, values = layer.keys, layer.values
+    keys[:, :, 5:9].neg_(), values[:, :, 5:9].mul_(-2)
+
+
+EDITS: dict[str, Callable] = {
+    "a window": lambda layer: assign(layer, lambda t: t[:, :, -24:]),
+    "a window, values first": lambda layer: assign(layer, lambda t: t[:, :, -24:], values_first=True),
+    "sinks and the newest": lambda layer: assign(layer, lambda t: torch.cat([t[:, :, :4], t[:, :, -20:]], 2)),
+    "another document behind": lambda layer: assign(layer, lambda t: torch.cat([t, t[:, :, :8]], 2)),
+    "other tokens, as many": lambda layer: assign(layer, lambda t: t[:, :, torch.arange(t.shape[2]) // 2]),
+    "write": write,
+    "one row of two": lambda layer: assign(layer, lambda t: t[-1:]),
+}
+
+
+def edited(model: PreTrainedModel, edit: Callable, mode: Any = torch.no_grad, watch: Callable | None = None) -> Tensor:
+    """Logits of six steps; the cache is edited after the prompt and after the third."""
+    cache, logits, batch = DynamicCache(config=model.config), [], 2
+    with mode():
+        model(prompt(padding=0)["input_ids"], past_key_values=cache)
+        for step in range(6):
+            if step in (0, 3):
+                for layer in cache.layers:
+                    edit(layer)
+                batch = cache.layers[0].keys.shape[0]
+            token, position = next_tokens(2, 6)[:batch, step : step + 1], torch.full((batch, 1), 60 + step)
+            before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+            logits.append(model(token, position_ids=position, past_key_values=cache).logits[:, -1])
+            if watch is not None:
+                watch(model, cache, before, token, position, logits[-1])
+    return torch.stack([row[-1:] for row in logits], 1)
+
+
+def fresh(tensors: list[tuple[Tensor, Tensor]]) -> DynamicCache:
+    cache = DynamicCache(tensors)
+    upgrade(cache)
+    return cache
+
+
+def as_from_a_fresh_cache(
+    model: PreTrainedModel, cache: DynamicCache, before: list, token: Tensor, position: Tensor, logits: Tensor
+) -> None:
+    """The step, and the index it has left, are those of a cache that has just been given the same tokens."""
+    expected = model(token, position_ids=position, past_key_values=fresh(before)).logits[:, -1]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    for layer in cache.layers:
+        own = fresh([(layer.keys.clone(), layer.values.clone())]).layers[0]
+        test_cache.check(layer, own)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_full_budget_is_the_stock_model(edit: str) -> None:
+    expected = edited(build(), EDITS[edit])
+    model = sparq.patch(build(), k=1000, min_length=0)
+    torch.testing.assert_close(edited(model, EDITS[edit]), expected, rtol=1e-4, atol=1e-4)
+    if edit != "one row of two":
+        assert (expected - edited(build(), lambda layer: None)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("edit", EDITS)
+def test_sparse_steps_see_what_is_held_now(edit: str, mode: Any) -> None:
+    expected = edited(Slow(r=4, k=12).install(build()), EDITS[edit])
+    model = sparq.patch(build(), **SPARSE)
+    actual = edited(model, EDITS[edit], mode, as_from_a_fresh_cache)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert sparq.report(model).total.sparse_steps == 2 * 3 * 6
+
+
+@torch.no_grad()
+def test_an_edit_that_was_left_half_done_is_refused() -> None:
+    model, inputs = sparq.patch(build(), **SPARSE), prompt(batch=1, padding=0)
+    cache = model(**inputs).past_key_values
+    for layer in cache.layers:
+        layer.keys = layer.keys[:, :, -24:]
+    with pytest.raises(ValueError, match="got 24 and 40: whoever has assigned one of them has to assign the other"):
+        model(next_tokens(1, 1), past_key_values=cache)
+    for layer in cache.layers:
+        assert layer.keys.shape[2] == 24
+        layer.values = layer.values[:, :, -24:]
+    assert model(next_tokens(1, 1), past_key_values=cache).logits.isfinite().all()
+    assert cache.get_seq_length() == 25
+
+
+@torch.no_grad()
+def test_continuations_of_one_prompt_on_caches_that_share_it() -> None:
+    """Two caches are given the tensors of the prompt's, which is then cut back and goes on first: each is as alone."""
+    model, inputs, tokens = sparq.patch(build(), **SPARSE), prompt(batch=1, padding=0), next_tokens(3, 5)
+
+    def going_on(cache: DynamicCache, row: int, step: int) -> Tensor:
+        return model(tokens[row : row + 1, step : step + 1], past_key_values=cache).logits
+
+    expected = []
+    for row, cut in enumerate((3, 0, 0)):
+        alone = model(**inputs).past_key_values
+        alone.crop(-cut)
+        expected.append([going_on(alone, row, step) for step in range(5)])
+    cache = model(**inputs).past_key_values
+    branches = [cache, *(DynamicCache(list(cache)) for _ in range(2))]
+    cache.crop(-3)
+    for step in range(5):  # in turns
+        for row, branch in enumerate(branches):
+            torch.testing.assert_close(going_on(branch, row, step), expected[row][step], rtol=1e-4, atol=1e-4)
+
+
+def test_rejected_drafts_copy_no_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, grown = [], sparq.cache._grown
+    monkeypatch.setattr(sparq.cache, "_grown", lambda *args: made.append(1) or grown(*args))
+    inputs = prompt(batch=1, padding=0, length=60)
+    inputs["input_ids"][0, 30:] = inputs["input_ids"][0, :30]
+    crops, crop = [], SparqLayer.crop
+    monkeypatch.setattr(SparqLayer, "crop", lambda self, tokens: crops.append(tokens) or crop(self, tokens))
+    model = sparq.patch(build(), **SPARSE)
+    generate(model, inputs, 40, prompt_lookup_num_tokens=4)
+    assert any(crops) and len(made) == 2 * 3  # K and V of each layer, once: 256 positions are enough
