@@ -115,6 +115,11 @@ def test_continuations_of_one_prompt_on_caches_that_share_it() -> None:
     def going_on(cache: DynamicCache, row: int, step: int) -> Tensor:
         return model(tokens[row : row + 1, step : step + 1], past_key_values=cache).logits
 
+    def filled() -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        model(**inputs, past_key_values=cache)
+        return cache
+
     def sharing(cache: DynamicCache) -> DynamicCache:
         other = DynamicCache(config=model.config)
         for own, layer in zip(other.layers, cache.layers, strict=True):
@@ -124,10 +129,10 @@ def test_continuations_of_one_prompt_on_caches_that_share_it() -> None:
 
     expected = []
     for row, cut in enumerate((3, 0, 0)):
-        alone = model(**inputs).past_key_values
+        alone = filled()
         alone.crop(-cut)
         expected.append([going_on(alone, row, step) for step in range(5)])
-    cache = model(**inputs).past_key_values
+    cache = filled()
     branches = [cache, sharing(cache), sharing(cache)]
     cache.crop(-3)
     for step in range(5):  # in turns
