@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,16 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteriaList
 
+from sparq.cache_argument import generate_cache_name
 from sparq.clock import DecodeClock
-
-# What `generate` calls the cache: "cache" from transformers 5.24 on.
-CACHE = next(
-    name
-    for name in ("cache", "past_key_values")
-    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-)
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,11 @@ def generate(
     def run(tokens: Sequence[int], clock: DecodeClock, **options: Any) -> tuple[list[int], float]:
         """The new tokens, and the seconds until the first of them."""
         ids = torch.tensor([tokens], device=model.device)
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: cache}
+        inputs: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            generate_cache_name(): cache,
+        }
         begin = time.perf_counter()
         output: Tensor = model.generate(**inputs, **options, stopping_criteria=StoppingCriteriaList([clock]))
         return output[0, len(tokens) :].tolist(), clock.times[0] - begin

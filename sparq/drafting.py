@@ -14,6 +14,8 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from sparq.cache_argument import find_cache
+
 METHOD = "_get_candidate_generator"  # of transformers' GenerationMixin, called on the instance
 
 
@@ -63,8 +65,3 @@ def drafting(cache: Cache | None) -> Drafting | None:
     """What is noted on `cache`, while its drafts are being made."""
     found: Drafting | None = getattr(cache, "_sparq_drafting", None)
     return found if found is not None and found.is_alive else None
-
-
-def find_cache(values: Any) -> Cache | None:
-    """The first cache of transformers among the values: what the argument is called differs between versions."""
-    return next((value for value in values if isinstance(value, Cache)), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +18,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparq import attention
 from sparq.cache import allocated_bytes, begin_pass, end_pass, refuse_quantized, upgrade
+from sparq.cache_argument import find_cache
 from sparq.config import SparqConfig
 from sparq.counters import Counters
-from sparq.drafting import DraftNotes, find_cache
+from sparq.drafting import DraftNotes
 from sparq.reporting import Report
 from sparq.step import Step
 
@@ -368,6 +370,9 @@ def _check_served(model: PreTrainedModel, decoder: PreTrainedModel, config: Spar
     for cls in way_down - {nn.ModuleList}:
         if not _hands_down(cls):
             raise refuse(f"{cls.__name__} does not hand its keyword arguments down to the attention function")
+    parts = {type(part) for layer in layers for part in layer.modules()}
+    if any(map(_asks_for_the_name, parts)):
+        raise refuse("its attention chooses positions itself, by the name of the attention implementation")
     if layer_types and "full_attention" not in layer_types:
         raise refuse(
             f"none of its layers attends to the whole context (they are {', '.join(sorted(set(layer_types)))})"
@@ -379,6 +384,15 @@ def _check_served(model: PreTrainedModel, decoder: PreTrainedModel, config: Spar
     for layer in layers:
         head_dim = getattr(layer, "head_dim", None) or getattr(layer, "head_size", None)
         config.components(head_dim or text.hidden_size // text.num_attention_heads)
+
+
+def _asks_for_the_name(cls: type[nn.Module]) -> bool:
+    """Whether an attention layer, or a part of it, is another one where it is called "sdpa": there the model chooses
+    positions itself, and under any other name leaves that to the implementation."""
+    try:
+        return re.search(r"_attn_implementation (==|!=|in|not in) [^\n]*\"sdpa\"", inspect.getsource(cls)) is not None
+    except (OSError, TypeError):
+        return False
 
 
 def _hands_down(cls: type[nn.Module]) -> bool:

@@ -14,9 +14,9 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from sparq.attention import dense_attention
 from sparq.cache import SparqLayer, refuse_quantized
+from sparq.cache_argument import cache_name, find_cache
 from sparq.config import SparqConfig
 from sparq.counters import Counters
-from sparq.drafting import find_cache
 from sparq.lm_eval.methods import H2OLayer, Method, SparqVariant
 from sparq.patching import (
     _base,
@@ -30,7 +30,6 @@ from sparq.patching import (
 )
 from sparq.reporting import Report
 
-CACHE_NAMES = ("cache", "past_key_values")  # of the argument for a cache: since transformers 5.24, and before
 IMPLEMENTATIONS = {"sdpa": "sparq_comparison", "eager": "sparq_comparison_eager"}
 
 
@@ -131,7 +130,7 @@ class Comparison:
             if getattr(module.config, "use_cache", False) if use_cache is None else use_cache:
                 # As the model itself would make it, too late to be seen from here.
                 cache = DynamicCache(config=module.config)
-                name = next(name for name in CACHE_NAMES if name in self._parameters)
+                name = cache_name(type(module).forward)
                 position = self._parameters.index(name)
                 if position < len(args):
                     args = (*args[:position], cache, *args[position + 1 :])

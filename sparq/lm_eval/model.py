@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
 
+from sparq.cache_argument import generate_cache_name
 from sparq.lm_eval.decoding import Decoding
 from sparq.lm_eval.prefill import Prefills, prefill, step
 from sparq.lm_eval.scoring import Row, score
@@ -159,7 +160,7 @@ class SparqLM(HFLM):
                     raise ValueError(f"{name} must be 1 where decode_context_tokens is not 0, got {options[name]}")
             with torch.no_grad(), self._autocast():
                 before = context.shape[1] - decoded
-                options["past_key_values"], _ = prefill(
+                cache, _ = prefill(
                     self.model,
                     context[:, :before],
                     mask[:, :before],
@@ -169,7 +170,8 @@ class SparqLM(HFLM):
                 padded = not mask.all()
                 for t in range(before, context.shape[1] - 1):  # `generate` feeds the last
                     seen = mask[:, : t + 1] if padded else None
-                    step(self.model, options["past_key_values"], context[:, t : t + 1], seen)
+                    step(self.model, cache, context[:, t : t + 1], seen)
+                options[generate_cache_name()] = cache
         return super()._model_generate(context, max_length, stop, **options)
 
     def _autocast(self) -> torch.autocast:

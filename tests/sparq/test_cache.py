@@ -462,7 +462,7 @@ def test_upgrade_of_a_cache_that_is_filled() -> None:
         plain = [copy.copy(layer) for layer in cache.layers]
         upgrade(cache)
         for layer, other in zip(cache.layers, plain, strict=True):
-            assert type(layer) is SparqLayer and (layer.dtype, layer.device) == (other.dtype, other.device)
+            assert type(layer) is SparqLayer and (layer.dtype, layer.device) == (other.keys.dtype, other.device)
             check(layer, other, torch.tensor([0, 9]))
         assert cache.get_seq_length() == 40 and cache.is_croppable and not cache.is_compileable
         cache.crop(-4)

@@ -20,7 +20,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-import sparq.lm_eval.command
 from sparq.lm_eval.decoding import METHODS
 from sparq.lm_eval.model import SparqLM
 from sparq.lm_eval.prefill import Prefills
@@ -370,9 +369,3 @@ def test_the_command_takes_what_lm_eval_takes(llama, tmp_path):
     found = json.loads(path.read_text())
     assert found["config"]["sparq"]["tasks"]["recall_documentation_1k"]["layer_steps"]["sparse"] == 2 * 3 * 127
     assert found["results"]["recall_documentation_1k"]["bits_per_byte,none"] > 0
-
-
-def test_the_command_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'sparq-attention\[eval\]'"):
-        sparq.lm_eval.command.main(["ls", "tasks"])
