@@ -29,15 +29,14 @@ from sparq.totals import NO_KERNEL
 # Where sparsity begins to pay: bytes of K and V that a dense step of one layer reads, by device. Below it the fixed
 # cost of a sparse step is larger than what it saves (measured with benchmarks/crossover.py).
 PAYS_FROM_BYTES = {"cpu": 4 << 20}
-# Reasons for a dense step that the knobs, the model or the number of new tokens explain. Any other is warned of once.
+# Reasons for a dense step of some layers or some passes only. Of any other one warning says what the report says, too.
 EXPECTED = {
     "sliding-window layer",
     f"more than {MAX_QUERY_LENGTH} new tokens at once",
     "one of the first dense_layers",
-    "shorter than min_length",
-    "k covers the context",
     "the cache was not seen before this step",
 }
+TOO_SHORT, COVERED = "shorter than min_length", "k covers the context"
 patched_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # attention layers of patched models
 
 
@@ -172,7 +171,12 @@ def _decode_or_dense(call: _Call) -> tuple[Tensor, Tensor | None]:
         step.counters.dense_on_device(call.layer_idx, ready, bytes_dense)
     else:
         step.counters.dense(call.layer_idx, ready, bytes_dense)
-        if ready not in EXPECTED:
+        if ready == TOO_SHORT:
+            least = f"fewer than {_min_length(step, call.key):,} tokens are cached (min_length): nothing to gain yet"
+            step.counters.warn_once(f"sparq: decode steps are dense while {least}", about=ready)
+        elif ready == COVERED:
+            step.counters.warn_once(f"sparq: decode steps are dense while {ready}")
+        elif ready not in EXPECTED:
             step.counters.warn_once(f"sparq: decoding stays dense and gains nothing: {ready}")
     return call.dense()
 
@@ -286,13 +290,15 @@ def _dense_reason(call: _Call) -> str | None:
         return "attention weights were asked for"
     if not _pays_on(key.device.type, key.dtype):
         return NO_KERNEL
-    min_length = step.config.min_length
-    if min_length is None:
-        bytes_per_position = 2 * key.numel() // key.shape[2] * key.element_size()
-        min_length = PAYS_FROM_BYTES.get(key.device.type, 0) // bytes_per_position
-    if key.shape[2] < min_length:
-        return "shorter than min_length"
-    return None
+    return TOO_SHORT if key.shape[2] < _min_length(step, key) else None
+
+
+def _min_length(step: Step, key: Tensor) -> int:
+    """Cached positions from which a step may be sparse."""
+    if step.config.min_length is not None:
+        return step.config.min_length
+    bytes_per_position = 2 * key.numel() // key.shape[2] * key.element_size()
+    return PAYS_FROM_BYTES.get(key.device.type, 0) // bytes_per_position
 
 
 @torch.compiler.assume_constant_result

@@ -69,13 +69,15 @@ class Counters:
     def __reduce__(self) -> tuple:
         return Counters, ()
 
-    def warn_once(self, message: str) -> None:
+    def warn_once(self, message: str, about: str | None = None) -> None:
+        """about: what one warning is enough of, where its words depend on more."""
+        about = message if about is None else about
         if torch.compiler.is_compiling():
             return  # a graph cannot warn; the report says it
         with self._lock:
-            if message in self._warned:
+            if about in self._warned:
                 return
-            self._warned.add(message)
+            self._warned.add(about)
         warnings.warn(message, stacklevel=2)
 
     def cache(self, held: int) -> None:

@@ -21,7 +21,7 @@ from sparq.cache import allocated_bytes, begin_pass, end_pass, refuse_quantized,
 from sparq.cache_argument import find_cache
 from sparq.config import SparqConfig
 from sparq.counters import Counters
-from sparq.drafting import DraftNotes
+from sparq.generating import GenerateNotes
 from sparq.reporting import Report
 from sparq.step import Step
 
@@ -60,7 +60,7 @@ class Patch:
         self.base: Use | None = None
         self.blocks: tuple[Use, ...] = ()
         self._decoder = decoder
-        self._drafts = DraftNotes(model)
+        self._notes = GenerateNotes(model)
         self._handles: list[Any] = []
         self._are_layers_known = False
 
@@ -74,7 +74,7 @@ class Patch:
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
             decoder.register_forward_hook(self.after, with_kwargs=True),
         ]
-        self._drafts.install()
+        self._notes.install()
         try:
             self._enter(decoder)
         except BaseException:
@@ -86,7 +86,7 @@ class Patch:
         decoder = self._decoder
         for handle in self._handles:
             handle.remove()
-        self._drafts.remove()
+        self._notes.remove()
         attention.patched_layers.difference_update(_causal_layers(decoder))
         if _is_entered(decoder):
             decoder.set_attn_implementation(self._own_implementation)

@@ -108,6 +108,8 @@ class Report:
         lines = [str(self.config)]
         if self.cache_bytes:
             lines.append(f"largest cache: {self.cache_bytes / 1e6:,.1f} MB (K, V, the component copy of K)")
+        if not self.total.decode_steps:
+            lines.append("no decode step yet: nothing but prompts, if anything")
         for reason, steps in sorted(self.total.dense_steps.items(), key=lambda item: -item[1]):
             lines.append(f"dense, {steps} layer steps: {reason}")
         if self.total.other_sums:

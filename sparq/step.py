@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from sparq.cache import SparqLayer
 from sparq.config import SparqConfig
 from sparq.counters import Counters
-from sparq.drafting import drafting
+from sparq.generating import drafting, is_prefill
 from sparq.static_cache import SparqStaticLayer
 from sparq.static_plan import StaticPlan
 
@@ -49,6 +49,7 @@ class Step:
         layers = [] if cache is None else cache.layers
         self.is_static = any(isinstance(layer, SparqStaticLayer) for layer in layers)
         self.is_prompt = cache is not None and not any(_is_filled(layer, self.is_static) for layer in layers)
+        self.is_prefill = is_prefill(cache)
         self.drafting = None if torch.compiler.is_compiling() else drafting(cache)
         self._plans: list[tuple[Tensor | None, tuple, Any]] = []
         self._static_counts: tuple[StaticPlan, tuple[int, ...], Tensor] | None = None
@@ -56,7 +57,8 @@ class Step:
     def begin(self, query_length: int, key_length: int) -> None:
         """The first attention layer says how many tokens are new, and how many keys there are."""
         self.tokens = query_length
-        self.is_prompt = self.is_prompt or query_length == key_length
+        # A single token is a decode step wherever there is something to decode from: it is how anybody makes one.
+        self.is_prompt = self.is_prompt or query_length == key_length or (self.is_prefill and query_length > 1)
 
     def prompt_length(self, query_length: int) -> int:
         """So many of a layer's new tokens are a prompt, and dense; the rest are decode steps. `query_length`: a layer

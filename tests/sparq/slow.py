@@ -61,7 +61,10 @@ def cap(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 class Slow:
-    """Knobs as in `SparqConfig`; decodes every layer that sees the whole context sparsely."""
+    """Knobs as in `SparqConfig`; decodes every layer that sees the whole context sparsely.
+
+    several: whether up to 16 new tokens on a filled cache are decode steps; in `generate` they are a prompt.
+    """
 
     def __init__(
         self,
@@ -72,7 +75,9 @@ class Slow:
         local: int | None = None,
         mean_value: bool = True,
         dense_layers: int = 0,
+        several: bool = True,
     ) -> None:
+        self.several = several
         self.r, self.k, self.ratio, self.local = r, k, ratio, local
         self.mean_value, self.dense_layers = mean_value, dense_layers
         self.alphas: dict[int, list[float]] = {}  # by layer
@@ -105,7 +110,8 @@ class Slow:
         types = getattr(module.config, "layer_types", None)
         windowed = sliding_window is not None or (types is not None and types[layer] != "full_attention")
         prompt = queries > 1 and attention_mask[:, 0, 0].sum(-1).max() <= 1  # its first token sees itself alone
-        dense = prompt or queries > 16 or windowed or layer < self.dense_layers
+        prompt = prompt or queries > (16 if self.several else 1)
+        dense = prompt or windowed or layer < self.dense_layers
         output = torch.zeros(batch, queries, heads, head_dim, dtype=torch.float64)
         for b in range(batch):
             for h in range(kv_heads):

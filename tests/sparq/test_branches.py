@@ -8,6 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import sparq
 from sparq import branches
+from sparq.cache_argument import generate_cache_name
 from tests.sparq.tiny import VOCABULARY, build
 
 # gemma3, gpt_oss: sliding windows of 16 in two of three layers; llama4: chunks of 16
@@ -33,7 +34,7 @@ def alone(model: PreTrainedModel, shared: list[int], prompt: list[int]) -> list[
     for tokens, count in ((shared, 1), (prompt, OPTIONS["max_new_tokens"])):
         if tokens:
             ids = torch.tensor([tokens])
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), branches.CACHE: cache}
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), generate_cache_name(): cache}
             new = model.generate(**inputs, **OPTIONS | dict(max_new_tokens=count))[0, len(tokens) :].tolist()
     return new
 

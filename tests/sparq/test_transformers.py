@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
 
-from sparq import attention, cache, cache_argument, drafting, patching, static_cache, step
+from sparq import attention, cache, cache_argument, generating, patching, static_cache, step
 from tests.sparq.tiny import build, prompt
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "transformers.md"
@@ -198,21 +198,34 @@ def test_quantized_layers() -> None:
     holds("quantized layers", issubclass(cache_utils.QuantizedLayer, cache.QUANTIZED_LAYER))
 
 
+def test_prefill() -> None:
+    """In chunks of 16, the last of which is shorter; then three tokens."""
+    model, seen = build(), []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(generating.is_prefill(cache_argument.find_cache(kwargs.values()))),
+        with_kwargs=True,
+    )
+    generating.GenerateNotes(model).install()
+    ids = torch.arange(3, 43)[None]
+    model.generate(ids, prefill_chunk_size=16, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    holds("prefill", seen == [True] * 3 + [False] * 3)
+
+
 def test_assisted_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls, fed = build(), [], []
-    real = getattr(GenerationMixin, drafting.METHOD)
+    real = getattr(GenerationMixin, generating.CANDIDATES)
 
     def listening(self, *args, **kwargs):
         found = cache_argument.find_cache(kwargs["model_kwargs"].values())
         calls.append((args, kwargs["input_ids"].shape[1], found is not None and found.get_seq_length() == 0))
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(GenerationMixin, drafting.METHOD, listening)
+    monkeypatch.setattr(GenerationMixin, generating.CANDIDATES, listening)
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     ids = torch.arange(3, 23)[None].repeat(1, 3)
-    notes = drafting.DraftNotes(model)
+    notes = generating.GenerateNotes(model)
     notes.install()
     output = model.generate(
         ids, prompt_lookup_num_tokens=4, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, pad_token_id=0
@@ -220,4 +233,4 @@ def test_assisted_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     holds("assisted decoding", calls == [((), 60, True)] and fed[0] == 64)
     held = cache_argument.find_cache(output.values())
     holds("assisted decoding", held is not None and hasattr(held, "_sparq_drafting"))
-    holds("assisted decoding", drafting.drafting(held) is None)  # the object is gone
+    holds("assisted decoding", generating.drafting(held) is None)  # the object is gone

@@ -1,0 +1,89 @@
+"""What only `generate` knows of a forward pass: which of its tokens are a prompt, and which a draft.
+
+transformers' `generate` computes a prompt, in chunks if it is told to, inside a method that it calls on the model. It
+verifies a draft in one pass with the token before it, the first one together with the whole prompt. Every token of a
+draft is a decode step, so that the result is, token for token, that of decoding without an assistant. Before the first
+such pass `generate` asks the model for the object that makes the drafts, and lets go of it when it is done.
+
+Both methods are listened to on a patched model, and what they say is noted on the cache, for as long as it is true.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from sparq.cache_argument import find_cache
+
+PREFILL = "_prefill"  # of transformers' GenerationMixin, like the next
+CANDIDATES = "_get_candidate_generator"
+
+
+class Drafting:
+    """On a cache whose tokens come from assisted decoding."""
+
+    def __init__(self, generator: Any = None, prompt_left: int = 0) -> None:
+        self._generator = None if generator is None else weakref.ref(generator)
+        self.prompt_left = prompt_left  # tokens of the prompt that no pass has computed yet
+
+    def __reduce__(self) -> tuple:
+        return Drafting, ()  # a copy of the cache, or a file, is not what `generate` is decoding on
+
+    @property
+    def is_alive(self) -> bool:
+        return self._generator is not None and self._generator() is not None
+
+
+class GenerateNotes:
+    """Stands in for two methods of a model: notes what they are asked, and lets them answer."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def install(self) -> None:
+        for name, method in ((PREFILL, self.prefill), (CANDIDATES, self.candidates)):
+            if hasattr(type(self.model), name):
+                vars(self.model)[name] = method
+
+    def remove(self) -> None:
+        for name in (PREFILL, CANDIDATES):
+            vars(self.model).pop(name, None)
+
+    def prefill(
+        self, input_ids: Any, generation_config: Any, model_kwargs: dict, is_first_iteration: bool = True, **others: Any
+    ) -> Any:
+        method = getattr(type(self.model), PREFILL)
+        cache = find_cache(model_kwargs.values())
+        if (
+            cache is None or not is_first_iteration
+        ):  # an assistant is called again and again, for a few tokens each time
+            return method(self.model, input_ids, generation_config, model_kwargs, is_first_iteration, **others)
+        cache._sparq_is_prefill = True  # type: ignore[attr-defined]
+        try:
+            return method(self.model, input_ids, generation_config, model_kwargs, is_first_iteration, **others)
+        finally:
+            cache._sparq_is_prefill = False  # type: ignore[attr-defined]
+
+    def candidates(self, *args: Any, **kwargs: Any) -> Any:
+        generator = getattr(type(self.model), CANDIDATES)(self.model, *args, **kwargs)
+        model_kwargs = kwargs.get("model_kwargs") or {}
+        cache = find_cache(model_kwargs.values())
+        if cache is not None and kwargs.get("input_ids") is not None:
+            embeds = model_kwargs.get("inputs_embeds")
+            prompt = kwargs["input_ids"] if embeds is None else embeds
+            cache._sparq_drafting = Drafting(generator, prompt.shape[1])  # type: ignore[attr-defined]
+        return generator
+
+
+def is_prefill(cache: Cache | None) -> bool:
+    """Whether `generate` is computing a prompt into `cache`."""
+    return getattr(cache, "_sparq_is_prefill", False)
+
+
+def drafting(cache: Cache | None) -> Drafting | None:
+    """What is noted on `cache`, while its drafts are being made."""
+    found: Drafting | None = getattr(cache, "_sparq_drafting", None)
+    return found if found is not None and found.is_alive else None
