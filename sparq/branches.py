@@ -51,8 +51,7 @@ def generate(
     """Generate from each prompt as `model.generate` does, one after another on one dynamic cache.
 
     Args:
-        model: patched or not; its shared beginning is one forward pass, the rest of a prompt another, which a patched
-            model makes sparse where the rest is short.
+        model: patched or not. The shared beginning is one forward pass, the rest of each prompt another, dense both.
         prompts: token ids, each at least one.
         on_token: called after each new token.
         options: for `model.generate`.

@@ -68,15 +68,14 @@ def generate(args: argparse.Namespace) -> int:
         same = sum(a == b for a, b in zip(answers["stock"], answers["SparQ"], strict=True))
         console.print(f"\n{same} of {len(prompts)} answers are the same.")
 
-    caption = "a pass reads one new token, or the rest of a question" if len(prompts) > 1 else None
-    table = Table(title="decode", caption=caption)
-    for column in ("", "prompt s", "decode tokens/s", "ms/token", "K and V read, MB/pass"):
+    table = Table(title="decode")
+    for column in ("", "prompt s", "decode tokens/s", "ms/token", "K and V read, MB/token"):
         table.add_column(column, justify="right")
-    passes = max(1, report.total.decode_steps // max(1, len(report.layers)))
+    steps = max(1, report.total.decode_steps // max(1, len(report.layers)))
     if stock is not None:
         # Stock reads what a dense step would have read at SparQ's lengths; its answers may end a few tokens apart.
-        table.add_row("stock", *_figures(stock), f"{report.total.bytes_dense / passes / 1e6:.2f}")
-    table.add_row("SparQ", *_figures(fast), f"{report.total.bytes_read / passes / 1e6:.2f}")
+        table.add_row("stock", *_figures(stock), f"{report.total.bytes_dense / steps / 1e6:.2f}")
+    table.add_row("SparQ", *_figures(fast), f"{report.total.bytes_read / steps / 1e6:.2f}")
     console.print(table)
     if stock is not None:
         console.print(f"decode speed: {fast.tokens_per_second / stock.tokens_per_second:.2f}x stock\n")

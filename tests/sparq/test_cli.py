@@ -55,7 +55,7 @@ def test_compare_prints_both_answers_speed_bytes_and_report(model_folder, capsys
     out = capsys.readouterr().out
     assert "  stock  " in out and "  SparQ  " in out
     assert "1 of 1 answers are the same" in out, "k covers the context"
-    assert "tokens/s" in out and "MB/pass" in out and "read once" not in out
+    assert "tokens/s" in out and "MB/token" in out and "read once" not in out
     assert "k covers the context" in out
 
 
@@ -66,9 +66,9 @@ def test_sparse_run_reports_sparse_steps(model_folder, capsys):
     assert "stock" not in out
     shared = len(PROMPT) + 1  # the tokenizer's first
     assert f"2 prompt(s) of up to {shared + 11} tokens, the first {shared} of them read once" in " ".join(out.split())
-    # In each of two layers each question is one step, from which the first of six tokens comes, and five follow.
+    # In each of two layers: the question is a prompt, from which the first of six tokens comes, and five follow.
     total = next(line for line in out.splitlines() if line.startswith("│   all"))
-    assert [cell.strip() for cell in total.split("│")][2:4] == ["24", "0"]
+    assert [cell.strip() for cell in total.split("│")][2:4] == ["20", "0"]
 
 
 def test_what_questions_share_with_each_other_is_read_once_too(model_folder, capsys):
