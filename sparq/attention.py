@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 import weakref
@@ -21,6 +20,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from sparq import sinks
 from sparq.cache import SparqLayer
+from sparq.devices import has_kernel
 from sparq.static_cache import SparqStaticLayer
 from sparq.static_plan import StaticPlan
 from sparq.step import Plan, Step
@@ -280,6 +280,8 @@ def _dense_reason(call: _Call) -> str | None:
         return "query, key and value differ in dtype"  # autocast
     if key.shape != value.shape:
         return "keys and values differ in shape"
+    if not has_kernel(key.device.type, key.dtype):
+        return NO_KERNEL
     if isinstance(layer, SparqStaticLayer) and layer.components is None:
         return "the cache was first used in a compiled graph"
     if kwargs["dropout"]:
@@ -288,8 +290,6 @@ def _dense_reason(call: _Call) -> str | None:
         return "attention with position_bias"
     if kwargs.get("output_attentions"):
         return "attention weights were asked for"
-    if not _pays_on(key.device.type, key.dtype):
-        return NO_KERNEL
     return TOO_SHORT if key.shape[2] < _min_length(step, key) else None
 
 
@@ -299,17 +299,6 @@ def _min_length(step: Step, key: Tensor) -> int:
         return step.config.min_length
     bytes_per_position = 2 * key.numel() // key.shape[2] * key.element_size()
     return PAYS_FROM_BYTES.get(key.device.type, 0) // bytes_per_position
-
-
-@torch.compiler.assume_constant_result
-def _pays_on(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether the device has a kernel, or the user has asked for the reference, which is slower than dense attention.
-    float64 is nobody's wish for speed: there the reference is what was asked for."""
-    return (
-        dtype == torch.float64
-        or os.environ.get("SPARQ_BACKEND") == "reference"
-        or sparq_kernels.backend(device_type) != "reference"
-    )
 
 
 def _warn_if_bypassed(module: nn.Module) -> None:

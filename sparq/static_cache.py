@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from sparq.contents import outside_inference_mode, versions
+from sparq.devices import has_kernel
 
 # What `StaticLayer.lazy_initialization` sets (`dtype` before transformers 5.24 only).
 TAKEN_OVER = (
@@ -90,6 +91,8 @@ class SparqStaticLayer(StaticLayer):
         compiling = torch.compiler.is_compiling()
         if self.keys.shape != self.values.shape or (compiling and self.keys.device.type != "cpu"):
             return  # what is allocated inside a CUDA graph is gone after it
+        if not has_kernel(self.keys.device.type, self.keys.dtype):
+            return  # steps stay dense
         batch, heads, capacity, head_dim = self.keys.shape
         self.components = layout.allocate_components(
             batch, heads, capacity, head_dim, self.keys.dtype, self.device

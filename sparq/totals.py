@@ -40,13 +40,15 @@ SLOTS = (*SPARSE, *DOUBTS, *REASONS)
 
 
 class Totals:
-    """counts: int64 [len(SLOTS)].  alpha: float64 [], the sum of all α.  Both are added to in place, never replaced."""
+    """counts: int64 [len(SLOTS)].  alpha: float64 [] (float32 on MPS, which has no other), the sum of all α.  Both are
+    added to in place, never replaced."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.dtype = dtype  # of the layer's keys
         with torch.inference_mode(False):  # they outlive the block that they are made in
             self.counts = torch.zeros(len(SLOTS), dtype=torch.int64, device=device)
-            self.alpha = torch.zeros((), dtype=torch.float64, device=device)
+            precise = torch.float32 if device.type == "mps" else torch.float64
+            self.alpha = torch.zeros((), dtype=precise, device=device)
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.counts)
             torch._dynamo.mark_static_address(self.alpha)
@@ -58,7 +60,7 @@ class Totals:
     def sparse(self, counts: Tensor, alpha: Tensor, other_sum: Tensor | None, ignored_bias: Tensor | None) -> None:
         """counts: int64 [len(SPARSE)].  alpha: any shape.  The doubts: bool [], or None where there is none."""
         self.counts[: len(SPARSE)] += counts
-        self.alpha += alpha.detach().sum(dtype=torch.float64)
+        self.alpha += alpha.detach().sum(dtype=self.alpha.dtype)
         for slot, doubt in enumerate((other_sum, ignored_bias), len(SPARSE)):
             if doubt is not None:
                 self.counts[slot] += doubt
