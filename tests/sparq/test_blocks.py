@@ -253,6 +253,8 @@ def test_a_copy_made_inside_a_block_keeps_its_knobs(model: PreTrainedModel, expe
     with sparq.patched(other, **OTHER):
         assert torch.equal(logits(other), expected[6])
     assert sparq.report(other).config.k == 12
+    sparq.patch(other, **OTHER)
+    assert sparq.report(other).config.k == 6
     assert snapshot(sparq.unpatch(other)) == before
 
 
