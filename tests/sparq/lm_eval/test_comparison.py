@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import sparq
 from sparq.lm_eval.comparison import Comparison
@@ -88,6 +89,22 @@ def test_positions_are_those_of_the_operator(monkeypatch: pytest.MonkeyPatch) ->
     teacher_forced(sparq.patch(build(), r=4, k=12, min_length=0), prompt(), next_tokens())
     assert len(ours) == len(chosen) == 36
     assert all(torch.equal(a, b) for a, b in zip(ours, chosen, strict=True))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_arguments_by_position(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that wraps attention functions may hand on dropout and what follows as SDPA's function takes them."""
+    model, comparison = compared(Oracle(k=12), attn_implementation=implementation)
+    expected, name = teacher_forced(model, prompt(), next_tokens()), model.config._attn_implementation
+    function, called = ALL_ATTENTION_FUNCTIONS[name], []
+
+    def wrapper(module, query, key, value, mask, dropout=0.0, scaling=None, is_causal=None, bias=None, **kwargs):
+        called.append(name)
+        return function(module, query, key, value, mask, dropout, scaling, is_causal, bias, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, name, wrapper)
+    assert torch.equal(teacher_forced(model, prompt(), next_tokens()), expected)
+    assert len(called) == 3 * 13 and comparison.report().total.sparse_steps == 2 * 3 * 12
 
 
 @torch.no_grad()
