@@ -108,9 +108,10 @@ def test_a_prompt_of_embeddings_with_its_draft() -> None:
         given = embedded(model, prompt(batch=1, padding=0))
         return model.generate(**given, max_new_tokens=24, do_sample=False, pad_token_id=0, **how).tolist()
 
-    expected = tokens(sparq.patch(precise(), **SPARSE))
-    assert expected != tokens(precise())
-    assert tokens(sparq.patch(precise(), **SPARSE), prompt_lookup_num_tokens=20) == expected
+    stock, expected = tokens(precise()), tokens(sparq.patch(precise(), **SPARSE))
+    if tokens(precise(), prompt_lookup_num_tokens=20) != stock:
+        pytest.skip("this transformers drafts other tokens after embeddings, unpatched too")
+    assert tokens(sparq.patch(precise(), **SPARSE), prompt_lookup_num_tokens=20) == expected != stock
 
 
 class WithoutKeptLogits(LlamaForCausalLM):

@@ -48,6 +48,13 @@ def with_checkpointing(model: PreTrainedModel) -> None:
     model.gradient_checkpointing_enable()
 
 
+@torch.no_grad()
+def fills_its_cache(model: PreTrainedModel) -> bool:
+    cache = dynamic(model)
+    model(**prompt(), past_key_values=cache)
+    return cache.get_seq_length() > 0
+
+
 @pytest.mark.parametrize(
     ("set_up", "reason"), [(without_cache, NO_CACHE), (with_checkpointing, EMPTY_CACHE)], ids=["off", "training"]
 )
@@ -56,6 +63,8 @@ def test_generation_without_a_cache_is_dense_and_said(family: str, set_up: Calla
     stock, model = build(family), sparq.patch(build(family), **SPARSE)
     for one in (stock, model):
         set_up(one)
+    if set_up is with_checkpointing and fills_its_cache(stock):
+        pytest.skip("this transformers checkpoints where gradients are recorded only, and caches elsewhere")
     expected = generate(stock, prompt())
     with warned() as messages:
         assert generate(model, prompt()) == expected
