@@ -29,7 +29,8 @@ class SparqLayer(DynamicLayer):
     `keys` and `values` are views [B, Hkv, length, d] of the storage [B, Hkv, capacity, d]. Code that knows only
     `DynamicLayer` stays right: a tensor assigned to one of them, of whatever length, is adopted as its storage; what
     is written into them is found by PyTorch's version counters, which `.data` and numpy pass by; either drops the
-    index. Tokens that somebody else still holds are never overwritten.
+    index. Tokens that somebody else still holds are never overwritten. (Who holds views from before an `update` and
+    writes into them writes into the layer; a `DynamicLayer` has copied its tokens by then.)
     """
 
     _key_storage: Tensor | None

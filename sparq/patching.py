@@ -23,7 +23,7 @@ from sparq.config import SparqConfig
 from sparq.counters import Counters
 from sparq.generating import GenerateNotes
 from sparq.reporting import Report
-from sparq.step import Step
+from sparq.step import Step, holds_tokens
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -144,7 +144,7 @@ class Patch:
                 step.drafting.prompt_left = max(0, step.drafting.prompt_left - step.tokens)
             if step.cache is not None:
                 step.counters.cache(allocated_bytes(step.cache))
-            _count_uncached(step)
+            _count_uncached(step, output)
 
 
 def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Model:
@@ -260,15 +260,18 @@ def _installed(candidate: Patch) -> Patch:
     return current
 
 
-def _count_uncached(step: Step) -> None:
+def _count_uncached(step: Step, output: Any) -> None:
     """Count a decode step that was computed without a cache, the whole text again: one more token than in the pass
     before. (A model that leaves its cache empty is fed the new token alone.)"""
+    cache = step.cache
+    if cache is None:  # the model may have made one, which the caller is going to use
+        cache = find_cache(output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ())
     counters, before = step.counters, step.counters.uncached_tokens
-    if step.left_a_cache:
+    if cache is not None and holds_tokens(cache):
         counters.uncached_tokens = 0
         return
     counters.uncached_tokens = step.tokens
-    if before and (step.tokens == before + 1 or step.cache is not None):
+    if before and step.tokens == (before + 1 if step.cache is None else 1):
         reason = NO_CACHE if step.cache is None else EMPTY_CACHE
         for layer_idx, bytes_dense in step.prompts.items():
             counters.dense(layer_idx, reason, bytes_dense)
@@ -371,7 +374,7 @@ def _check_served(model: PreTrainedModel, decoder: PreTrainedModel, config: Spar
         if not _hands_down(cls):
             raise refuse(f"{cls.__name__} does not hand its keyword arguments down to the attention function")
     parts = {type(part) for layer in layers for part in layer.modules()}
-    if any(map(_asks_for_the_name, parts)):
+    if any(_asks_for_the_name(part) for part in parts):
         raise refuse("its attention chooses positions itself, by the name of the attention implementation")
     if layer_types and "full_attention" not in layer_types:
         raise refuse(
@@ -390,7 +393,9 @@ def _asks_for_the_name(cls: type[nn.Module]) -> bool:
     """Whether an attention layer, or a part of it, is another one where it is called "sdpa": there the model chooses
     positions itself, and under any other name leaves that to the implementation."""
     try:
-        return re.search(r"_attn_implementation (==|!=|in|not in) [^\n]*\"sdpa\"", inspect.getsource(cls)) is not None
+        with _lock:  # of a class `inspect` parses the file, which Python 3.11 cannot do in two threads at once
+            source = inspect.getsource(cls)
+        return re.search(r"_attn_implementation (==|!=|in|not in) [^\n]*\"sdpa\"", source) is not None
     except (OSError, TypeError):
         return False
 

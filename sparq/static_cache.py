@@ -132,6 +132,7 @@ class SparqStaticLayer(StaticLayer):
         super().crop(tokens_to_remove)  # type: ignore[misc]  # since transformers 5.24
         if tokens_to_remove:
             self.stale, self.lacks_one = True, False
+            self.is_filled = bool(self.cumulative_length > 0)
 
     @property
     def allocated_bytes(self) -> int:

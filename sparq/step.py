@@ -46,9 +46,8 @@ class Step:
         self.attention_calls = 0
         self.tokens = 0  # new ones; known from the first attention layer on
         self.prompts: dict[int, int] = {}  # of each layer that has computed nothing but a prompt: its bytes of K and V
-        layers = [] if cache is None else cache.layers
-        self.is_static = any(isinstance(layer, SparqStaticLayer) for layer in layers)
-        self.is_prompt = cache is not None and not any(_is_filled(layer, self.is_static) for layer in layers)
+        self.is_static = cache is not None and _is_static(cache)
+        self.is_prompt = cache is not None and not holds_tokens(cache)
         self.is_prefill = is_prefill(cache)
         self.drafting = None if torch.compiler.is_compiling() else drafting(cache)
         self._plans: list[tuple[Tensor | None, tuple, Any]] = []
@@ -67,11 +66,6 @@ class Step:
             return query_length if self.is_prompt or query_length < self.tokens else 0
         prompt = max(0, query_length - max(0, self.tokens - self.drafting.prompt_left))
         return prompt if self.is_prompt or prompt > MAX_QUERY_LENGTH else 0
-
-    @property
-    def left_a_cache(self) -> bool:
-        """Whether the pass, when it is over, has left tokens in the cache that it was given."""
-        return self.cache is not None and any(_is_filled(layer, self.is_static) for layer in self.cache.layers)
 
     def layer(self, layer_idx: int, key: Tensor, value: Tensor) -> Any:
         """The cache's layer of that index, or, where that holds nothing, the one that holds these keys and values
@@ -178,6 +172,15 @@ class Step:
         read = [self.config.positions(count) for count in seen]
         reason = "k covers the context" if read == seen else None
         return Plan(length, start, mask, sum(seen), sum(read), sum(row[0] for row in counts), reason)
+
+
+def holds_tokens(cache: Cache) -> bool:
+    is_static = _is_static(cache)
+    return any(_is_filled(layer, is_static) for layer in cache.layers)
+
+
+def _is_static(cache: Cache) -> bool:
+    return any(isinstance(layer, SparqStaticLayer) for layer in cache.layers)
 
 
 def _is_filled(layer: Any, is_static: bool) -> bool:

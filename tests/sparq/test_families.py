@@ -18,7 +18,6 @@ from tests.sparq.tiny import (
     FAMILIES,
     GQA,
     NAMES,
-    UNNAMED,
     build,
     generate,
     next_tokens,
@@ -30,7 +29,7 @@ SLIDING = dict.fromkeys(("gemma2", "gemma3", "gpt_oss", "cohere2", "llama4"), 2)
 SLIDING["gemma4"] = 1
 
 
-@pytest.mark.parametrize("family", FAMILIES | UNNAMED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_full_budget_is_the_stock_model(family: str) -> None:
     inputs = prompt()
     expected = generate(build(family), inputs)
@@ -42,7 +41,7 @@ def test_full_budget_is_the_stock_model(family: str) -> None:
     assert dense.get("sliding-window layer", 0) == sliding * 11
 
 
-@pytest.mark.parametrize("family", FAMILIES | UNNAMED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_sparse_steps_equal_the_definition(family: str) -> None:
     inputs, tokens = prompt(), next_tokens(steps=4)
     stock = teacher_forced(build(family), inputs, tokens)

@@ -69,8 +69,9 @@ def test_generation_without_a_cache_is_dense_and_said(family: str, set_up: Calla
     with warned() as messages:
         assert generate(model, prompt()) == expected
         total = sparq.report(model).total
-        assert generate(model, prompt()) == expected
+        assert generate(model, prompt()) == expected  # whose prompt follows on the steps before
     assert total.sparse_steps == 0 and total.dense_steps == {reason: 3 * 11}
+    assert sparq.report(model).total.dense_steps == {reason: 2 * 3 * 11}
     assert total.bytes_read == total.bytes_dense > 0
     assert len(messages) == 1 and reason in messages[0]
     assert reason in " ".join(str(sparq.report(model)).split())
@@ -101,6 +102,9 @@ def test_prompts_on_caches_of_their_own_are_no_decode_steps() -> None:
     with warned() as messages:
         for length in (40, 41, 42):
             model(**prompt(length=length), past_key_values=dynamic(model))
+        for length in (43, 44):  # that the model makes itself
+            model(**prompt(length=length))
+            model(**prompt(length=length + 2), return_dict=False)
     assert sparq.report(model).total.decode_steps == 0 and not messages
 
 

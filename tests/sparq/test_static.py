@@ -136,6 +136,17 @@ def test_another_batch_may_be_assigned(rows: list[int]) -> None:
             one.update(*states(1, len(rows), seed=length))
 
 
+@torch.no_grad()
+@needs_crop
+def test_cropped_to_nothing_it_begins_with_a_prompt_again() -> None:
+    model = sparq.patch(build(), r=2, k=1, min_length=0)
+    cache, ids = static(model), prompt(batch=1, padding=0, length=10)["input_ids"]
+    model(**prompt(batch=1, padding=0), past_key_values=cache)
+    cache.crop(-40)
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, build()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert sparq.report(model).total.decode_steps == 0
+
+
 @needs_crop
 @pytest.mark.parametrize("removed", [0, 1, 3, 20])
 @pytest.mark.parametrize("indexed", [False, True], ids=["no index yet", "indexed"])

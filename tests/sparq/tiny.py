@@ -56,6 +56,20 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Gemma3ForCausalLM",
         GQA | WINDOWS | dict(head_dim=16, query_pre_attn_scalar=16),
     ),
+    "gemma4": (  # its last layer reads the keys and values of the one before
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        GQA
+        | dict(
+            vocab_size_per_layer_input=VOCABULARY,
+            head_dim=16,
+            global_head_dim=32,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+            num_kv_shared_layers=1,
+            hidden_size_per_layer_input=8,
+        ),
+    ),
     "gpt_oss": (
         "GptOssConfig",
         "GptOssForCausalLM",
@@ -96,23 +110,6 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         ),
     ),
 }
-# Families that the README does not name.
-UNNAMED: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "gemma4": (  # its last layer reads the keys and values of the one before
-        "Gemma4TextConfig",
-        "Gemma4ForCausalLM",
-        GQA
-        | dict(
-            vocab_size_per_layer_input=VOCABULARY,
-            head_dim=16,
-            global_head_dim=32,
-            sliding_window=16,
-            layer_types=["sliding_attention", "full_attention", "full_attention"],
-            num_kv_shared_layers=1,
-            hidden_size_per_layer_input=8,
-        ),
-    ),
-}
 NAMES = {
     "llama": "Llama",
     "gpt_neox": "GPT-NeoX (Pythia)",
@@ -122,6 +119,7 @@ NAMES = {
     "phi3": "Phi-3",
     "gemma2": "Gemma 2",
     "gemma3": "Gemma 3",
+    "gemma4": "Gemma 4",
     "gpt_oss": "gpt-oss",
     "granite": "Granite",
     "olmo2": "OLMo 2",
@@ -138,7 +136,7 @@ NAMES = {
 
 def build(family: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A seeded random model: the same call gives the same weights."""
-    config_class, model_class, added = (FAMILIES | UNNAMED)[family]
+    config_class, model_class, added = FAMILIES[family]
     torch.manual_seed(seed)
     parts = COMMON | added | changes
     if vision := parts.pop("vision_config", None):
