@@ -18,25 +18,16 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from sparq import sinks
+from sparq import reasons, sinks
 from sparq.cache import SparqLayer
 from sparq.devices import has_kernel
 from sparq.static_cache import SparqStaticLayer
 from sparq.static_plan import StaticPlan
 from sparq.step import Plan, Step
-from sparq.totals import NO_KERNEL
 
 # Where sparsity begins to pay: bytes of K and V that a dense step of one layer reads, by device. Below it the fixed
 # cost of a sparse step is larger than what it saves (measured with benchmarks/crossover.py).
 PAYS_FROM_BYTES = {"cpu": 4 << 20}
-# Reasons for a dense step of some layers or some passes only. Of any other one warning says what the report says, too.
-EXPECTED = {
-    "sliding-window layer",
-    f"more than {MAX_QUERY_LENGTH} new tokens at once",
-    "one of the first dense_layers",
-    "the cache was not seen before this step",
-}
-TOO_SHORT, COVERED = "shorter than min_length", "k covers the context"
 patched_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # attention layers of patched models
 
 
@@ -171,12 +162,12 @@ def _decode_or_dense(call: _Call) -> tuple[Tensor, Tensor | None]:
         step.counters.dense_on_device(call.layer_idx, ready, bytes_dense)
     else:
         step.counters.dense(call.layer_idx, ready, bytes_dense)
-        if ready == TOO_SHORT:
+        if ready == reasons.TOO_SHORT:
             least = f"fewer than {_min_length(step, call.key):,} tokens are cached (min_length): nothing to gain yet"
             step.counters.warn_once(f"sparq: decode steps are dense while {least}", about=ready)
-        elif ready == COVERED:
+        elif ready == reasons.COVERED:
             step.counters.warn_once(f"sparq: decode steps are dense while {ready}")
-        elif ready not in EXPECTED:
+        elif ready not in reasons.EXPECTED:
             step.counters.warn_once(f"sparq: decoding stays dense and gains nothing: {ready}")
     return call.dense()
 
@@ -259,38 +250,38 @@ def _dense_reason(call: _Call) -> str | None:
     """Why this layer's step has to be dense, as far as its mask does not decide it; None: it can be sparse."""
     step, layer, query, key, value, kwargs = call.step, call.layer, call.query, call.key, call.value, call.kwargs
     if kwargs.get("sliding_window") is not None or getattr(layer, "is_sliding", False):
-        return "sliding-window layer"
+        return reasons.SLIDING
     if query.shape[2] > MAX_QUERY_LENGTH:
-        return f"more than {MAX_QUERY_LENGTH} new tokens at once"
+        return reasons.TOO_MANY
     if call.layer_idx < step.config.dense_layers:
-        return "one of the first dense_layers"
+        return reasons.FIRST_LAYERS
     if not isinstance(layer, (SparqLayer, SparqStaticLayer)):
         if step.cache is not None and step.cache.offloading:
-            return "an offloaded cache cannot be read sparsely"
+            return reasons.OFFLOADED
         if type(layer) is DynamicLayer:
-            return "the cache was not seen before this step"
+            return reasons.UNSEEN
         if layer is None:
-            return "there is no cache of transformers"
+            return reasons.FOREIGN_CACHE
         return f"a cache layer of type {type(layer).__name__} cannot be read sparsely"
     if layer.keys is None or layer.keys.device != key.device:
-        return "an offloaded cache cannot be read sparsely"
+        return reasons.OFFLOADED
     if not layer.holds(key, value):
-        return "attention to other keys and values than the cached ones cannot be read sparsely"
+        return reasons.OTHER_KEYS
     if not query.dtype == key.dtype == value.dtype:
-        return "query, key and value differ in dtype"  # autocast
+        return reasons.DTYPES_DIFFER  # autocast
     if key.shape != value.shape:
-        return "keys and values differ in shape"
+        return reasons.SHAPES_DIFFER
     if not has_kernel(key.device.type, key.dtype):
-        return NO_KERNEL
+        return reasons.NO_KERNEL
     if isinstance(layer, SparqStaticLayer) and layer.components is None:
-        return "the cache was first used in a compiled graph"
+        return reasons.MADE_IN_GRAPH
     if kwargs["dropout"]:
-        return "attention dropout"
+        return reasons.DROPOUT
     if kwargs["position_bias"] is not None:
-        return "attention with position_bias"
+        return reasons.POSITION_BIAS
     if kwargs.get("output_attentions"):
-        return "attention weights were asked for"
-    return TOO_SHORT if key.shape[2] < _min_length(step, key) else None
+        return reasons.WEIGHTS_WANTED
+    return reasons.TOO_SHORT if key.shape[2] < _min_length(step, key) else None
 
 
 def _min_length(step: Step, key: Tensor) -> int:

@@ -61,6 +61,7 @@ class SparqLayer(DynamicLayer):
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
         value_length = self._length + self._values_ahead
+        keys = _tokens(keys)
         self._key_storage, self._owned = keys, False
         self._length = 0 if keys is None else keys.shape[2]
         self._values_ahead = value_length - self._length
@@ -72,6 +73,7 @@ class SparqLayer(DynamicLayer):
 
     @values.setter
     def values(self, values: Tensor | None) -> None:
+        values = _tokens(values)
         self._value_storage, self._owned = values, False
         self._values_ahead = (0 if values is None else values.shape[2]) - self._length
         self._drop_index()
@@ -169,9 +171,14 @@ class SparqLayer(DynamicLayer):
 
     def _is_recorded(self, *states: Tensor) -> bool:
         """Whether autograd records what happens to the tokens: they may be needed as they are by a backward pass."""
-        return torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (*states, self._key_storage, self._value_storage)
-        )
+        if not torch.is_grad_enabled():
+            return False
+        held = [t for t in (self._key_storage, self._value_storage) if t is not None]
+        if any(t.requires_grad for t in (*states, *held)):
+            return True
+        # Attention of queries that are recorded saves keys and values, which need not be recorded themselves.
+        self._given = None
+        return not torch.compiler.is_compiling() and any(is_held_elsewhere(t) for t in held)
 
     def _write_recorded(self, key_states: Tensor, value_states: Tensor) -> None:
         """As `DynamicLayer` does it, a new tensor for every token: nothing that was recorded is overwritten."""
@@ -371,8 +378,9 @@ class SparqLayer(DynamicLayer):
         if cut_from_sum:
             # A few tokens (a rejected draft) are taken back from the sum; after a longer cut it is made anew.
             if self.value_sum is not None and cut_from_sum < length:
-                cut_off = self._sum_values(length, length + cut_from_sum, self.summed_start, self.summed_mask)
-                rest = self.value_sum - cut_off
+                with outside_inference_mode(), torch.no_grad():
+                    cut_off = self._sum_values(length, length + cut_from_sum, self.summed_start, self.summed_mask)
+                    rest = self.value_sum - cut_off
                 self.value_sum = rest if bool(rest.isfinite().all()) else None
             else:
                 self.value_sum = None
@@ -388,7 +396,7 @@ class SparqLayer(DynamicLayer):
         self._map(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda t: t[torch.as_tensor(indices, device=t.device)])
+        self._map(lambda t: t[indices.to(t.device) if isinstance(indices, Tensor) else indices])
 
     def offload(self) -> None:
         self._map(lambda t: t.to("cpu", non_blocking=True))
@@ -444,8 +452,8 @@ def upgrade(cache: Cache) -> None:
             cache.layers[i] = SparqStaticLayer.adopt(layer)
 
 
-def begin_pass(cache: Cache) -> None:
-    """Note how many tokens the layers hold, until `end_pass`.
+def begin_pass(cache: Cache, layers: int) -> None:
+    """Note how many tokens the layers hold, until `end_pass`; `layers`: how many the model has that attend.
 
     Raises:
         RuntimeError: an exception has ended the pass before this one between two layers, and nobody has put it right.
@@ -456,8 +464,12 @@ def begin_pass(cache: Cache) -> None:
     lengths = [layer.get_seq_length() if isinstance(layer, SparqLayer) else None for layer in cache.layers]
     before = getattr(cache, "_sparq_pass", None)
     if before is not None:
-        grown = {now - then for now, then in zip(lengths, before, strict=False) if now is not None and then is not None}
-        if len(grown) > 1 or len(before) != len(lengths):
+        # A cache that was made without a configuration gets its layers one by one.
+        earlier = [*before, *[0] * (len(lengths) - len(before))]
+        grown = {
+            now - then for now, then in zip(lengths, earlier, strict=False) if now is not None and then is not None
+        }
+        if len(grown) > 1 or len(earlier) > len(lengths) or (len(before) < len(lengths) < layers):
             raise RuntimeError(
                 f"sparq: a forward pass was interrupted between layers, which now hold {lengths} tokens; crop each of "
                 "them to the shortest, or start with a new cache"
@@ -485,6 +497,11 @@ def _grown(storage: Tensor | None, states: Tensor, used: int, capacity: int) -> 
     if storage is not None and used:
         grown[:, :, :used] = storage[:, :, :used]
     return grown
+
+
+def _tokens(tensor: Tensor | None) -> Tensor | None:
+    """[B, Hkv, n, d]; None for the empty tensor that a `DynamicLayer` begins with."""
+    return None if tensor is None or tensor.dim() < 4 else tensor
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

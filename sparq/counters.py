@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sparq.totals import DOUBTS, REASONS, SPARSE, Totals
+from sparq.reasons import REASONS
+from sparq.totals import DOUBTS, SPARSE, Totals
 
 
 @dataclass
 class LayerCounters:
-    """One layer's decode steps (forward passes with one new token on a non-empty cache, or several: always dense).
+    """One layer's decode steps (forward passes with one new token on a non-empty cache, or some; drafts in slices).
 
     Positions and bytes are summed over batch rows and steps. Bytes are those of K and V, counted by the formula of the
     paper: dense 2·S·d, SparQ S·r + 2·k·d + 4·d elements per KV head. S is the number of valid positions in a sparse
@@ -119,7 +120,9 @@ class Counters:
 
     def used(self) -> set[tuple[torch.device, torch.dtype]]:
         """Where and in what sparse steps were made; waits for the devices."""
-        on_device = {(t.counts.device, t.dtype) for t in self.totals.values() if t.to_dict()["sparse_steps"]}
+        with self._lock:
+            totals = list(self.totals.values())
+        on_device = {(t.counts.device, t.dtype) for t in totals if t.to_dict()["sparse_steps"]}
         return self.sparse_on | on_device
 
     def settled(self) -> dict[int, LayerCounters]:

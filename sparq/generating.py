@@ -5,14 +5,16 @@ verifies a draft in one pass with the token before it, the first one together wi
 draft is a decode step, so that the result is, token for token, that of decoding without an assistant. Before the first
 such pass `generate` asks the model for the object that makes the drafts, and lets go of it when it is done.
 
-Both methods are listened to on a patched model, and what they say is noted on the cache, for as long as it is true.
+Both methods are listened to on a patched model; what they say is noted for as long as it is true.
 """
 
 from __future__ import annotations
 
 import weakref
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -20,6 +22,9 @@ from sparq.cache_argument import find_cache
 
 PREFILL = "_prefill"  # of transformers' GenerationMixin, like the next
 CANDIDATES = "_get_candidate_generator"
+
+
+_is_prefill: ContextVar[bool] = ContextVar("sparq_is_prefill", default=False)
 
 
 class Drafting:
@@ -42,33 +47,41 @@ class GenerateNotes:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self._own: dict[str, Any] = {}  # what somebody else has put in a method's place
 
     def install(self) -> None:
         for name, method in ((PREFILL, self.prefill), (CANDIDATES, self.candidates)):
             if hasattr(type(self.model), name):
+                if name in vars(self.model):
+                    self._own[name] = vars(self.model)[name]
                 vars(self.model)[name] = method
 
     def remove(self) -> None:
         for name in (PREFILL, CANDIDATES):
             vars(self.model).pop(name, None)
+        vars(self.model).update(self._own)
+        self._own = {}
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name in self._own:
+            return self._own[name](*args, **kwargs)
+        return getattr(type(self.model), name)(self.model, *args, **kwargs)
 
     def prefill(
         self, input_ids: Any, generation_config: Any, model_kwargs: dict, is_first_iteration: bool = True, **others: Any
     ) -> Any:
-        method = getattr(type(self.model), PREFILL)
-        cache = find_cache(model_kwargs.values())
-        if (
-            cache is None or not is_first_iteration
-        ):  # an assistant is called again and again, for a few tokens each time
-            return method(self.model, input_ids, generation_config, model_kwargs, is_first_iteration, **others)
-        cache._sparq_is_prefill = True  # type: ignore[attr-defined]
+        if is_first_iteration:  # an assistant is called again and again, for a few tokens each time
+            cache = find_cache(model_kwargs.values())
+            if cache is not None:  # drafts on it have ended, though a traceback may keep their object alive
+                cache._sparq_drafting = None  # type: ignore[attr-defined]
+        token = _is_prefill.set(is_first_iteration)
         try:
-            return method(self.model, input_ids, generation_config, model_kwargs, is_first_iteration, **others)
+            return self._call(PREFILL, input_ids, generation_config, model_kwargs, is_first_iteration, **others)
         finally:
-            cache._sparq_is_prefill = False  # type: ignore[attr-defined]
+            _is_prefill.reset(token)
 
     def candidates(self, *args: Any, **kwargs: Any) -> Any:
-        generator = getattr(type(self.model), CANDIDATES)(self.model, *args, **kwargs)
+        generator = self._call(CANDIDATES, *args, **kwargs)
         model_kwargs = kwargs.get("model_kwargs") or {}
         cache = find_cache(model_kwargs.values())
         if cache is not None and kwargs.get("input_ids") is not None:
@@ -78,9 +91,9 @@ class GenerateNotes:
         return generator
 
 
-def is_prefill(cache: Cache | None) -> bool:
-    """Whether `generate` is computing a prompt into `cache`."""
-    return getattr(cache, "_sparq_is_prefill", False)
+def is_prefill() -> bool:
+    """Whether `generate` is computing a prompt, in this thread or task."""
+    return not torch.compiler.is_compiling() and _is_prefill.get()
 
 
 def drafting(cache: Cache | None) -> Drafting | None:

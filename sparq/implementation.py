@@ -49,10 +49,7 @@ def patching_attention(
 def _patch_around(module: nn.Module) -> None:
     model = _model_around(module)
     if not patching.is_patched(model):
-        knobs = getattr(model.config, NAME, None) or {}
-        if not isinstance(knobs, dict):
-            raise ValueError(f"model.config.{NAME} must be a dict of knobs of SparqConfig, got {knobs!r}")
-        patching.patch(model, **knobs)
+        patching.patch(model, patching.configured(model))
     if not getattr(module, "is_causal", False):  # an encoder of images, say: it keeps the name, and is asked again
         _beside.add(module)
 

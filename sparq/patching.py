@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sparq import attention
+from sparq import attention, reasons
 from sparq.cache import allocated_bytes, begin_pass, end_pass, refuse_quantized, upgrade
 from sparq.cache_argument import find_cache
 from sparq.config import SparqConfig
@@ -31,8 +31,6 @@ attention.register()  # here, not in `patch`: a patched model may come out of a 
 
 NAME = "sparq"  # the attention implementation by which a model patches itself (implementation.py)
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-NO_CACHE = "there is no cache (use_cache=False)"
-EMPTY_CACHE = "the model left its cache empty (as it does with gradient checkpointing in training mode)"
 
 _lock = threading.RLock()  # of all changes of what is patched
 
@@ -60,9 +58,10 @@ class Patch:
         self.base: Use | None = None
         self.blocks: tuple[Use, ...] = ()
         self._decoder = decoder
-        self._notes = GenerateNotes(model)
+        self._notes = [GenerateNotes(model)]
         self._handles: list[Any] = []
         self._are_layers_known = False
+        self._layer_count = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model has no blocks that could end: the knobs in force become its own."""
@@ -74,7 +73,8 @@ class Patch:
             decoder.register_forward_pre_hook(self.before, with_kwargs=True),
             decoder.register_forward_hook(self.after, with_kwargs=True),
         ]
-        self._notes.install()
+        for notes in self._notes:
+            notes.install()
         try:
             self._enter(decoder)
         except BaseException:
@@ -86,11 +86,19 @@ class Patch:
         decoder = self._decoder
         for handle in self._handles:
             handle.remove()
-        self._notes.remove()
+        for notes in self._notes:
+            notes.remove()
         attention.patched_layers.difference_update(_causal_layers(decoder))
         if _is_entered(decoder):
             decoder.set_attn_implementation(self._own_implementation)
         vars(decoder).pop("_sparq_patch", None)
+
+    def join(self, other: Patch) -> None:
+        """Listen to the model, too, that `other`, which is not installed, was made for: one around ours, perhaps."""
+        (notes,) = other._notes
+        if all(notes.model is not ours.model for ours in self._notes):
+            notes.install()
+            self._notes.append(notes)
 
     def current(self) -> Use | None:
         """What holds for this thread or task: the innermost block that it is inside of; else, since a block may start a
@@ -117,15 +125,20 @@ class Patch:
             return None  # the last block has just ended in another thread
         if not _is_entered(module):
             # The user has chosen an implementation anew, or has unpatched a model that shares the configuration.
-            self._enter(module)
+            with _lock:
+                if _patch_of(module) is not self:
+                    return None  # another thread has just unpatched it
+                self._enter(module)
         if not self._are_layers_known:
             self._are_layers_known = True
-            attention.patched_layers.update(_causal_layers(module))
+            layers = _causal_layers(module)
+            self._layer_count = len(layers)
+            attention.patched_layers.update(layers)
         cache = find_cache((*kwargs.values(), *args))
         if cache is not None:
             refuse_quantized(cache)
             upgrade(cache)
-            begin_pass(cache)
+            begin_pass(cache, self._layer_count)
         return args, {**kwargs, "sparq_step": Step(cache, use.config, use.counters)}
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -186,6 +199,9 @@ def unpatch(model: Model) -> Model:
         if current is not None:
             current.base, current.blocks = None, ()
             current.remove()
+        served = _served(model)
+        if NAME in _names(served.config):  # or what is left would patch it again
+            served.set_attn_implementation(_implementations(served.config, _default_base(_decoder(model))))
     return model
 
 
@@ -194,22 +210,27 @@ def patched(model: Model, config: SparqConfig | None = None, **knobs: Any) -> It
     """`patch` for the length of a `with` block, whose knobs and counters are its own; those from before come back.
 
     Several threads, or tasks of asyncio, may each be inside such a block on one model: each has its knobs and its
-    report, and the model is as it was when the last of them has left.
+    report, and the model is as it was when the last of them has left. Compiled steps cannot ask whose they are: they
+    are those of the block opened last, like those of two generators that a thread runs in turns.
     """
     use, candidate = _prepared(model, config, knobs)
     with _lock:
+        patches_itself = NAME in _names(candidate._decoder.config)
         current = _installed(candidate)
+        if patches_itself and current.base is None:
+            current.base = Use(configured(_served(model)))
         current.blocks += (use,)
-    token = _blocks.set((*_blocks.get(), use))
+    _blocks.set((*_blocks.get(), use))
     try:
         yield model
     finally:
-        _blocks.reset(token)
         with _lock:
             if use in current.blocks:  # it is not where the model was unpatched meanwhile
                 current.blocks = tuple(other for other in current.blocks if other is not use)
                 if current.base is None and not current.blocks:
                     current.remove()
+        # Not by a token: a generator may be ended in another context than it was begun in, and blocks in any order.
+        _blocks.set(tuple(other for other in _blocks.get() if other is not use))
 
 
 def report(model: nn.Module) -> Report:
@@ -238,11 +259,7 @@ def _prepared(model: nn.Module, config: SparqConfig | None, knobs: dict[str, Any
     """What would be put on the model, all of it checked, nothing changed."""
     if config is not None and not isinstance(config, SparqConfig):
         raise TypeError(f"config must be a SparqConfig or None, got {config!r} of type {type(config).__name__}")
-    unknown = sorted(set(knobs) - {field.name for field in dataclasses.fields(SparqConfig)})
-    if unknown:
-        names = ", ".join(field.name for field in dataclasses.fields(SparqConfig))
-        raise TypeError(f"unknown knob {unknown[0]!r}; the knobs are {names}")
-    config = SparqConfig(**knobs) if config is None else dataclasses.replace(config, **knobs)
+    config = _with_knobs(config, knobs)
     served = _served(model)
     decoder = _decoder(served)
     _check_served(served, decoder, config)
@@ -257,22 +274,25 @@ def _installed(candidate: Patch) -> Patch:
     if current is None:
         candidate.install()
         return candidate
+    current.join(candidate)
     return current
 
 
 def _count_uncached(step: Step, output: Any) -> None:
-    """Count a decode step that was computed without a cache, the whole text again: one more token than in the pass
-    before. (A model that leaves its cache empty is fed the new token alone.)"""
+    """Count a decode step that `generate` has computed without a cache, the whole text again: one more token than in
+    the pass before. (A model that leaves its cache empty is fed the new token alone.)"""
     cache = step.cache
     if cache is None:  # the model may have made one, which the caller is going to use
         cache = find_cache(output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ())
     counters, before = step.counters, step.counters.uncached_tokens
+    counters.uncached_tokens = 0
     if cache is not None and holds_tokens(cache):
-        counters.uncached_tokens = 0
         return
-    counters.uncached_tokens = step.tokens
-    if before and step.tokens == (before + 1 if step.cache is None else 1):
-        reason = NO_CACHE if step.cache is None else EMPTY_CACHE
+    is_step = before and step.tokens == (before + 1 if step.cache is None else 1)
+    if step.is_prefill or is_step:  # of nothing else: whoever scores texts of growing length decodes nothing
+        counters.uncached_tokens = step.tokens
+    if is_step:
+        reason = reasons.NO_CACHE if step.cache is None else reasons.EMPTY_CACHE
         for layer_idx, bytes_dense in step.prompts.items():
             counters.dense(layer_idx, reason, bytes_dense)
         counters.warn_once(f"sparq: decoding stays dense and gains nothing: {reason}")
@@ -347,6 +367,32 @@ def _implementations(config: PreTrainedConfig, default: str) -> dict[str, Any]:
         if part is not None:
             own[name] = _implementations(part, default)
     return own
+
+
+def _names(config: PreTrainedConfig) -> set[str]:
+    """The attention implementations of a configuration and its parts."""
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    return {config._attn_implementation}.union(*(_names(part) for part in parts if part is not None))
+
+
+def configured(model: PreTrainedModel) -> SparqConfig:
+    """The knobs that lie in the configuration of a model that patches itself.
+
+    Raises:
+        TypeError, ValueError: naming the knob, its value and what would be right.
+    """
+    knobs = getattr(model.config, NAME, None) or {}
+    if not isinstance(knobs, dict):
+        raise ValueError(f"model.config.{NAME} must be a dict of knobs of SparqConfig, got {knobs!r}")
+    return _with_knobs(None, knobs)
+
+
+def _with_knobs(config: SparqConfig | None, knobs: dict[str, Any]) -> SparqConfig:
+    unknown = sorted(set(knobs) - {field.name for field in dataclasses.fields(SparqConfig)})
+    if unknown:
+        names = ", ".join(field.name for field in dataclasses.fields(SparqConfig))
+        raise TypeError(f"unknown knob {unknown[0]!r}; the knobs are {names}")
+    return SparqConfig(**knobs) if config is None else dataclasses.replace(config, **knobs)
 
 
 def _check_served(model: PreTrainedModel, decoder: PreTrainedModel, config: SparqConfig) -> None:

@@ -60,6 +60,7 @@ class SparqStaticLayer(StaticLayer):
             for name in TAKEN_OVER:
                 if hasattr(layer, name):
                     setattr(new, name, getattr(layer, name))
+            new._leave_inference_mode()
             # In a compiled graph nobody can ask the device.
             new.is_filled = torch.compiler.is_compiling() or bool(layer.cumulative_length > 0)
             new._allocate_index()
@@ -69,7 +70,19 @@ class SparqStaticLayer(StaticLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         with outside_inference_mode():
             super().lazy_initialization(key_states, value_states)
-            self._allocate_index()
+        self._allocate_index()
+
+    def _leave_inference_mode(self) -> None:
+        """Of inference tensors PyTorch counts no writes: what was made in that mode is copied."""
+        if torch.compiler.is_compiling():
+            return
+        for name in ("keys", "values"):
+            tensor = getattr(self, name)
+            if tensor.is_inference():
+                with torch.inference_mode(False):
+                    copied = tensor.clone()
+                torch._dynamo.mark_static_address(copied)
+                setattr(self, name, copied)
 
     def _note_contents(self) -> None:
         """Call after every write of our own, and when the index has been made: it is of what is held now."""
@@ -94,11 +107,12 @@ class SparqStaticLayer(StaticLayer):
         if not has_kernel(self.keys.device.type, self.keys.dtype):
             return  # steps stay dense
         batch, heads, capacity, head_dim = self.keys.shape
-        self.components = layout.allocate_components(
-            batch, heads, capacity, head_dim, self.keys.dtype, self.device
-        ).zero_()
-        self.value_sum = self.keys.new_zeros((batch, heads, head_dim), dtype=torch.float32)
-        self.summed = self.keys.new_zeros((batch, capacity), dtype=torch.bool)
+        with outside_inference_mode():
+            self.components = layout.allocate_components(
+                batch, heads, capacity, head_dim, self.keys.dtype, self.device
+            ).zero_()
+            self.value_sum = torch.zeros((batch, heads, head_dim), dtype=torch.float32, device=self.keys.device)
+            self.summed = torch.zeros((batch, capacity), dtype=torch.bool, device=self.keys.device)
         self.stale = False
         if not compiling:  # as StaticLayer does with K and V
             for tensor in (self.components, self.value_sum, self.summed):
@@ -197,6 +211,8 @@ class SparqStaticLayer(StaticLayer):
         self.summed.copy_(valid)
 
     def reset(self) -> None:
+        if self.is_initialized:
+            self._check_contents()
         super().reset()
         self.is_filled = self.lacks_one = False
         if self.value_sum is not None and self.summed is not None:

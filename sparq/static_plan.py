@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparq import reasons
 from sparq.config import SparqConfig
 
 
@@ -45,21 +46,21 @@ class StaticPlan:
         valid = before[-1].expand(batch, capacity)
         ignored_bias, reason = None, None
         if config.positions(capacity) == capacity:
-            reason = "k covers the context"
+            reason = reasons.COVERED
         elif attention_mask is not None:
             shape = attention_mask.shape
             if attention_mask.dim() != 4 or shape[1] != 1 or shape[2] < queries + later or shape[3] < capacity:
-                reason = "attention mask that is not [batch, 1, 1, length]"
+                reason = reasons.MASK_SHAPE
             else:
                 rows = attention_mask[:, 0, -(queries + later) :, :capacity].to(length.device)
                 doubts = []
                 if rows.dtype != torch.bool:
                     masked_out = rows <= torch.finfo(rows.dtype).min / 2
-                    doubts.append(("attention mask with a bias", ((rows != 0) & ~masked_out).any()))
+                    doubts.append((reasons.MASK_BIAS, ((rows != 0) & ~masked_out).any()))
                     rows = ~masked_out
                 if queries > 1 or later:
                     strange = (rows[:, :queries] != (rows[:, -1:] & before)).any()
-                    doubts.append(("attention mask that is not causal", strange))
+                    doubts.append((reasons.MASK_ORDER, strange))
                 if length.device.type == "cpu" and not torch.compiler.is_compiling():  # reading it costs nothing
                     reason = next((why for why, doubt in doubts if bool(doubt)), None)
                 elif doubts:

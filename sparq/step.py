@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sparq_kernels.arguments import MAX_QUERY_LENGTH
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from sparq import reasons
 from sparq.cache import SparqLayer
 from sparq.config import SparqConfig
 from sparq.counters import Counters
@@ -48,7 +48,7 @@ class Step:
         self.prompts: dict[int, int] = {}  # of each layer that has computed nothing but a prompt: its bytes of K and V
         self.is_static = cache is not None and _is_static(cache)
         self.is_prompt = cache is not None and not holds_tokens(cache)
-        self.is_prefill = is_prefill(cache)
+        self.is_prefill = is_prefill()
         self.drafting = None if torch.compiler.is_compiling() else drafting(cache)
         self._plans: list[tuple[Tensor | None, tuple, Any]] = []
         self._static_counts: tuple[StaticPlan, tuple[int, ...], Tensor] | None = None
@@ -65,7 +65,7 @@ class Step:
         if self.drafting is None:
             return query_length if self.is_prompt or query_length < self.tokens else 0
         prompt = max(0, query_length - max(0, self.tokens - self.drafting.prompt_left))
-        return prompt if self.is_prompt or prompt > MAX_QUERY_LENGTH else 0
+        return prompt if self.is_prompt or prompt > 1 else 0
 
     def layer(self, layer_idx: int, key: Tensor, value: Tensor) -> Any:
         """The cache's layer of that index, or, where that holds nothing, the one that holds these keys and values
@@ -137,8 +137,7 @@ class Step:
             return self._counted(lengths, None, None, [[length - later for later in range(queries)]] * batch)
         shape = attention_mask.shape
         if attention_mask.dim() != 4 or shape[1] != 1 or shape[2] < queries + later or shape[3] < length + later:
-            why = f"attention mask that is not [batch, 1, {queries}, length]"
-            return Plan(lengths, None, None, 0, 0, 0, why)
+            return Plan(lengths, None, None, 0, 0, 0, reasons.MASK_SHAPE)
         rows = attention_mask[:, 0, -(queries + later) :, :length].to(device).expand(batch, -1, length)
         biased = None
         if rows.dtype != torch.bool:
@@ -156,9 +155,9 @@ class Step:
         starts, biases, others = ([row[i] for row in known] for i in range(3))
         counts = [row[3:] for row in known]
         if any(biases):
-            return Plan(lengths, None, None, 0, 0, 0, "attention mask with a bias")
+            return Plan(lengths, None, None, 0, 0, 0, reasons.MASK_BIAS)
         if any(others):
-            return Plan(lengths, None, None, 0, 0, 0, "attention mask that is not causal")
+            return Plan(lengths, None, None, 0, 0, 0, reasons.MASK_ORDER)
         if all(count[0] == length for count in counts):
             return self._counted(lengths, None, None, counts)
         if all(count[0] == length - start for count, start in zip(counts, starts, strict=True)):
@@ -170,7 +169,7 @@ class Step:
         """`counts`: for each row, how many positions its queries see, the last query's first."""
         seen = [count for row in counts for count in row]
         read = [self.config.positions(count) for count in seen]
-        reason = "k covers the context" if read == seen else None
+        reason = reasons.COVERED if read == seen else None
         return Plan(length, start, mask, sum(seen), sum(read), sum(row[0] for row in counts), reason)
 
 

@@ -3,36 +3,10 @@
 from __future__ import annotations
 
 import torch
-from sparq_kernels.arguments import MAX_QUERY_LENGTH
 from torch import Tensor
 
-OTHER_REASON = "another reason (the step ran in a compiled graph)"
-NO_KERNEL = (
-    "this device has no kernel, and plain PyTorch is slower than dense attention (SPARQ_BACKEND=reference runs it)"
-)
-# Why a step was dense, in words that do not depend on the step.
-REASONS = (
-    OTHER_REASON,
-    "sliding-window layer",
-    f"more than {MAX_QUERY_LENGTH} new tokens at once",
-    "one of the first dense_layers",
-    "query, key and value differ in dtype",
-    "keys and values differ in shape",
-    "attention dropout",
-    "attention with position_bias",
-    "attention weights were asked for",
-    "shorter than min_length",
-    "k covers the context",
-    "there is no cache of transformers",
-    NO_KERNEL,
-    "the cache was not seen before this step",
-    "the cache was first used in a compiled graph",
-    "an offloaded cache cannot be read sparsely",
-    "attention to other keys and values than the cached ones cannot be read sparsely",
-    "attention mask that is not [batch, 1, 1, length]",
-    "attention mask with a bias",
-    "attention mask that is not causal",
-)
+from sparq.reasons import OTHER_REASON, REASONS
+
 # What a sparse step adds, in this order; then come the doubts about a step, then a count for each reason.
 SPARSE = ("sparse_steps", "positions_cached", "positions_read", "bytes_read", "bytes_dense", "alpha_count")
 DOUBTS = ("other_sums", "ignored_biases")

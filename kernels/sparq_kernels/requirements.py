@@ -43,8 +43,8 @@ def check(*names: str) -> None:
             continue
         line = f"{name} {installed} is installed, tried is {wanted}: pip install '{name}{wanted}'"
         if any(bound.operator == "<" and not bound.contains(installed, prereleases=True) for bound in wanted):
-            line += ", or a newer sparq-attention; SPARQ_ANY_VERSION=1 runs it untried"
-        wrong.append(line)
+            line += ", or a newer sparq-attention"
+        wrong.append(f"{line}; SPARQ_ANY_VERSION=1 runs it untried")
     if not wrong:
         return
     message = f"sparq: {'; '.join(wrong)}"

@@ -43,8 +43,8 @@ class Prefills:
         return copy.deepcopy(cache), logits
 
     def put(self, key: Any, cache: Cache, logits: Tensor) -> None:
-        tensors: list[Tensor] = [getattr(layer, name) for layer in cache.layers for name in ("keys", "values")]
-        size = sum(tensor.nbytes for tensor in tensors)
+        tensors = [getattr(layer, name) for layer in cache.layers for name in ("keys", "values")]
+        size = sum(tensor.nbytes for tensor in tensors if tensor is not None)  # layers that share others' hold none
         if size > self.max_bytes:
             return
         self._kept[key] = (copy.deepcopy(cache), logits, size)

@@ -7,6 +7,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from typing import Any
 
 import pytest
@@ -291,3 +292,70 @@ def test_generation_in_threads_with_their_own_knobs(model: PreTrainedModel) -> N
         return work
 
     assert run(request(SPARSE, {}), request(OTHER, BEAMS)) == alone
+
+
+def test_a_block_may_end_in_another_context_than_it_was_begun_in() -> None:
+    """As a generator does that a server starts in one task and finishes in another."""
+    model = build()
+    before = snapshot(model)
+
+    def stream() -> Iterator[int]:
+        with sparq.patched(model, **SPARSE):
+            yield 1
+
+    running = stream()
+    copy_context().run(next, running)
+    assert copy_context().run(list, running) == []
+    assert snapshot(model) == before
+
+
+def test_a_block_on_a_model_that_patches_itself() -> None:
+    model = build()
+    model.config.sparq = SPARSE
+    model.set_attn_implementation("sparq")
+    with sparq.patched(model, **OTHER):
+        generate(model, prompt())
+    generate(model, prompt())
+    assert sparq.report(model).config == sparq.SparqConfig(**SPARSE) and sparq.report(model).total.sparse_steps
+    model.set_attn_implementation("sparq")
+    sparq.unpatch(model)
+    generate(model, prompt())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_unpatched_by_another_thread_at_the_last_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at what is patched and the look at what is entered; the model is left as it was."""
+    model, real = sparq.patch(build(), **SPARSE), patching._is_entered
+
+    def look(decoder: PreTrainedModel) -> bool:
+        monkeypatch.setattr(patching, "_is_entered", real)
+        sparq.unpatch(model)
+        return real(decoder)
+
+    monkeypatch.setattr(patching, "_is_entered", look)
+    assert generate(model, prompt()) == generate(build(), prompt())
+    assert snapshot(model) == snapshot(build())
+
+
+def test_the_inner_model_patched_first_and_then_the_outer() -> None:
+    """Only the outer knows in `generate` that chunks are a prompt."""
+    model = build()
+    before = snapshot(model)
+    sparq.patch(model.model, **SPARSE)
+    sparq.patch(model, **SPARSE)
+    generate(model, prompt(), tokens=3, prefill_chunk_size=10)
+    assert sparq.report(model).total.sparse_steps == 3 * 2
+    assert snapshot(sparq.unpatch(model)) == before
+
+
+def test_a_method_that_somebody_else_has_put_on_the_model() -> None:
+    model, calls = build(), []
+
+    def prefill(*args, **kwargs):
+        calls.append(1)
+        return type(model)._prefill(model, *args, **kwargs)
+
+    model._prefill = prefill
+    generate(sparq.patch(model, **SPARSE), prompt())
+    assert calls == [1]
+    assert sparq.unpatch(model)._prefill is prefill

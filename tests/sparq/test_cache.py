@@ -280,6 +280,7 @@ def test_update_names_what_does_not_match(wrong: tuple[int, int, int]) -> None:
     check(layer, filled(10, cls=DynamicLayer))
 
 
+@torch.no_grad()
 def test_growth_is_by_doubling() -> None:
     """Single tokens: each reallocation at least doubles the storage, so fewer positions are copied than are held."""
     layer, storages, indices = SparqLayer(), [], []

@@ -150,3 +150,51 @@ def test_rejected_drafts_copy_no_storage(monkeypatch: pytest.MonkeyPatch) -> Non
     model = sparq.patch(build(), **SPARSE)
     generate(model, inputs, 40, prompt_lookup_num_tokens=4)
     assert any(crops) and len(made) == 2 * 3  # K and V of each layer, once: 256 positions are enough
+
+
+def test_a_crop_in_inference_mode_between_steps_outside_of_it() -> None:
+    model, tokens = sparq.patch(build(), **SPARSE), next_tokens(1, 4)
+    expected_model, answers = sparq.patch(build(), **SPARSE), []
+    for one, mode in ((model, torch.inference_mode), (expected_model, torch.no_grad)):
+        cache = DynamicCache(config=one.config)
+        with torch.no_grad():
+            one(**prompt(batch=1, padding=0), past_key_values=cache)
+            one(tokens[:, :1], past_key_values=cache)
+        with mode():
+            cache.crop(-1)
+        with torch.no_grad():
+            steps = [one(tokens[:, i : i + 1], past_key_values=cache).logits for i in (1, 2, 3)]
+        answers.append(torch.cat(steps, 1))
+    torch.testing.assert_close(*answers)
+
+
+@torch.no_grad()
+def test_a_pass_that_failed_behind_its_last_layer_has_left_whole_tokens() -> None:
+    """On a cache that gets its layers one by one; between two layers it is an error still."""
+    model = sparq.patch(build(), **SPARSE)
+    for module, fits in ((model.model.norm, True), (model.model.layers[1], False)):
+        cache = DynamicCache()
+
+        def failing(*args) -> None:
+            raise ZeroDivisionError
+
+        handle = module.register_forward_pre_hook(failing)
+        with pytest.raises(ZeroDivisionError):
+            model(**prompt(batch=1, padding=0), past_key_values=cache)
+        handle.remove()
+        if fits:
+            model(next_tokens(1, 1), past_key_values=cache)
+            assert cache.get_seq_length() == 41
+        else:
+            with pytest.raises(RuntimeError, match="interrupted between layers"):
+                model(next_tokens(1, 1), past_key_values=cache)
+
+
+def test_the_empty_tensor_that_a_layer_begins_with_is_no_tokens() -> None:
+    layer = SparqLayer()
+    layer.update(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
+    layer.keys, layer.values = torch.tensor([]), torch.tensor([])
+    assert layer.get_seq_length() == 0
+    layer.update(torch.ones(2, 2, 1, 4), torch.ones(2, 2, 1, 4))
+    layer.batch_select_indices(slice(0, 1))
+    assert layer.keys.shape == (1, 2, 1, 4)

@@ -173,7 +173,7 @@ def test_a_reason_without_a_place_is_still_counted(monkeypatch: pytest.MonkeyPat
             warnings.simplefilter("ignore")
             decode(model, call, prompt(), next_tokens(steps=2), static(model))
         reasons.append(sparq.report(model).total.dense_steps)
-    assert reasons == [{sparq.totals.OTHER_REASON: 3 * 2}, {"something new": 3 * 2}]
+    assert reasons == [{sparq.reasons.OTHER_REASON: 3 * 2}, {"something new": 3 * 2}]
 
 
 @torch.no_grad()

@@ -255,3 +255,18 @@ def test_a_chunk_that_looks_like_a_draft_is_none(make_cache: Callable) -> None:
     model(next_tokens(1, 20), past_key_values=cache, logits_to_keep=20)
     assert sparq.report(model).total.dense_steps == {"more than 16 new tokens at once": 3}
     assert held(cache) == 80
+
+
+def test_a_turn_after_an_interruption_whose_traceback_is_kept() -> None:
+    """A notebook keeps it, and with it what made the drafts; the prompt of the next turn is a prompt all the same."""
+    model = sparq.patch(build(), **SPARSE)
+    cache = DynamicCache(config=model.config)
+    handle = model.lm_head.register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as kept:
+        generate(model, repeating(), past_key_values=cache, prompt_lookup_num_tokens=20)
+    handle.remove()
+    cache.crop(-held(cache) + 1)
+    sparq.patch(model, **SPARSE)
+    ids = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(8))
+    generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, tokens=2, past_key_values=cache)
+    assert sparq.report(model).total.sparse_steps == 3 and kept.tb is not None

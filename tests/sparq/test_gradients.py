@@ -188,3 +188,19 @@ def test_the_operator_refuses_a_backward_pass(differentiated: str) -> None:
             result.sum().backward(retain_graph=True)
     with torch.no_grad():
         assert not decode().output.requires_grad
+
+
+def test_gradients_of_queries_alone() -> None:
+    """An adapter on q_proj: the first layer's keys and values are not recorded, but saved by what is."""
+    grads = []
+    for model in (build(), sparq.patch(build())):
+        model.requires_grad_(False)
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.requires_grad_(True)
+        cache, loss = DynamicCache(config=model.config), 0.0
+        for ids in (prompt(batch=1, padding=0)["input_ids"], *next_tokens(1, 3).T[:, None]):
+            loss = loss + model(ids, past_key_values=cache).logits[:, -1].logsumexp(-1).sum()
+        loss.backward()
+        grads.append([layer.self_attn.q_proj.weight.grad for layer in model.model.layers])
+    for ours, stock in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)

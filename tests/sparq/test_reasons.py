@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import sparq
-from sparq.totals import NO_KERNEL, REASONS
+from sparq.reasons import EXPECTED, NO_KERNEL, REASONS
 from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_forced
 
 SPARSE: dict[str, Any] = dict(r=4, k=12, min_length=0)
@@ -166,7 +166,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable]] = {
     ),
     "attention mask with a bias": ({}, SPARSE, four_dimensional(-0.5)),
     "attention mask that is not causal": ({}, SPARSE, side_by_side),
-    "attention mask that is not [batch, 1, 1, length]": ({}, SPARSE, four_dimensional(True, every_head=True)),
+    "attention mask that is not [batch, 1, queries, length]": ({}, SPARSE, four_dimensional(True, every_head=True)),
 }
 
 
@@ -187,7 +187,7 @@ def test_a_reason_is_counted_by_its_name_and_warned_of_once(reason: str, make_ca
     total = sparq.report(model).total
     assert total.sparse_steps == 0 and total.dense_steps == {reason: 2 * 3}
     assert reason in REASONS
-    if reason in sparq.attention.EXPECTED:
+    if reason in EXPECTED:
         assert not messages
     elif reason != "shorter than min_length":  # said in other words
         assert len(messages) == 1 and reason in messages[0]

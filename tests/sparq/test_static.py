@@ -620,3 +620,44 @@ def test_a_chunk_whose_mask_is_not_causal_is_dense(visible: bool) -> None:
         if model.config._attn_implementation == "sparq":
             assert sparq.report(model).total.dense_steps == {"attention mask that is not causal": 3}
     torch.testing.assert_close(*outputs)
+
+
+def test_initialised_early_and_first_used_in_inference_mode() -> None:
+    model, tokens = sparq.patch(build(), **SPARSE), next_tokens(1, 2)
+    cache = static(model)
+    cache.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))
+    with torch.inference_mode():
+        model(**prompt(batch=1, padding=0), past_key_values=cache)
+    with torch.no_grad():
+        actual = [model(tokens[:, i : i + 1], past_key_values=cache).logits[:, -1] for i in range(2)]
+    expected = teacher_forced(model, prompt(batch=1, padding=0), tokens, static(model))
+    torch.testing.assert_close(torch.stack(actual, 1), expected)
+
+
+@torch.inference_mode()
+def test_a_cache_that_stock_has_filled_in_inference_mode_is_followed() -> None:
+    """Of the tensors that it was given PyTorch counts no writes."""
+    stock, token = build(), next_tokens(1, 1)
+    cache = static(stock)
+    stock(**prompt(batch=1, padding=0), past_key_values=cache)
+    model = sparq.patch(stock, **SPARSE)
+    model(token, past_key_values=cache)
+    for layer in cache.layers:
+        layer.keys[:, :, 3:20] = layer.keys[:, :, 4:21].clone()
+    fresh = copy.deepcopy(cache)
+    for layer in fresh.layers:
+        layer.stale = True
+    torch.testing.assert_close(model(token, past_key_values=cache).logits, model(token, past_key_values=fresh).logits)
+
+
+@torch.no_grad()
+def test_reset_after_a_batch_of_another_size_was_assigned() -> None:
+    model = sparq.patch(build(), **SPARSE)
+    cache = static(model)
+    expected = teacher_forced(model, prompt(), next_tokens(), cache)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:1].clone(), layer.values[:1].clone()
+    cache.reset()
+    one = {name: tensor[:1] for name, tensor in prompt().items()}
+    actual = teacher_forced(model, one, next_tokens()[:1], cache)
+    torch.testing.assert_close(actual, expected[:1], rtol=1e-4, atol=1e-4)

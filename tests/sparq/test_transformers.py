@@ -202,7 +202,7 @@ def test_prefill() -> None:
     """In chunks of 16, the last of which is shorter; then three tokens."""
     model, seen = build(), []
     model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(generating.is_prefill(cache_argument.find_cache(kwargs.values()))),
+        lambda module, args, kwargs: seen.append(generating.is_prefill()),
         with_kwargs=True,
     )
     generating.GenerateNotes(model).install()
