@@ -80,7 +80,8 @@ def sparq_attention(
     if prompt == query_length:
         step.prompts[layer_idx] = 2 * key.numel() * key.element_size()
         return call.dense()
-    if prompt == 0 and (step.drafting is None or query_length <= MAX_QUERY_LENGTH or kwargs.get("output_attentions")):
+    is_one_step = prompt == 0 and (step.drafting is None or query_length <= MAX_QUERY_LENGTH)
+    if is_one_step or kwargs.get("output_attentions"):  # whoever wants weights wants those of all queries together
         return _decode_or_dense(call)
     # A draft, perhaps with the prompt before it. Each of its tokens is a step, as many at once as the kernel takes.
     outputs = [call.part(0, prompt).dense()[0]] if prompt else []
@@ -139,8 +140,13 @@ class _Call(NamedTuple):
             return None
         else:
             first = keys - queries
-        own = torch.arange(queries, device=key.device)[:, None] + first
-        return (torch.arange(keys, device=key.device) <= own)[None, None]
+        return causal_mask(queries, keys, first, key.device)
+
+
+def causal_mask(queries: int, keys: int, first: int | Tensor, device: torch.device) -> Tensor:
+    """bool [1, 1, Q, S]: queries at the positions `first`, `first` + 1, ..., each seeing what is before it and itself."""
+    own = torch.arange(queries, device=device)[:, None] + first
+    return (torch.arange(keys, device=device) <= own)[None, None]
 
 
 class _Ready(NamedTuple):

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from sparq.attention import dense_attention
+from sparq.attention import causal_mask, dense_attention
 from sparq.cache import SparqLayer, refuse_quantized
 from sparq.cache_argument import cache_name, find_cache
 from sparq.config import SparqConfig
@@ -164,6 +164,9 @@ def comparison_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as transformers' `AttentionInterface` calls it: arguments and results as of `sparq_attention`."""
     kwargs |= dict(dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias)
+    queries, length = query.shape[2], key.shape[2]
+    if attention_mask is None and 1 < queries < length:  # see `attention._Call._missing_mask`; no cache here is static
+        attention_mask = causal_mask(queries, length, length - queries, key.device)
     dense = partial(dense_attention, base, module, query, key, value, attention_mask, **kwargs)
     current = sparq_comparison
     if current is None:  # a model that only shares its configuration
@@ -172,8 +175,7 @@ def comparison_attention(
     _check_call(key, value, kwargs)
     method, layer_idx = current.method, module.layer_idx
     assert isinstance(layer_idx, int)
-    batch, kv_heads, length, head_dim = key.shape
-    queries = query.shape[2]
+    batch, kv_heads, _, head_dim = key.shape
     scale = head_dim**-0.5 if scaling is None else scaling
 
     def dense_because(reason: str) -> tuple[Tensor, Tensor | None]:

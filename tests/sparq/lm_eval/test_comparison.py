@@ -480,3 +480,14 @@ def test_h2o_refuses_a_cache_that_others_have_filled() -> None:
     Comparison(model, H2O(k=12))
     with pytest.raises(ValueError, match="H2O has to see the whole prompt"):
         model(next_tokens(1, 1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_the_last_queries_of_a_prompt_without_a_mask() -> None:
+    """Gemma 4 computes no more of it in the layers that share keys and values."""
+    inputs = prompt(batch=1, padding=0)
+    expected = build("gemma4")(**inputs, logits_to_keep=5).logits
+    model = build("gemma4")
+    Comparison(model, Oracle(k=10_000))
+    actual = model(inputs["input_ids"], use_cache=False, logits_to_keep=5).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
