@@ -144,7 +144,7 @@ class _Call(NamedTuple):
 
 
 def causal_mask(queries: int, keys: int, first: int | Tensor, device: torch.device) -> Tensor:
-    """bool [1, 1, Q, S]: queries at the positions `first`, `first` + 1, ..., each seeing what is before it and itself."""
+    """bool [1, 1, Q, S] of queries at positions `first`, `first` + 1, ...: each sees what is before it and itself."""
     own = torch.arange(queries, device=device)[:, None] + first
     return (torch.arange(keys, device=device) <= own)[None, None]
 

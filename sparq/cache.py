@@ -39,6 +39,7 @@ class SparqLayer(DynamicLayer):
     _values_ahead: int  # what the values hold more; 0 but between two assignments from outside
 
     def __init__(self, **kwargs: Any) -> None:
+        self.remade = 0  # times that the index was made anew, because others had changed what it was of
         self._drop_storage()
         super().__init__(**kwargs)
 
@@ -81,6 +82,7 @@ class SparqLayer(DynamicLayer):
     def _drop_storage(self) -> None:
         self._key_storage = self._value_storage = None
         self._owned = False  # an adopted tensor may be in use elsewhere: it is read, never written
+        self._had_index = False
         self._length = self._values_ahead = 0
         self._drop_index()
 
@@ -253,7 +255,7 @@ class SparqLayer(DynamicLayer):
             if held is not None:
                 # a view would take all of its storage along
                 state[name] = held.clone(memory_format=torch.contiguous_format)
-        state["_owned"] = True
+        state["_owned"], state["_had_index"], state["remade"] = True, False, 0
         return state
 
     @property
@@ -290,7 +292,10 @@ class SparqLayer(DynamicLayer):
             if components is not None:
                 used = -(-self.indexed // BLOCK)
                 grown[:, :, :used] = components[:, :, :used]
+            elif self._had_index:
+                self.remade += 1
             self.components = components = grown
+            self._had_index = True
         if self._unindexed:
             layout.write_components(components, self._key_storage[:, :, self.indexed : self._length], self.indexed)
             self._unindexed = 0
@@ -486,6 +491,15 @@ def end_pass(cache: Cache) -> None:
 def allocated_bytes(cache: Cache) -> int:
     """Bytes that the SparQ layers of a cache hold, growth slack included; layers of other types are not counted."""
     return sum(layer.allocated_bytes for layer in cache.layers if isinstance(layer, (SparqLayer, SparqStaticLayer)))
+
+
+def take_remade(cache: Cache) -> int:
+    """How often an index was made anew since the last call, because others had changed the layer."""
+    remade = 0
+    for layer in cache.layers:
+        if isinstance(layer, SparqLayer) and layer.remade:
+            remade, layer.remade = remade + layer.remade, 0
+    return remade
 
 
 def _grown(storage: Tensor | None, states: Tensor, used: int, capacity: int) -> Tensor:

@@ -60,6 +60,7 @@ class Counters:
         self.totals: dict[int, Totals] = {}  # counted on the device, besides
         self.sparse_on: set[tuple[torch.device, torch.dtype]] = set()  # where and in what sparse steps were made
         self.cache_bytes = 0  # the most that one cache has held
+        self.remade = 0  # indices made anew, because others had changed a layer
         self.uncached_tokens = 0  # of the pass before, if it had no cache
         self._warned: set[str] = set()
         self._lock = threading.Lock()
@@ -81,7 +82,11 @@ class Counters:
             self._warned.add(about)
         warnings.warn(message, stacklevel=2)
 
-    def cache(self, held: int) -> None:
+    def cache(self, held: int, remade: int) -> None:
+        """held: bytes that a cache holds; remade: how often an index of it was made anew in this pass."""
+        if remade:
+            with self._lock:
+                self.remade += remade
         if held > self.cache_bytes:
             with self._lock:
                 self.cache_bytes = max(self.cache_bytes, held)

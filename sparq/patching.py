@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparq import attention, reasons
-from sparq.cache import allocated_bytes, begin_pass, end_pass, refuse_quantized, upgrade
+from sparq.cache import allocated_bytes, begin_pass, end_pass, refuse_quantized, take_remade, upgrade
 from sparq.cache_argument import find_cache
 from sparq.config import SparqConfig
 from sparq.counters import Counters
@@ -156,7 +156,7 @@ class Patch:
             if step.drafting is not None:
                 step.drafting.prompt_left = max(0, step.drafting.prompt_left - step.tokens)
             if step.cache is not None:
-                step.counters.cache(allocated_bytes(step.cache))
+                step.counters.cache(allocated_bytes(step.cache), take_remade(step.cache))
             _count_uncached(step, output)
 
 

@@ -44,6 +44,7 @@ class Report:
     backend: str  # what sparse steps ran on; before the first of them, what they would run on
     layers: dict[int, LayerReport]
     total: LayerReport
+    remade: int  # times that a layer's index was made anew, because others had changed what the layer holds
     cache_bytes: int  # the most one cache has held in SparQ's layers: K, V, the component copy of K, slack to grow
 
     @classmethod
@@ -58,7 +59,7 @@ class Report:
             if layer.alpha_sum is not None:
                 alpha_sum = layer.alpha_sum.cpu()  # layers may lie on several devices
                 everything.alpha_sum = alpha_sum if everything.alpha_sum is None else everything.alpha_sum + alpha_sum
-        return cls(config, backend, layers, _frozen(everything), counters.cache_bytes)
+        return cls(config, backend, layers, _frozen(everything), counters.remade, counters.cache_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,6 +113,10 @@ class Report:
             lines.append("no decode step yet: nothing but prompts, if anything")
         for reason, steps in sorted(self.total.dense_steps.items(), key=lambda item: -item[1]):
             lines.append(f"dense, {steps} layer steps: {reason}")
+        if self.remade:
+            lines.append(
+                f"{self.remade} times a layer was changed from outside and its index made anew: all of K and V was read"
+            )
         if self.total.other_sums:
             lines.append(
                 f"WRONG MEAN, {self.total.other_sums} layer steps: the mask has changed for positions read before, "

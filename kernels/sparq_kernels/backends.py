@@ -37,7 +37,8 @@ def triton_kernels() -> ModuleType | None:
         from . import gpu
     except ImportError as error:
         warnings.warn(
-            f"sparq_kernels: no GPU kernels, the PyTorch reference runs instead (slower than dense attention). "
+            "sparq_kernels: no GPU kernels. The operator runs the PyTorch reference, slower than dense attention, so "
+            "that patched models stay dense. "
             f"Triton {supported('triton')} is needed (pip install 'sparq-attention[gpu]'): {error}",
             RuntimeWarning,
             stacklevel=2,

@@ -66,7 +66,8 @@ def kernel() -> Callable[[bytes], int] | None:
             raise CompilerError("the kernel's arguments do not have the size cpu.py expects")
     except (CompilerError, OSError) as error:
         warnings.warn(
-            f"sparq_kernels: no CPU kernel, the PyTorch reference runs instead (slower than dense attention). {error}",
+            f"sparq_kernels: no CPU kernel. The operator runs the PyTorch reference, slower than dense attention, so "
+            f"that patched models stay dense. {error}",
             RuntimeWarning,
             stacklevel=2,
         )

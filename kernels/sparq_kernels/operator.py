@@ -95,7 +95,7 @@ def decode(
         mean_value,
         return_positions,
     )
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (query, key, value)):
         with torch.no_grad():
             output, alpha, positions, lse = _decode_op(*arguments)
         output, alpha, lse = _NoGradient.apply(output, alpha, lse, query, key, value)

@@ -61,7 +61,7 @@ def test_two_processes_compile_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("changes", [{"PATH": ""}, {"CXX": "no-such-compiler"}], ids=str)
 def test_without_a_compiler_the_reference_runs_and_one_warning_says_so(tmp_path: Path, changes: dict) -> None:
     out, _ = finish(start(environment(tmp_path, **changes)))
-    assert out.startswith("reference [") and out.count("no CPU kernel, the PyTorch reference runs instead") == 1
+    assert out.startswith("reference [") and out.count("no CPU kernel. The operator runs the PyTorch reference") == 1
     assert "Install one" in out
 
 

@@ -198,3 +198,19 @@ def test_the_empty_tensor_that_a_layer_begins_with_is_no_tokens() -> None:
     layer.update(torch.ones(2, 2, 1, 4), torch.ones(2, 2, 1, 4))
     layer.batch_select_indices(slice(0, 1))
     assert layer.keys.shape == (1, 2, 1, 4)
+
+
+@torch.no_grad()
+def test_the_report_says_how_often_an_index_was_made_anew() -> None:
+    """Eviction after every token costs more than it saves; what generate does to a cache is none."""
+    model = sparq.patch(build(), **SPARSE)
+    generate(model, prompt(), num_beams=2)
+    assert sparq.report(model).remade == 0 and "made anew" not in str(sparq.report(model))
+    cache = DynamicCache(config=model.config)
+    model(**prompt(batch=1, padding=0), past_key_values=cache)
+    for token in next_tokens(1, 4)[0]:
+        model(token[None, None], past_key_values=cache)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, 1:], layer.values[:, :, 1:]
+    report = sparq.report(model)
+    assert report.remade == 3 * 3 and "9 times a layer was changed from outside" in str(report)

@@ -120,7 +120,7 @@ def test_the_readme_names_the_same_bounds_and_what_was_tried() -> None:
         )
         assert f"{name} ≥ {least} and < {beyond}" in readme
     tried = [
-        dict(re.findall(r"^(\w+)==(\S+)", (root / file).read_text(encoding="utf-8"), re.MULTILINE))
+        dict(reversed(re.findall(r"^(\w+)==([\w.]+)", (root / file).read_text(encoding="utf-8"), re.MULTILINE)))
         for file in ("constraints.txt", "constraints-oldest.txt")
     ]
     newest, oldest = ([each[name] for name in ("transformers", "torch", "triton")] for each in tried)
