@@ -143,7 +143,7 @@ class SparqStaticLayer(StaticLayer):
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)  # type: ignore[misc]  # since transformers 5.24
+        super().crop(tokens_to_remove)  # there since transformers 5.24
         if tokens_to_remove:
             self.stale, self.lacks_one = True, False
             self.is_filled = bool(self.cumulative_length > 0)
