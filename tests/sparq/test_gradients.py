@@ -78,10 +78,13 @@ def test_a_gradient_of_what_goes_in() -> None:
     torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-9, atol=1e-11)
 
 
-def test_tokens_decoded_under_no_grad_between() -> None:
+@pytest.mark.parametrize(
+    ("knobs", "sparse"), [(dict(k=1000, min_length=0), 0), (SPARSE, 3 * 4)], ids=["dense", "sparse"]
+)
+def test_tokens_decoded_under_no_grad_between(knobs: dict[str, Any], sparse: int) -> None:
     """They read what was recorded; a backward pass of the prompt afterwards finds it as it was."""
     inputs, results = prompt(batch=1, padding=0), []
-    for model in (build().double(), sparq.patch(build().double(), k=1000, min_length=0)):
+    for model in (build().double(), sparq.patch(build().double(), **knobs)):
         cache = dynamic(model)
         loss = model(**inputs, past_key_values=cache).logits.log_softmax(-1)[..., 7].sum()
         with torch.no_grad():
@@ -89,21 +92,7 @@ def test_tokens_decoded_under_no_grad_between() -> None:
                 model(token, past_key_values=cache)
         loss.backward()
         results.append(gradients(model))
-    for mine, own in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(mine, own, rtol=1e-9, atol=1e-11)
-
-
-def test_sparse_tokens_under_no_grad_leave_the_prompts_gradient() -> None:
-    inputs, results = prompt(batch=1, padding=0), []
-    for model in (build().double(), sparq.patch(build().double(), **SPARSE)):
-        cache = dynamic(model)
-        loss = model(**inputs, past_key_values=cache).logits.log_softmax(-1)[..., 7].sum()
-        with torch.no_grad():
-            for token in next_tokens(1, 4).split(1, dim=1):
-                model(token, past_key_values=cache)
-        loss.backward()
-        results.append(gradients(model))
-    assert sparq.report(model).total.sparse_steps == 3 * 4
+    assert sparq.report(model).total.sparse_steps == sparse
     for mine, own in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(mine, own, rtol=1e-9, atol=1e-11)
 
