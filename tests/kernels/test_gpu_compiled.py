@@ -19,10 +19,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process and cannot be compiled", allow_module_level=True)
 pytest.importorskip("triton")
 
+import compiled_kernels as compiled
+from compiled_kernels import Specialised, empty_append, empty_call, record, specialise
 from sparq_kernels.gpu import launch
-
-from tests.kernels import compiled
-from tests.kernels.compiled import Specialised, empty_append, empty_call, record, specialise
 
 WAYS = {
     "fused": {"fused"},
