@@ -1,13 +1,19 @@
 """What Triton makes of the GPU kernels, with no GPU: launches are recorded and compiled ahead of time.
 
-A launch is specialised by Triton's own code, so what is compiled here is what would be compiled at run time.
+    python benchmarks/compiled_kernels.py       # after a change that was meant: writes results/compiled-sm_90.json
+
+A launch is specialised by Triton's own code, so what is compiled here is what would be compiled at run time. The file
+holds registers, instructions and loops of some kernels by Triton's version; tests/kernels/test_gpu_compiled.py bounds
+them, and `make gpu` shows them beside what a card reports.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import functools
 import importlib
+import json
 import re
 import subprocess
 import tempfile
@@ -21,7 +27,7 @@ from unittest import mock
 
 import torch
 import triton
-from sparq_kernels.append import AppendArguments
+from sparq_kernels.append import AppendArguments, check_append
 from sparq_kernels.arguments import Arguments
 from sparq_kernels.layout import BLOCK, num_blocks
 from triton.backends.compiler import GPUTarget
@@ -33,6 +39,15 @@ TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 CAPACITY_STEP = 256  # of the plugin's cache
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 # Where the bulk of the bytes is read: module, function, and the pointer that the load begins with.
+RECORD = Path(__file__).parent / "results" / "compiled-sm_90.json"
+# What the record holds: the shapes that the attention benchmark begins with, as arguments of `empty_call`.
+RECORDED_CASES: dict[str, dict[str, Any]] = {
+    "S1": {"batch": 64, "num_heads": 32, "num_kv_heads": 32, "cached": 4096, "r": 32, "k": 128},
+    "S2": {"batch": 8, "cached": 32768, "r": 32, "k": 256},
+    "S3": {"batch": 1, "cached": 131072, "r": 32, "k": 1024},
+    "one row, 8k": {"batch": 1, "cached": 8192, "r": 32, "k": 256},
+    "one row, 64k, r = 16": {"batch": 1, "cached": 65536, "r": 16, "k": 4096},
+}
 STREAMS = {
     "components": ("scoring", "score_tiles", "runs"),
     "keys": ("attention", "attend", "key"),
@@ -127,6 +142,7 @@ def empty_call(
         length=torch.empty(batch, dtype=torch.int64),
         start=torch.empty(batch, dtype=torch.int64) if start else None,
         mask=torch.empty((batch, cached), dtype=torch.bool) if mask else None,
+        counts=None,
         r=r,
         k=k,
         k_divisor=None,
@@ -160,6 +176,10 @@ class _Recorder:
         self.kernel = kernel
         self.launches = launches
 
+    @property
+    def arg_names(self) -> list[str]:
+        return self.kernel.arg_names
+
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *arguments, **options: self.launches.append(Launch(self.kernel, grid, arguments, options))
 
@@ -172,12 +192,14 @@ def record(module: ModuleType, call: Arguments | AppendArguments, target: str) -
             if isinstance(kernel, JITFunction):
                 stack.enter_context(mock.patch.object(module, name, _Recorder(kernel, launches)))
         stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: MULTIPROCESSORS[target]))
+        stack.enter_context(mock.patch.dict(module._plans, clear=True))
+        stack.enter_context(mock.patch.dict(module._appends, clear=True))
         hip = "7.0" if target.startswith("gfx") else None
         stack.enter_context(mock.patch.object(torch.version, "hip", hip))
         if isinstance(call, Arguments):
             module.run(module.plan(call), call)
         else:
-            module.append(call)
+            module.append(call, check_append(call))
     return launches
 
 
@@ -342,3 +364,98 @@ def distinct(launches: list[Specialised]) -> dict[str, list[Specialised]]:
     for specialised in launches:
         found[specialised.kernel.__name__].setdefault(specialised.key, specialised)
     return {name: list(of_name.values()) for name, of_name in found.items()}
+
+
+def pointer_conversions(specialised: Specialised) -> list[str]:
+    """Lines of Triton's GPU code that rearrange addresses inside a loop: through shared memory, in every turn."""
+    found, loops = [], []  # loops: how far each one that is open is indented
+    for line in compile_kernel(specialised).asm["ttgir"].splitlines():
+        indent = len(line) - len(line.lstrip())
+        while loops and indent <= loops[-1] and line.lstrip().startswith("}"):
+            loops.pop()
+        if re.search(r"\bscf\.(for|while)\b", line):
+            loops.append(indent)
+        elif loops and "convert_layout" in line and "!tt.ptr" in line:
+            found.append(line.strip())
+    return found
+
+
+class Loop(NamedTuple):
+    """An innermost loop of machine code."""
+
+    instructions: int
+    barriers: int
+
+
+class Code(NamedTuple):
+    """What an assembler has made of a kernel."""
+
+    registers: int
+    spilled: int
+    instructions: int
+    loops: list[Loop]  # in order
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> Code:
+        """From what a JSON file holds."""
+        return cls(**{**plain, "loops": [Loop(**loop) for loop in plain["loops"]]})
+
+    def plain(self) -> dict[str, Any]:
+        return {**self._asdict(), "loops": [loop._asdict() for loop in self.loops]}
+
+
+def machine_code(specialised: Specialised) -> Code:
+    """Of a kernel for NVIDIA."""
+    with tempfile.TemporaryDirectory(prefix="sparq-cubin-") as directory:
+        binary = Path(directory, "kernel.cubin")
+        binary.write_bytes(compile_kernel(specialised).asm["cubin"])
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", str(binary)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label.group(1)] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction.group(1))
+    spans = []
+    for end, instruction in enumerate(instructions):
+        jump = re.search(r"\bBRA\b.*?`\((\.L_x_\d+)\)", instruction)
+        begin = labels.get(jump.group(1), end) if jump else end
+        # What is rarely needed stands behind the end and jumps back from there, which makes no loop.
+        if begin < end and not any("EXIT" in each for each in instructions[begin:end]):
+            spans.append((begin, end + 1))
+    innermost = [(begin, end) for begin, end in sorted(set(spans)) if not any(begin <= b and e < end for b, e in spans)]
+    loops = [
+        Loop(end - begin, sum(bool(re.search(r"\bBAR\b", each)) for each in instructions[begin:end]))
+        for begin, end in innermost
+    ]
+    used = resources(specialised)
+    return Code(used.registers, used.spilled, len(instructions), loops)
+
+
+def codes_of(case: str) -> dict[str, Code]:
+    """By kernel name, for one of `RECORDED_CASES` on sm_90."""
+    from sparq_kernels.gpu import launch
+
+    launches = record(launch, empty_call(**RECORDED_CASES[case]), "sm_90")
+    return {one.name: machine_code(specialise(one, "sm_90")) for one in launches}
+
+
+def recorded() -> dict[str, Any]:
+    """Triton's version (major.minor) -> case -> kernel -> `Code.plain`."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    version = ".".join(map(str, TRITON))
+    codes = {case: {name: code.plain() for name, code in codes_of(case).items()} for case in RECORDED_CASES}
+    RECORD.write_text(json.dumps(recorded() | {version: codes}, indent=1) + "\n")
+    for case, kernels in codes.items():
+        for name, code in kernels.items():
+            print(f"{case}: {name}: {code['registers']} registers, {code['instructions']} instructions")
+
+
+if __name__ == "__main__":
+    main()

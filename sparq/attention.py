@@ -20,14 +20,16 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from sparq import reasons, sinks
 from sparq.cache import SparqLayer
-from sparq.devices import has_kernel
 from sparq.static_cache import SparqStaticLayer
 from sparq.static_plan import StaticPlan
 from sparq.step import Plan, Step
 
 # Where sparsity begins to pay: bytes of K and V that a dense step of one layer reads, by device. Below it the fixed
-# cost of a sparse step is larger than what it saves (measured with benchmarks/crossover.py).
-PAYS_FROM_BYTES = {"cpu": 4 << 20}
+# cost of a sparse step is larger than what it saves (on CPUs measured with benchmarks/crossover.py).
+PAYS_FROM_BYTES = {
+    "cpu": 4 << 20,
+    "cuda": 100 << 20,  # an estimate: not measured on any GPU yet
+}
 patched_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # attention layers of patched models
 
 
@@ -214,7 +216,7 @@ def _decode(call: _Call, ready: _Ready) -> Tensor:
     if call.later and isinstance(plan, Plan):
         key, value = (x[:, :, : x.shape[2] - call.later] for x in (key, value))
     batch, kv_heads, _, head_dim = key.shape
-    queries, r = call.query.shape[2], config.components(head_dim)
+    queries, r = call.query.shape[2], step.components(head_dim)
     output, alpha, _, lse = sparq_kernels.decode(
         call.query,
         key,
@@ -224,6 +226,7 @@ def _decode(call: _Call, ready: _Ready) -> Tensor:
         length=plan.length,
         start=plan.start,
         mask=plan.mask,
+        counts=plan.row_counts,
         r=r,
         k=config.min_k,
         k_divisor=config.k_divisor,
@@ -240,9 +243,10 @@ def _decode(call: _Call, ready: _Ready) -> Tensor:
         counts = step.static_counts(plan, per_position, r, head_dim, alpha.numel())
         step.counters.sparse_on_device(call.layer_idx, alpha, counts, ready.other_sum, plan.ignored_bias)
     else:
+        step.alphas.append((call.layer_idx, alpha))
         step.counters.sparse(
             call.layer_idx,
-            alpha,
+            key.device,
             key.dtype,
             positions_cached=plan.valid,
             positions_read=plan.read,
@@ -269,7 +273,7 @@ def _dense_reason(call: _Call) -> str | None:
         if layer is None:
             return reasons.FOREIGN_CACHE
         return f"a cache layer of type {type(layer).__name__} cannot be read sparsely"
-    if layer.keys is None or layer.keys.device != key.device:
+    if layer.storage_device != key.device:
         return reasons.OFFLOADED
     if not layer.holds(key, value):
         return reasons.OTHER_KEYS
@@ -277,7 +281,7 @@ def _dense_reason(call: _Call) -> str | None:
         return reasons.DTYPES_DIFFER  # autocast
     if key.shape != value.shape:
         return reasons.SHAPES_DIFFER
-    if not has_kernel(key.device.type, key.dtype):
+    if not step.has_kernel(key.device.type, key.dtype):
         return reasons.NO_KERNEL
     if isinstance(layer, SparqStaticLayer) and layer.components is None:
         return reasons.MADE_IN_GRAPH
@@ -294,8 +298,8 @@ def _min_length(step: Step, key: Tensor) -> int:
     """Cached positions from which a step may be sparse."""
     if step.config.min_length is not None:
         return step.config.min_length
-    bytes_per_position = 2 * key.numel() // key.shape[2] * key.element_size()
-    return PAYS_FROM_BYTES.get(key.device.type, 0) // bytes_per_position
+    batch, heads, _, head_dim = key.shape
+    return PAYS_FROM_BYTES.get(key.device.type, 0) // (2 * batch * heads * head_dim * key.element_size())
 
 
 def _warn_if_bypassed(module: nn.Module) -> None:

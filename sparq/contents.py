@@ -10,7 +10,10 @@ from torch import Tensor
 
 def versions(*tensors: Tensor | None) -> tuple[int, ...]:
     """PyTorch's count of the writes into each tensor and its views; -1 where it keeps none (of inference tensors)."""
-    return tuple([-1 if t is None or t.is_inference() else t._version for t in tensors])
+    try:
+        return tuple([-1 if t is None else t._version for t in tensors])
+    except RuntimeError:  # one is an inference tensor
+        return tuple([-1 if t is None or t.is_inference() else t._version for t in tensors])
 
 
 def is_held_elsewhere(tensor: Tensor) -> bool:

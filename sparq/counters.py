@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -30,7 +30,7 @@ class LayerCounters:
     positions_read: int = 0  # in sparse steps, in full
     bytes_read: int = 0
     bytes_dense: int = 0
-    alpha_sum: Tensor | None = None  # left on its device: reading it back would wait for the step
+    alpha_sum: Tensor | None = None
     alpha_count: int = 0
     other_sums: int = 0  # steps that blended in the mean over other positions than their mask says
     ignored_biases: int = 0  # sparse steps under a mask with a bias, or not a causal one
@@ -59,6 +59,8 @@ class Counters:
         self.layers: dict[int, LayerCounters] = {}  # counted by Python
         self.totals: dict[int, Totals] = {}  # counted on the device, besides
         self.sparse_on: set[tuple[torch.device, torch.dtype]] = set()  # where and in what sparse steps were made
+        # Left on their device: reading a sum back would wait for the step. By layers, each one's sum of α.
+        self._alphas: dict[tuple[int, ...], Tensor] = {}
         self.cache_bytes = 0  # the most that one cache has held
         self.remade = 0  # indices made anew, because others had changed a layer
         self.uncached_tokens = 0  # of the pass before, if it had no cache
@@ -91,9 +93,15 @@ class Counters:
             with self._lock:
                 self.cache_bytes = max(self.cache_bytes, held)
 
+    def _layer(self, layer: int) -> LayerCounters:
+        counters = self.layers.get(layer)
+        if counters is None:
+            counters = self.layers[layer] = LayerCounters()
+        return counters
+
     def dense(self, layer: int, reason: str, bytes_dense: int) -> None:
         with self._lock:
-            counters = self.layers.setdefault(layer, LayerCounters())
+            counters = self._layer(layer)
             counters.dense_steps[reason] += 1
             counters.bytes_read += bytes_dense
             counters.bytes_dense += bytes_dense
@@ -134,6 +142,10 @@ class Counters:
         """Every layer that has made a decode step, with what was counted on its device."""
         with self._lock:
             layers = {index: replace(layer) for index, layer in self.layers.items()}
+            for indices, sums in self._alphas.items():
+                for index, alpha_sum in zip(indices, sums.cpu(), strict=True):  # layers may lie on several devices
+                    layer = layers[index]
+                    layer.alpha_sum = alpha_sum if layer.alpha_sum is None else layer.alpha_sum.cpu() + alpha_sum
             for index, totals in self.totals.items():
                 layers[index] = layers.get(index, LayerCounters()).plus(totals)
         return {index: layer for index, layer in sorted(layers.items()) if layer.decode_steps}
@@ -141,7 +153,7 @@ class Counters:
     def sparse(
         self,
         layer: int,
-        alpha: Tensor,
+        device: torch.device,
         dtype: torch.dtype,
         positions_cached: int,
         positions_read: int,
@@ -149,15 +161,25 @@ class Counters:
         bytes_dense: int,
     ) -> None:
         with self._lock:
-            self.sparse_on.add((alpha.device, dtype))
-            counters = self.layers.setdefault(layer, LayerCounters())
+            self.sparse_on.add((device, dtype))
+            counters = self._layer(layer)
             counters.sparse_steps += 1
             counters.positions_cached += positions_cached
             counters.positions_read += positions_read
             counters.bytes_read += bytes_read
             counters.bytes_dense += bytes_dense
-            total = alpha.detach().sum()  # with its graph, every step of a model run without no_grad would stay alive
-            before = counters.alpha_sum
-            # The model may have been moved since.
-            counters.alpha_sum = total if before is None else before.to(total.device) + total
-            counters.alpha_count += alpha.numel()
+
+    def alphas(self, step: list[tuple[int, Tensor]]) -> None:
+        """The layers' α of one step, all at once: a sum of its own for each would be two more kernels a layer."""
+        alike: dict[tuple[torch.device, torch.Size], list[tuple[int, Tensor]]] = defaultdict(list)
+        for layer, alpha in step:
+            # with its graph, every step of a model run without no_grad would stay alive
+            alike[alpha.device, alpha.shape].append((layer, alpha.detach()))
+        for found in alike.values():
+            layers = tuple(layer for layer, _ in found)
+            sums = torch.stack([alpha for _, alpha in found]).flatten(1).sum(1)
+            with self._lock:
+                before = self._alphas.get(layers)
+                self._alphas[layers] = sums if before is None else before.to(sums.device) + sums  # it may have moved
+                for layer, alpha in found:
+                    self.layers[layer].alpha_count += alpha.numel()

@@ -6,6 +6,9 @@ import os
 
 import sparq_kernels
 import torch
+from torch import Tensor
+
+from sparq.config import SparqConfig
 
 
 @torch.compiler.assume_constant_result
@@ -16,4 +19,14 @@ def has_kernel(device_type: str, dtype: torch.dtype) -> bool:
         dtype == torch.float64
         or os.environ.get("SPARQ_BACKEND") == "reference"
         or sparq_kernels.backend(device_type) != "reference"
+    )
+
+
+def count_once(mask: Tensor, length: Tensor, queries: int, config: SparqConfig) -> Tensor | None:
+    """What `sparq_kernels.decode` would count of the mask [B, S] in every layer, for all of them; None where that costs
+    no kernel of its own."""
+    if mask.device.type == "cpu":
+        return None
+    return sparq_kernels.count_valid(
+        mask, length=length, queries=queries, k=config.min_k, k_divisor=config.k_divisor, local=config.local
     )

@@ -155,6 +155,7 @@ class Patch:
         if not torch.compiler.is_compiling():
             if step.drafting is not None:
                 step.drafting.prompt_left = max(0, step.drafting.prompt_left - step.tokens)
+            step.counters.alphas(step.alphas)
             if step.cache is not None:
                 step.counters.cache(allocated_bytes(step.cache), take_remade(step.cache))
             _count_uncached(step, output)

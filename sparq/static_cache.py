@@ -149,6 +149,11 @@ class SparqStaticLayer(StaticLayer):
             self.is_filled = bool(self.cumulative_length > 0)
 
     @property
+    def storage_device(self) -> torch.device | None:
+        """Where the keys lie; None before initialisation."""
+        return None if self.keys is None else self.keys.device
+
+    @property
     def allocated_bytes(self) -> int:
         """Bytes of storage held: K, V, the component copy of K, the sum of V and the positions in it."""
         held = (self.keys, self.values, self.components, self.value_sum, self.summed)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparq import reasons
 from sparq.config import SparqConfig
+from sparq.devices import count_once
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,6 +19,7 @@ class StaticPlan:
     length: Tensor  # [B] int64
     start: None
     mask: Tensor | None  # [B, S] bool, the valid positions: False beyond the length; None: all are
+    row_counts: Tensor | None  # of the mask, int32 [B, Q, 2]; None: whoever needs them has to count
     valid: Tensor  # [] int64, positions that a query sees, summed over queries and the batch
     read: Tensor  # [] int64, positions read in full, summed likewise
     valid_once: Tensor  # [] int64, valid positions, summed over the batch
@@ -72,7 +74,8 @@ class StaticPlan:
             read = torch.minimum(n, (n // config.k_divisor).clamp(min=config.min_k))
         lengths, once = length.expand(batch), n[:, -1].sum()
         mask = None if is_full and attention_mask is None else valid.contiguous()
-        return cls(lengths, None, mask, n.sum(), read.sum(), once, ignored_bias, queries, reason)
+        counts = None if mask is None else count_once(mask, lengths, queries, config)
+        return cls(lengths, None, mask, counts, n.sum(), read.sum(), once, ignored_bias, queries, reason)
 
     def counts(self, per_position: int, r: int, head_dim: int, alphas: int) -> Tensor:
         """What `Totals.sparse` adds, int64; per_position: bytes of one component in all KV heads."""

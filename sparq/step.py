@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from sparq import reasons
 from sparq.cache import SparqLayer
 from sparq.config import SparqConfig
 from sparq.counters import Counters
+from sparq.devices import count_once, has_kernel
 from sparq.generating import drafting, is_prefill
 from sparq.static_cache import SparqStaticLayer
 from sparq.static_plan import StaticPlan
@@ -30,6 +30,7 @@ class Plan:
     length: Tensor  # [B] int64
     start: Tensor | None  # [B] int64; None: 0
     mask: Tensor | None  # [B, S] bool; None: no invalid positions but those before start
+    row_counts: Tensor | None  # of the mask, int32 [B, Q, 2]; None: whoever needs them has to count
     valid: int  # positions that a query sees, summed over queries and the batch
     read: int  # positions read in full, summed likewise
     valid_once: int  # valid positions, summed over the batch: dense attention reads them once for all queries
@@ -50,7 +51,10 @@ class Step:
         self.is_prompt = cache is not None and not holds_tokens(cache)
         self.is_prefill = is_prefill()
         self.drafting = None if torch.compiler.is_compiling() else drafting(cache)
+        self.alphas: list[tuple[int, Tensor]] = []  # of its sparse steps, by layer
         self._plans: list[tuple[Tensor | None, tuple, Any]] = []
+        self._components: dict[int, int] = {}
+        self._kernels: dict[tuple[str, torch.dtype], bool] = {}
         self._static_counts: tuple[StaticPlan, tuple[int, ...], Tensor] | None = None
 
     def begin(self, query_length: int, key_length: int) -> None:
@@ -72,10 +76,24 @@ class Step:
         [B, Hkv, S, d], since the model shares them; None where there is no such."""
         layers = [] if self.cache is None else self.cache.layers
         own = layers[layer_idx] if layer_idx < len(layers) else None
-        if getattr(own, "keys", None) is None:
+        if own.storage_device is None if isinstance(own, SparqLayer) else getattr(own, "keys", None) is None:
             holding = (layer for layer in layers if isinstance(layer, (SparqLayer, SparqStaticLayer)))
             return next((layer for layer in holding if layer.holds(key, value)), own)
         return own
+
+    def components(self, head_dim: int) -> int:
+        """r for heads of `head_dim` components."""
+        r = self._components.get(head_dim)
+        if r is None:
+            r = self._components[head_dim] = self.config.components(head_dim)
+        return r
+
+    def has_kernel(self, device_type: str, dtype: torch.dtype) -> bool:
+        """As `devices.has_kernel`."""
+        known = self._kernels.get((device_type, dtype))
+        if known is None:
+            known = self._kernels[device_type, dtype] = has_kernel(device_type, dtype)
+        return known
 
     def plan(
         self,
@@ -90,9 +108,11 @@ class Step:
         1, 1, Q >= queries + later, S] (bool, or 0 and large negative numbers), or None: everything before a token and
         itself valid."""
         asked = (length, device, queries, later)
-        return self._remembered(
-            attention_mask, asked, lambda: self._make_plan(attention_mask, length, batch, device, queries, later)
-        )
+        plan = self._remembered(attention_mask, asked)
+        if plan is None:
+            plan = self._make_plan(attention_mask, length, batch, device, queries, later)
+            self._plans.append((attention_mask, asked, plan))
+        return plan
 
     def static_plan(
         self,
@@ -106,21 +126,16 @@ class Step:
         """The same where the device alone knows: keys [B, Hkv, S, d], `length` (int64 []) of S are filled, `later`
         included."""
         asked = (keys.device, queries, later)
-        batch, capacity = keys.shape[0], keys.shape[2]
-        return self._remembered(
-            attention_mask,
-            asked,
-            lambda: StaticPlan.make(attention_mask, length, batch, capacity, self.config, queries, later, is_full),
-        )
-
-    def _remembered(self, attention_mask: Tensor | None, asked: tuple, make: Callable[[], Any]) -> Any:
-        """What `make` gives, once for all layers that ask the same of the same mask."""
-        for mask, before, plan in self._plans:
-            if mask is attention_mask and before == asked:
-                return plan
-        plan = make()
-        self._plans.append((attention_mask, asked, plan))
+        plan = self._remembered(attention_mask, asked)
+        if plan is None:
+            batch, capacity = keys.shape[0], keys.shape[2]
+            plan = StaticPlan.make(attention_mask, length, batch, capacity, self.config, queries, later, is_full)
+            self._plans.append((attention_mask, asked, plan))
         return plan
+
+    def _remembered(self, attention_mask: Tensor | None, asked: tuple) -> Any:
+        """The plan of a layer before this one that has asked the same of the same mask, or None."""
+        return next((plan for mask, before, plan in self._plans if mask is attention_mask and before == asked), None)
 
     def static_counts(self, plan: StaticPlan, *shape: int) -> Tensor:
         """`plan.counts(*shape)`, made once for all layers of a shape."""
@@ -137,7 +152,7 @@ class Step:
             return self._counted(lengths, None, None, [[length - later for later in range(queries)]] * batch)
         shape = attention_mask.shape
         if attention_mask.dim() != 4 or shape[1] != 1 or shape[2] < queries + later or shape[3] < length + later:
-            return Plan(lengths, None, None, 0, 0, 0, reasons.MASK_SHAPE)
+            return Plan(lengths, None, None, None, 0, 0, 0, reasons.MASK_SHAPE)
         rows = attention_mask[:, 0, -(queries + later) :, :length].to(device).expand(batch, -1, length)
         biased = None
         if rows.dtype != torch.bool:
@@ -155,9 +170,9 @@ class Step:
         starts, biases, others = ([row[i] for row in known] for i in range(3))
         counts = [row[3:] for row in known]
         if any(biases):
-            return Plan(lengths, None, None, 0, 0, 0, reasons.MASK_BIAS)
+            return Plan(lengths, None, None, None, 0, 0, 0, reasons.MASK_BIAS)
         if any(others):
-            return Plan(lengths, None, None, 0, 0, 0, reasons.MASK_ORDER)
+            return Plan(lengths, None, None, None, 0, 0, 0, reasons.MASK_ORDER)
         if all(count[0] == length for count in counts):
             return self._counted(lengths, None, None, counts)
         if all(count[0] == length - start for count, start in zip(counts, starts, strict=True)):
@@ -170,7 +185,8 @@ class Step:
         seen = [count for row in counts for count in row]
         read = [self.config.positions(count) for count in seen]
         reason = reasons.COVERED if read == seen else None
-        return Plan(length, start, mask, sum(seen), sum(read), sum(row[0] for row in counts), reason)
+        rows = None if mask is None else count_once(mask, length, len(counts[0]), self.config)
+        return Plan(length, start, mask, rows, sum(seen), sum(read), sum(row[0] for row in counts), reason)
 
 
 def holds_tokens(cache: Cache) -> bool:

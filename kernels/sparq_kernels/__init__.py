@@ -6,6 +6,7 @@ check("torch")
 
 from .append import append  # noqa: E402
 from .backends import backend  # noqa: E402
+from .counting import count_valid  # noqa: E402
 from .layout import BLOCK, allocate_components, read_components, write_components  # noqa: E402
 from .operator import DecodeOutput, decode  # noqa: E402
 
@@ -15,6 +16,7 @@ __all__ = [
     "allocate_components",
     "append",
     "backend",
+    "count_valid",
     "decode",
     "read_components",
     "write_components",

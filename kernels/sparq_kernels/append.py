@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import DTYPES, check_memory
+from .arguments import DTYPES, check_memory, layout_of
 from .backends import triton_kernels
 from .layout import BLOCK, num_blocks
 
@@ -66,6 +66,7 @@ def append_default(*arguments: Any) -> None:
     """Plain PyTorch, for any device."""
     call = AppendArguments(*arguments)
     check_append(call)
+    check_memory(call._fields, call[:7])
     new_key, new_value = call.new_key[:, :, 0], call.new_value[:, :, 0]  # [B, Hkv, d]
     if call.position is None:
         s: Any = call.offset
@@ -89,8 +90,7 @@ def append_cuda(*arguments: Any) -> None:
     if gpu is None:
         return append_default(*arguments)
     call = AppendArguments(*arguments)
-    check_append(call)
-    return gpu.append(call)
+    return gpu.append(call, check_append(call))
 
 
 def append_fake(*arguments: Any) -> None:
@@ -112,21 +112,25 @@ _append_op = torch.ops.sparq_kernels.append.default
 _checked: set[tuple[object, ...]] = set()  # layouts that have passed: every token but the rare one repeats one
 
 
-def check_append(call: AppendArguments) -> None:
-    """Raise for a shape, dtype, device, stride or position that an implementation could not survive."""
-    layout = tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in call[:7])
+def check_append(call: AppendArguments) -> tuple[object, ...]:
+    """Raise for a shape, dtype, device, stride or position that nothing could survive; freed memory is not looked for.
+
+    Returns the layout, which is equal where all but addresses and position are.
+    """
+    layout = layout_of(call[:7])
     if layout not in _checked:
         _check_layout(call)
         if len(_checked) >= MAX_CHECKED:
             _checked.clear()
         _checked.add(layout)
     # What follows is not of the layout, and PyTorch would find it when some of the tensors were written already.
-    for name, tensor in zip(call._fields, call[:4], strict=False):
-        if tensor is not None:
-            _check_writable(name, tensor)
-    check_memory(call._fields, call[:7])
+    in_inference_mode = torch.is_inference_mode_enabled()
+    for tensor in call[:4]:
+        if tensor is not None and (tensor.requires_grad or (not in_inference_mode and tensor.is_inference())):
+            _check_writable(call._fields[[x is tensor for x in call].index(True)], tensor)
     if call.position is None and not 0 <= call.offset < call.key.shape[2]:
         raise ValueError(f"position must be in [0, {call.key.shape[2]}), got {call.offset}")
+    return layout
 
 
 def _check_writable(name: str, tensor: Tensor) -> None:

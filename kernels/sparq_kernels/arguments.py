@@ -29,6 +29,7 @@ class Arguments(NamedTuple):
     length: Tensor
     start: Tensor | None
     mask: Tensor | None
+    counts: Tensor | None
     r: int
     k: int
     k_divisor: int | None
@@ -49,9 +50,12 @@ class Arguments(NamedTuple):
 
     def layout(self) -> tuple[object, ...]:
         """All that checks and launch choices depend on: equal layouts need them once."""
-        tensors = self[:8]
-        described = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
-        return (*described, *self[8:])
+        return (*layout_of(self[:9]), *self[9:])
+
+
+def layout_of(tensors: Iterable[Tensor | None]) -> tuple[object, ...]:
+    """Shape, strides, dtype and device of each."""
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors])
 
 
 def check_tensors(call: Arguments) -> None:
@@ -65,7 +69,7 @@ def check_tensors(call: Arguments) -> None:
         raise ValueError(f"query must be [B, Hq, Q, d], got {list(query.shape)}")
     if key.dim() != 4:
         raise ValueError(f"key must be [B, Hkv, S, d], got {list(key.shape)}")
-    for name, tensor in zip(call._fields, call[:8], strict=False):
+    for name, tensor in zip(call._fields, call[:9], strict=False):
         if tensor is not None and tensor.device != query.device:
             raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
 
@@ -73,8 +77,8 @@ def check_tensors(call: Arguments) -> None:
 def check_arguments(call: Arguments) -> None:
     """Raise for a shape, dtype, device, stride or option that an implementation could not survive."""
     check_tensors(call)
-    query, key, key_components, value, value_sum, length, start, mask = call[:8]
-    r, k, k_divisor, local, scale, softcap = call[8:14]
+    query, key, key_components, value, value_sum, length, start, mask, counts = call[:9]
+    r, k, k_divisor, local, scale, softcap = call[9:15]
     batch, num_heads, query_length, head_dim = query.shape
     num_kv_heads, cached = key.shape[1], key.shape[2]
     if not 1 <= query_length <= MAX_QUERY_LENGTH:
@@ -125,15 +129,19 @@ def check_arguments(call: Arguments) -> None:
             raise ValueError(f"mask must be [{batch}, {cached}], got {list(mask.shape)}")
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, got {mask.dtype}")
+    if counts is not None:
+        if mask is None:
+            raise ValueError("counts must be None without a mask, which they would be of")
+        if counts.shape != (batch, query_length, 2):
+            raise ValueError(f"counts must be [{batch}, {query_length}, 2], got {list(counts.shape)}")
+        if counts.dtype != torch.int32:
+            raise TypeError(f"counts must be int32, got {counts.dtype}")
+        if not counts.is_contiguous():
+            raise ValueError(f"counts must be contiguous, got strides {counts.stride()}")
 
     if not 1 <= r <= head_dim:
         raise ValueError(f"r must be 1 to head_dim ({head_dim}), got {r}")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    if k_divisor is not None and k_divisor < 1:
-        raise ValueError(f"k_divisor must be at least 1 or None, got {k_divisor}")
-    if local is not None and not 0 <= local <= k:
-        raise ValueError(f"local must be 0 to k ({k}) or None, got {local}")
+    check_budget(k, k_divisor, local)
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite or None, got {scale}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
@@ -142,13 +150,26 @@ def check_arguments(call: Arguments) -> None:
         raise ValueError(f"softcap must be 1e-30 to 1e30, which float32 arithmetic can divide by, got {softcap}")
 
 
+def check_budget(k: int, k_divisor: int | None, local: int | None) -> None:
+    """Raise ValueError for a number that `decode` would not take."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if k_divisor is not None and k_divisor < 1:
+        raise ValueError(f"k_divisor must be at least 1 or None, got {k_divisor}")
+    if local is not None and not 0 <= local <= k:
+        raise ValueError(f"local must be 0 to k ({k}) or None, got {local}")
+
+
 def check_memory(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
     """Raise for a tensor whose storage was freed under it (`storage.resize_(0)`, as FSDP does) or lies askew (a view of
     foreign bytes): whoever reads it may die, PyTorch's own operators too."""
     for name, tensor in zip(names, tensors, strict=False):
         if tensor is None:
             continue
-        address, size = tensor.data_ptr(), tensor.dtype.itemsize
+        address = tensor.data_ptr()
+        if address and not address % 16:
+            continue  # no element is larger
+        size = tensor.dtype.itemsize
         if address == 0 and tensor.numel():
             raise RuntimeError(f"{name} {list(tensor.shape)} has no memory: its storage has been freed")
         if address % size:

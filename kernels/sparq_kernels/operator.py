@@ -36,6 +36,7 @@ def decode(
     length: Tensor,
     start: Tensor | None = None,
     mask: Tensor | None = None,
+    counts: Tensor | None = None,
     r: int,
     k: int,
     k_divisor: int | None = None,
@@ -55,6 +56,7 @@ def decode(
     length: int64 [B], one past each row's last cached position, at most S.
     start: int64 [B], each row's first valid position; None means 0.
     mask: bool [B, S], False excludes a position; None allows all.
+    counts: int32 [B, Q, 2], what `count_valid` gives for these rows, so that layers share it; None: counted here.
     r: components of the query used to score, 1 <= r <= d.
     k: positions attended in full, the local window included.  A query that sees n valid positions attends
         min(n, max(k, n // k_divisor)); without k_divisor min(n, k).
@@ -86,6 +88,7 @@ def decode(
         length,
         start,
         mask,
+        counts,
         r,
         k,
         k_divisor,
@@ -124,7 +127,7 @@ def decode_default(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Arguments(*arguments)
     check_arguments(call)
     if call.query.device.type == "cpu":
-        check_memory(call._fields, call[:8])
+        check_memory(call._fields, call[:9])
         check_rows(call.length, call.start, call.key)
     return decode_reference(
         *call[:8],
@@ -146,7 +149,7 @@ def decode_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return decode_default(*arguments)
     call = _with_contiguous_rows(call)
     plan = _planned(call, cpu.plan)
-    check_memory(call._fields, call[:8])
+    check_memory(call._fields, call[:9])
     result = cpu.run(plan, call)
     if result is None:
         check_rows(call.length, call.start, call.key)
@@ -210,7 +213,7 @@ def decode_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 torch.library.define(
     "sparq_kernels::decode",
     "(Tensor query, Tensor key, Tensor key_components, Tensor value, Tensor value_sum, Tensor length, Tensor? start, "
-    "Tensor? mask, SymInt r, SymInt k, SymInt? k_divisor, SymInt? local, float? scale, float? softcap, "
+    "Tensor? mask, Tensor? counts, SymInt r, SymInt k, SymInt? k_divisor, SymInt? local, float? scale, float? softcap, "
     "bool mean_value, bool return_positions) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )

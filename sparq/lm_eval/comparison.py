@@ -39,6 +39,7 @@ class Pass:
     def __init__(self, cache: Cache | None, method: Method, counters: Counters) -> None:
         self.cache, self.method, self.counters = cache, method, counters
         self.attention_calls = 0
+        self.alphas: list[tuple[int, Tensor]] = []  # the score mass attended, by layer
 
     def layer(self, layer_idx: int) -> Any:
         """The cache's layer, or None where there is no such."""
@@ -141,7 +142,9 @@ class Comparison:
         return args, {**kwargs, "sparq_comparison": Pass(cache, self.method, self._counters)}
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if not kwargs["sparq_comparison"].attention_calls:
+        current: Pass = kwargs["sparq_comparison"]
+        current.counters.alphas(current.alphas)
+        if not current.attention_calls:
             raise RuntimeError(
                 f"{type(module).__name__} did not hand its keyword arguments to the attention function, so "
                 f"{type(self.method).__name__} was never asked"
@@ -200,9 +203,10 @@ def comparison_attention(
     if bool((attended.kept == valid[:, None, None]).all()):
         return dense_because("k covers the context")
     count = int(valid.sum())
+    current.alphas.append((layer_idx, attended.mass))
     current.counters.sparse(
         layer_idx,
-        attended.mass,
+        key.device,
         key.dtype,
         positions_cached=count,
         positions_read=round(attended.kept.sum((0, 3)).double().mean().item()),

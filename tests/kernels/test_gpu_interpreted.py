@@ -14,8 +14,9 @@ from sparq_kernels import BLOCK
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this system")
 
-from sparq_kernels.append import AppendArguments  # noqa: E402
-from sparq_kernels.gpu import launch  # noqa: E402
+from sparq_kernels.append import AppendArguments, check_append  # noqa: E402
+from sparq_kernels.counting import CountArguments  # noqa: E402
+from sparq_kernels.gpu import launch, topk  # noqa: E402
 
 from tests.kernels.cases import (  # noqa: E402
     CASES,
@@ -55,15 +56,18 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = empty(*args, **kwargs)
+        if tensor.dtype == torch.uint8:  # scratch memory, read as float32 or int32
+            tensor.view(torch.int32).fill_(0x7FC00000)
+            return tensor
         return tensor.fill_(torch.nan if tensor.is_floating_point() else 1 << 30)
 
     monkeypatch.setattr(launch.torch, "empty", poisoned)
 
 
-def run_kernels(case: Case, way: str, **changes: Any) -> sparq_kernels.DecodeOutput:
-    call = call_of(case)
-    plan = launch.plan(call)._replace(**{**WAYS[way], **changes})
-    assert way == "distributed" or case.key.shape[2] <= plan.select_width
+def run_kernels(case: Case, way: str, counts: torch.Tensor | None = None, **changes: Any) -> sparq_kernels.DecodeOutput:
+    call = call_of(case, counts=counts)
+    plan = launch.plan(call, **{**WAYS[way], **changes})
+    assert way == "distributed" or case.key.shape[2] <= plan.sizes.select_width
     return sparq_kernels.DecodeOutput(*launch.run(plan, call))
 
 
@@ -137,6 +141,75 @@ def test_scores_that_underflow(way: str) -> None:
     """The k-th score lies below the lowest bin, and below what float32 can hold."""
     case = make_case(2, 2, 1, 700, 16, starts=[150, 0], holes=0.1, r=4, k=500, scale=40.0, local=0)
     check_same(case, run_kernels(case, way), run_reference(case))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_scores_in_the_highest_bin(k: int, way: str) -> None:
+    """Of 71 queries that agree two positions get more than 32 each, a third one 4; the highest bin has no upper end."""
+    case = make_case(1, 71, 1, 300, 16, r=16, k=k, local=0, scale=1.0)
+    shares = torch.full((300,), 1e-6)
+    shares[[20, 250, 120]] = torch.tensor([0.485, 0.455, 0.06])
+    case.query.zero_()
+    case.query[..., 0] = 1.0
+    case.key.zero_()
+    case.key[0, 0, :300, 0] = shares.log()
+    sparq_kernels.write_components(case.key_components, case.key, 0)
+    result = run_kernels(case, way)
+    check_same(case, result, run_reference(case))
+    assert result.positions[0, 0, 0].tolist() == sorted([20, 250, 120][:k])
+
+
+@pytest.mark.parametrize(("way", "most"), [("select", 10), ("distributed", 6)])
+def test_the_search_ends_as_soon_as_the_threshold_is_known(
+    way: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """15 rounds and a last one find a key to its last bit; few bits part k keys from the others."""
+    rounds = []
+    reached = topk._reached.fn
+
+    def counted(key: Any, *thresholds: Any) -> Any:
+        if key.shape[0] > 64:  # not that of the components
+            rounds.append(None)
+        return reached(key, *thresholds)
+
+    monkeypatch.setattr(topk, "_reached", counted)
+    case = make_case(1, 4, 1, 1000, 64, r=16, k=100)
+    run_kernels(case, way, **({"part_width": 1024} if way == "distributed" else {}))
+    assert 1 <= len(rounds) <= most
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_counts_of_a_mask(queries: int, way: str) -> None:
+    """Counted once for all layers: the kernel against plain PyTorch, and a step that takes what it has counted."""
+    case = make_case(3, 4, 2, 300, 16, query_length=queries, lengths=[300, 2, 77], holes=0.3, r=4, k=20, k_divisor=4)
+    knobs = dict(length=case.length, queries=queries, k=20, k_divisor=4)
+    counts = launch.count(CountArguments(case.mask, case.length, None, queries, 20, 4, None))
+    assert torch.equal(counts, sparq_kernels.count_valid(case.mask, **knobs))
+    for a, b in zip(run_kernels(case, way, counts), run_kernels(case, way), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("wrong", [[0, 0], [1 << 30, 5], [-7, -7], [290, 1 << 30], [300, -(1 << 31)]])
+def test_wrong_counts_lead_nowhere_outside(wrong: list[int], way: str) -> None:
+    """Who counts something else gets something else, of this cache: slots never written would lead far outside it."""
+    case = make_case(1, 2, 1, 300, 16, holes=0.5, r=4, k=200)
+    result = run_kernels(case, way, torch.tensor(wrong, dtype=torch.int32).view(1, 1, 2))
+    assert ((result.positions >= -1) & (result.positions < 300)).all()
+
+
+@pytest.mark.parametrize("way", ["select", "distributed"])
+@pytest.mark.parametrize("group", [1, 12])
+def test_a_kernel_of_its_own_merges_on_amd(group: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(2, group, 1, 480, 32, torch.float16, query_length=2, lengths=[480, 301], r=8, k=45)
+    expected = run_kernels(case, way)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    kernels = [one.kernel for one in launch.plan(call_of(case), **WAYS[way]).launches]
+    assert kernels[-2:] == [launch.gather, launch.merge]
+    for a, b in zip(run_kernels(case, way), expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -225,7 +298,8 @@ def test_append(dtype: torch.dtype, position: int | list[int], with_sum: bool) -
             at = [x[b : b + 1] for x in theirs]
             sparq_kernels.append(*at[:3], at[3] if with_sum else None, *(x[b : b + 1] for x in tokens), position=row)
     where = (None, position) if isinstance(position, int) else (torch.tensor(position), 0)
-    launch.append(AppendArguments(*ours[:3], ours[3] if with_sum else None, *tokens, *where))
+    call = AppendArguments(*ours[:3], ours[3] if with_sum else None, *tokens, *where)
+    launch.append(call, check_append(call))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 

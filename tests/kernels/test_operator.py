@@ -51,11 +51,11 @@ def test_fake_shapes() -> None:
         case = make_case(2, cached=300, dtype=torch.bfloat16)
         fakes = [x if x is None else mode.from_tensor(x) for x in case.tensors]
         knobs = (4, 20, 3, None, None, None, True)
-        output, alpha, positions, lse = OP(*fakes, *knobs, True)
+        output, alpha, positions, lse = OP(*fakes, None, *knobs, True)
         assert output.shape == (2, 4, 1, 16) and output.dtype == torch.bfloat16
         assert alpha.shape == lse.shape == (2, 4, 1) and alpha.dtype == lse.dtype == torch.float32
         assert positions.shape == (2, 2, 1, 100) and positions.dtype == torch.int64
-        assert OP(*fakes, *knobs, False)[2].shape == (2, 2, 1, 0)
+        assert OP(*fakes, None, *knobs, False)[2].shape == (2, 2, 1, 0)
 
 
 def test_positions_only_when_asked_for() -> None:

@@ -382,7 +382,8 @@ def test_steps_outside_of_no_grad_leave_no_graph_behind() -> None:
     cache = model(**prompt(batch=1)).past_key_values
     output = model(next_tokens(1, 1), past_key_values=cache)
     assert output.logits.requires_grad
-    assert not model.base_model._sparq_patch.current().counters.layers[0].alpha_sum.requires_grad
+    held = model.base_model._sparq_patch.current().counters._alphas
+    assert held and not any(sums.requires_grad for sums in held.values())
 
 
 def test_inference_mode_can_be_left_and_entered() -> None:

@@ -22,6 +22,7 @@ def attend(
     positions,
     first,
     last,
+    end,
     M,
     inverse,
     scale,
@@ -33,10 +34,11 @@ def attend(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     DOT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Over positions[first:last]: the maximum logit, the sum of exponentials and of approximate scores, [GP] each, and
-    the weighted sum of values [GP, DP]."""
+    """Over positions[first:last], all below `end`: the maximum logit, the sum of exponentials and of approximate
+    scores, [GP] each, and the weighted sum of values [GP, DP]."""
     g, d, i = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, ROWS)
     highest = tl.full([GP], float("-inf"), tl.float32)
     total, alpha = tl.zeros([GP], tl.float32), tl.zeros([GP], tl.float32)
@@ -47,6 +49,8 @@ def attend(
         used = slot + i < last
         s = tl.load(positions + slot + i, mask=used, other=0)
         s = tl.where(used, s, spare)
+        if HAS_MASK:  # wrong counts may have promised more positions than were chosen, and left the last ones unwritten
+            s = tl.minimum(tl.maximum(s, 0), end - 1)
         row = s.to(tl.int64)[:, None]
         if D == DP:
             k = tl.load(key + row * key_stride + d[None, :])
@@ -175,6 +179,72 @@ def _merge_head(
     store_results(y, alpha, lse, mean, count, budget, output, alpha_out + g * Q, lse_out + g * Q, Q, D, 1, MEAN_VALUE)
 
 
+@triton.jit
+def share_of(budget, PARTS: tl.constexpr, ROWS: tl.constexpr):
+    """Positions that each part of a row attends; the last parts may have fewer, or none."""
+    return tl.cdiv(tl.cdiv(budget, PARTS), ROWS) * ROWS
+
+
+@triton.jit
+def merge_parts(
+    n,
+    value,
+    value_batch,
+    value_head,
+    value_position,
+    value_sum,
+    sum_batch,
+    sum_head,
+    mask,
+    mask_stride,
+    info,
+    partial,
+    partial_y,
+    output,
+    alpha_out,
+    lse_out,
+    Hkv,
+    Q,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    MEAN_VALUE: tl.constexpr,
+):
+    """The results of row n from what its parts have left."""
+    b, i, h = n // (Hkv * Q), n // Hkv % Q, n % Hkv
+    row = info + n * INFO_SIZE
+    budget, count = tl.load(row + BUDGET), tl.load(row + COUNT)
+    active = tl.cdiv(budget, tl.maximum(share_of(budget, PARTS, ROWS), 1))
+    first_result = (b * Hkv + h) * G * Q + i
+    mean = mean_value(
+        value_sum + b * sum_batch + h * sum_head,
+        value + b * value_batch + h * value_head,
+        value_position,
+        mask + b * mask_stride,
+        tl.load(row + END),
+        tl.load(row + LATER_END),
+        count,
+        D,
+        DP,
+        HAS_MASK,
+    )
+    partial += n * (PARTS * G * 3)
+    partial_y += n * (PARTS * G * DP)
+    output += first_result * D
+    alpha_out += first_result
+    lse_out += first_result
+    merged = (partial, partial_y, mean, count, budget, active, output, alpha_out, lse_out, Q)
+    if G <= 8:
+        for g in tl.static_range(G):
+            _merge_head(g, *merged, G, D, DP, PARTS, MEAN_VALUE)
+    else:
+        for g in range(G):
+            _merge_head(g, *merged, G, D, DP, PARTS, MEAN_VALUE)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def gather(
     query,
@@ -222,15 +292,20 @@ def gather(
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MEAN_VALUE: tl.constexpr,
+    LAST_MERGES: tl.constexpr,
 ):
-    """Grid (N, PARTS): each program attends an equal share of the row's budget; the last one to finish merges."""
+    """Grid (N, PARTS): each program attends an equal share of the row's budget.
+
+    With LAST_MERGES the last one to finish merges.  On AMD `merge` does it, behind this kernel: a barrier there does
+    not wait for the stores of other waves, so that an atomic after it says nothing of them (LLVM issues 160501 and
+    161638).
+    """
     n = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     b, i, h = n // (Hkv * Q), n // Hkv % Q, n % Hkv
-    value += b * value_batch + h * value_head
     row = info + n * INFO_SIZE
-    budget, count = tl.load(row + BUDGET), tl.load(row + COUNT)
-    share = tl.cdiv(tl.cdiv(budget, PARTS), ROWS) * ROWS
+    budget = tl.load(row + BUDGET)
+    share = share_of(budget, PARTS, ROWS)
     first = part * share
     if first < budget:
         M, inverse = normalisers(stats + n * (2 * G * SPLITS), G, GP, SPLITS)
@@ -239,13 +314,14 @@ def gather(
             q,
             key + b * key_batch + h * key_head,
             key_position,
-            value,
+            value + b * value_batch + h * value_head,
             value_position,
             logits + n * G * (logits_chunks * CHUNK),
             logits_chunks * CHUNK,
             positions + n * k_max,
             first,
             tl.minimum(first + share, budget),
+            tl.load(row + END),
             M,
             inverse,
             scale,
@@ -257,6 +333,7 @@ def gather(
             ROWS,
             STAGES,
             DOT,
+            HAS_MASK,
             HAS_SOFTCAP,
         )
         g, d = tl.arange(0, GP), tl.arange(0, DP)
@@ -266,32 +343,91 @@ def gather(
         tl.store(at + 2, alpha, mask=g < G)
         at_y = partial_y + ((n * PARTS + part) * G + g)[:, None] * DP + d[None, :]
         tl.store(at_y, y, mask=(g < G)[:, None])
-    tl.debug_barrier()  # all of this program's stores, before it says that it is done
-    finished = tl.atomic_add(ticket + n, 1, sem="acq_rel", scope="gpu")
-    if finished == PARTS - 1:
-        active = tl.cdiv(budget, tl.maximum(share, 1))
-        partial += n * (PARTS * G * 3)
-        partial_y += n * (PARTS * G * DP)
-        first_result = (b * Hkv + h) * G * Q + i
-        mean = mean_value(
-            value_sum + b * sum_batch + h * sum_head,
-            value,
-            value_position,
-            mask + b * mask_stride,
-            tl.load(row + END),
-            tl.load(row + LATER_END),
-            count,
-            D,
-            DP,
-            HAS_MASK,
-        )
-        output += first_result * D
-        alpha_out += first_result
-        lse_out += first_result
-        merged = (partial, partial_y, mean, count, budget, active, output, alpha_out, lse_out, Q)
-        if G <= 8:
-            for g in tl.static_range(G):
-                _merge_head(g, *merged, G, D, DP, PARTS, MEAN_VALUE)
-        else:
-            for g in range(G):
-                _merge_head(g, *merged, G, D, DP, PARTS, MEAN_VALUE)
+    if LAST_MERGES:
+        tl.debug_barrier()  # all of this program's stores, before it says that it is done
+        finished = tl.atomic_add(ticket + n, 1, sem="acq_rel", scope="gpu")
+        if finished == PARTS - 1:
+            merge_parts(
+                n,
+                value,
+                value_batch,
+                value_head,
+                value_position,
+                value_sum,
+                sum_batch,
+                sum_head,
+                mask,
+                mask_stride,
+                info,
+                partial,
+                partial_y,
+                output,
+                alpha_out,
+                lse_out,
+                Hkv,
+                Q,
+                G,
+                D,
+                DP,
+                ROWS,
+                PARTS,
+                HAS_MASK,
+                MEAN_VALUE,
+            )
+
+
+@triton.jit(do_not_specialize=VARYING)
+def merge(
+    value,
+    value_batch,
+    value_head,
+    value_position,
+    value_sum,
+    sum_batch,
+    sum_head,
+    mask,
+    mask_stride,
+    info,
+    partial,
+    partial_y,
+    output,
+    alpha_out,
+    lse_out,
+    Hkv,
+    Q,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    MEAN_VALUE: tl.constexpr,
+):
+    """Grid (N,), behind a `gather` whose last program does not merge."""
+    merge_parts(
+        tl.program_id(0).to(tl.int64),
+        value,
+        value_batch,
+        value_head,
+        value_position,
+        value_sum,
+        sum_batch,
+        sum_head,
+        mask,
+        mask_stride,
+        info,
+        partial,
+        partial_y,
+        output,
+        alpha_out,
+        lse_out,
+        Hkv,
+        Q,
+        G,
+        D,
+        DP,
+        ROWS,
+        PARTS,
+        HAS_MASK,
+        MEAN_VALUE,
+    )

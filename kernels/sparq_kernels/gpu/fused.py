@@ -131,6 +131,7 @@ def fused(
         positions,
         budget * 0,
         budget,
+        end,
         M,
         inverse,
         scale,
@@ -142,6 +143,7 @@ def fused(
         ROWS,
         STAGES,
         DOT,
+        HAS_MASK,
         HAS_SOFTCAP,
     )
     mean = mean_value(

@@ -3,10 +3,14 @@
 Everything follows from shapes and the device's number of multiprocessors, never from a value on the device and never
 from a trial run.  So nothing waits for the GPU, a step can be captured in a CUDA graph, and no token is spent on
 autotuning.  What is compiled into a kernel (`tl.constexpr`) does not change while a cache grows, except where a row
-outgrows `FUSED_WIDTHS`, `SELECT_WIDTHS` or `LONG_ROW`.
+outgrows `FUSED_WIDTH`, `SELECT_WIDTHS` or `LONG_ROW`.
 
 The numbers below follow from registers, shared memory and bytes in flight, as the compiler reports them
 (tests/kernels/test_gpu_compiled.py).  None of them has been measured on a GPU yet.
+
+A plan holds each kernel's arguments but for the addresses, and the compiled kernel once there is one: what a step costs
+in Python is the allocation of its results and of one piece of scratch memory, and one call for each kernel
+(benchmarks/launch_cost.py).  Parameters of kernels that have the same name have the same value.
 
 Scratch memory is allocated per call, from PyTorch's caching allocator: that is a cache per device and stream, known to
 CUDA graphs, and never shared by two streams.  No kernel expects it to be initialised.
@@ -17,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +30,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..append import AppendArguments
-from ..arguments import Arguments
+from ..arguments import Arguments, check_memory
+from ..counting import CountArguments
+from ..reference import max_positions
 from .append import append as append_kernel
-from .attention import gather
+from .attention import gather, merge
 from .fused import fused as fused_kernel
-from .rows import CHUNK, INFO, count_masked
+from .rows import CHUNK, INFO, VARYING, count_masked
 from .scoring import score
 from .selection import BINS, candidates, choose, histogram, select
 from .topk import MAX_KEYS
@@ -39,16 +46,25 @@ MAX_SPLITS = 64
 TILE_BYTES = 16384  # of components per stage
 MAX_LOGITS = 8192  # of a tile, of all queries of the group
 ROW_BYTES = 8192  # of K, and of V, per stage
-FUSED_WIDTHS = (4096, 8192)  # longest rows of the fused kernel
+FUSED_WIDTH = 4096  # longest row of the fused kernel: with 8192 keys one program would fill a multiprocessor
 SELECT_WIDTHS = (4096, 8192)  # longest rows of `select`: with 16384 keys a program had to spill
 LONG_ROW = 1 << 18  # from here on parts of the distributed selection are 8192 positions, not 4096
-HISTOGRAM_ROWS = 16
+HISTOGRAM_PARTS = 16  # that `candidates` reads at once
+COUNT_TILE = 4096
+# Of `score`, so that as many programs fit on a multiprocessor as are launched, and of `fused`, which would otherwise
+# have a few values elsewhere though registers are left. In float32 a limit makes ptxas put hundreds of bytes elsewhere.
+REGISTERS = 128
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 OPTIONS = {"enable_fp_fusion": True}  # as it has always been: the default is going to change
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class Plan(NamedTuple):
+ALIGNED = 16  # bytes: of all addresses that a kernel is held for; Triton compiles another one for others
+SCRATCH_ALIGNMENT = 128  # bytes
+MAX_HELD = 4096  # compiled kernels, and layouts of `append`
+
+
+class Sizes(NamedTuple):
     """Launch choices for one layout of arguments."""
 
     N: int  # KV heads, times new tokens, times rows
@@ -60,59 +76,251 @@ class Plan(NamedTuple):
     splits: int  # programs per KV head of `score`
     parts: int  # programs per KV head of `gather`
     warps: int  # of `score` and `gather`
-    common: dict[str, Any]  # compile-time constants of `fused`, `score` and `gather`
-    scoring: dict[str, Any]  # of `fused` and `score`
-    attending: dict[str, Any]  # of `fused` and `gather`
 
 
-def plan(call: Arguments) -> Plan:
-    """For arguments that have been checked and are float32, bfloat16 or float16.
+class Launch:
+    """One kernel with its arguments in order, None where an address belongs."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: Sequence[int],
+        values: Mapping[str, Any],
+        pointers: Mapping[str, tuple[int, torch.dtype]],
+        device: torch.device,
+        changing: str,
+        **options: Any,
+    ) -> None:
+        """Both by the names of parameters.  pointers: which of a call's tensors they point at, and its dtype.
+        changing: the one argument besides that a call may change."""
+        names = kernel.arg_names
+        self.kernel = kernel
+        self.grid: tuple[int, ...] = (*grid, 1, 1)[:3]
+        self.options = options | OPTIONS
+        self.arguments = [None if name in pointers else values[name] for name in names]
+        self.places = [(place, pointers[name][0]) for place, name in enumerate(names) if name in pointers]
+        self.changing = names.index(changing) if changing in names else None
+        what = [pointers[name][1] if name in pointers else _compiled_for(name, values[name]) for name in names]
+        self._key = (kernel, device, *what, *sorted(self.options.items()))
+        compiled = _compiled.get(self._key)
+        self._start = None if compiled is None else _starter(compiled, self.grid)
+
+    def __call__(
+        self,
+        addresses: Sequence[int],
+        are_aligned: bool,
+        stream: int,
+        tensor: Callable[[int], Tensor],
+        changed: int,
+    ) -> None:
+        """addresses: of the call's tensors; tensor: gives one of them.  changed: the argument that may change."""
+        arguments = self.arguments.copy()
+        if self.changing is not None:
+            arguments[self.changing] = changed
+        start = self._start if are_aligned else None
+        if start is not None:
+            for place, which in self.places:
+                arguments[place] = addresses[which]
+            start(stream, arguments)
+            return
+        for place, which in self.places:
+            arguments[place] = tensor(which)
+        compiled = self.kernel[self.grid](*arguments, **self.options)
+        if are_aligned and compiled is not None:  # None: interpreted
+            if len(_compiled) >= MAX_HELD:
+                _compiled.clear()
+            _compiled[self._key] = compiled
+            self._start = _starter(compiled, self.grid)
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}  # plans of different lengths have the same kernels
+
+
+def _starter(compiled: Any, grid: tuple[int, ...]) -> Callable[[int, list[Any]], None]:
+    """Starts a compiled kernel as `compiled[grid]` does, which spends most of its time on what hooks want to know."""
+    hooks, hooked = triton.knobs.runtime, compiled[grid]
+    launcher, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+
+    def start(stream: int, arguments: list[Any]) -> None:
+        # Each is a chain of hooks, or one set in its place.
+        if not getattr(hooks.launch_enter_hook, "calls", True) and not getattr(hooks.launch_exit_hook, "calls", True):
+            launcher(*grid, stream, function, packed, None, None, None, *arguments)
+        else:
+            hooked(*arguments, stream=stream)
+
+    return start
+
+
+def _compiled_for(name: str, value: Any) -> Any:
+    """What Triton looks at of an argument when it chooses among a kernel's binaries, or more."""
+    if isinstance(value, float):
+        return float
+    return -(1 << 31) <= value < 1 << 31 if name in VARYING else value
+
+
+class Plan(NamedTuple):
+    """A step but for the addresses, which `run` fills in."""
+
+    sizes: Sizes
+    launches: list[Launch]
+    scratch: list[tuple[int, torch.dtype, int]]  # first byte, dtype and elements of each piece
+    scratch_bytes: int
+    cached: int
+
+
+# A call's tensors, in the order of `run`; those of the scratch memory come behind them.
+TENSORS: tuple[str, ...] = ("query", "key", "components", "value", "value_sum", "length", "start", "mask", "counts")
+TENSORS += ("positions", "output", "alpha_out", "lse_out")
+
+
+def plan(call: Arguments, **forced: Any) -> Plan:
+    """For arguments that have been checked and are float32, bfloat16 or float16.  forced: sizes already chosen.
 
     Raises ValueError for more positions than the selection can count.
     """
-    batch, num_heads, query_length, D = call.query.shape
-    _, num_kv_heads, cached, _ = call.key.shape
+    cached = call.key.shape[2]
     if cached > MAX_KEYS:
         raise ValueError(f"key must hold at most {MAX_KEYS} positions on a GPU, got {cached}")
-    N, G = batch * query_length * num_kv_heads, num_heads // num_kv_heads
+    # A cache grows with every token. Its plan is that of the chunk's end, but for one number.
+    end = cached if call.return_positions else triton.cdiv(cached, CHUNK.value) * CHUNK.value
+    if forced:
+        return _plan(call, end, forced)._replace(cached=cached)
+    described = [None if x is None else (x.stride(), x.dtype) for x in call[:9]]
+    layout = (end, call.query.shape, call.key.shape[1], call.query.device, *described, *call[9:])
+    found = _plans.get(layout)
+    if found is None:
+        if len(_plans) >= MAX_HELD:
+            _plans.clear()
+        found = _plans[layout] = _plan(call, end, {})
+    return found._replace(cached=cached)
+
+
+_plans: dict[tuple[object, ...], Plan] = {}  # by all that a plan depends on, of caches that are full to a chunk's end
+
+
+def _plan(call: Arguments, cached: int, forced: Mapping[str, Any]) -> Plan:
+    query, key, value = call.query, call.key, call.value
+    batch, num_heads, query_length, D = query.shape
+    num_kv_heads = key.shape[1]
+    G = num_heads // num_kv_heads
+    sizes = _sizes(call, cached)._replace(**forced)
     # Matrix instructions want 16 rows; a single query is multiplied without them.
     GP = 1 if G == 1 else max(16, triton.next_power_of_2(G))
     DP, RP = max(16, triton.next_power_of_2(D)), max(16, triton.next_power_of_2(call.r))
-    itemsize, amd = call.query.element_size(), torch.version.hip is not None
+    itemsize, amd = query.element_size(), torch.version.hip is not None
+    width = sizes.select_width or sizes.part_width
+    parts = triton.cdiv(cached, width)
+    start, mask = (call.length if x is None else x for x in (call.start, call.mask))
+    strides = {
+        **dict(zip(("query_batch", "query_head", "query_position"), query.stride(), strict=False)),
+        **dict(zip(("key_batch", "key_head", "key_position"), key.stride(), strict=False)),
+        **dict(zip(("value_batch", "value_head", "value_position"), value.stride(), strict=False)),
+        **dict(
+            zip(("components_batch", "components_head", "components_block"), call.key_components.stride(), strict=False)
+        ),
+        **dict(zip(("sum_batch", "sum_head"), call.value_sum.stride(), strict=False)),
+        "length_stride": call.length.stride(0),
+        "start_stride": start.stride(0),
+        "mask_stride": mask.stride(0),
+    }
+    values = strides | {
+        "Hkv": num_kv_heads,
+        "Q": query_length,
+        "S": cached,
+        **dict(zip(("k", "k_divisor", "local"), _budget(call, cached), strict=True)),
+        "k_max": sizes.k_max,
+        "parts": parts,
+        "logits_chunks": sizes.chunks,
+        "scale": float(call.softmax_scale),
+        "softcap": float(call.softcap or 0.0),
+        "G": G,
+        "D": D,
+        "R": call.r,
+        "GP": GP,
+        "DP": DP,
+        "RP": RP,
+        "TILE": min(CHUNK.value, max(16, min(TILE_BYTES // (RP * itemsize), MAX_LOGITS // GP))),
+        "ROWS": min(32, max(16, ROW_BYTES // (DP * itemsize))),
+        "SPLITS": sizes.splits,
+        "PARTS": sizes.parts,
+        "STAGES": 3 if itemsize == 2 and not amd else 2,
+        "WIDTH": width,
+        "PARTS_AT_ONCE": HISTOGRAM_PARTS,
+        "COUNT_TILE": COUNT_TILE,
+        "DOT": tl.float32 if INTERPRETED else DTYPES[query.dtype],  # no bfloat16 product there
+        "HAS_START": call.start is not None,
+        "HAS_MASK": call.mask is not None,
+        "HAS_SOFTCAP": call.softcap is not None,
+        "MEAN_VALUE": call.mean_value,
+        "LAST_MERGES": not amd,
+    }
+
+    N, f32, i32 = sizes.N, torch.float32, torch.int32
+    scratch: dict[str, tuple[torch.dtype, int]] = {"logits": (f32, N * G * sizes.chunks * CHUNK.value)}
+    counts_rows = call.mask is not None and call.counts is None
+    if counts_rows:
+        scratch["counts"] = (i32, batch * query_length * 2)
+    if not call.return_positions:
+        scratch["positions"] = (i32, N * sizes.k_max)
+    if not sizes.fused:
+        scratch["stats"] = (f32, N * 2 * G * sizes.splits)
+        scratch["info"], scratch["ticket"] = (i32, N * INFO), (i32, N)
+        scratch["partial"] = (f32, N * sizes.parts * G * 3)
+        scratch["partial_y"] = (f32, N * sizes.parts * G * DP)
+        if not sizes.select_width:
+            scratch["keys"] = scratch["compact"] = (i32, N * sizes.chunks * CHUNK.value)
+            scratch["bin_counts"], scratch["before"] = (i32, N * parts * BINS), (i32, N * parts * 2)
+    dtypes = [query.dtype] * 4 + [call.value_sum.dtype, torch.int64, torch.int64]
+    dtypes += [torch.int64 if call.mask is None else torch.uint8, torch.int64 if call.counts is None else i32, i32]
+    dtypes += [query.dtype, f32, f32]
+    pointers = {name: (place, dtype) for place, (name, dtype) in enumerate(zip(TENSORS, dtypes, strict=True))}
+    pieces, end = [], 0
+    for place, (name, (dtype, elements)) in enumerate(scratch.items(), len(TENSORS)):
+        pointers[name] = (place, dtype)
+        pieces.append((end, dtype, elements))
+        end += triton.cdiv(elements * dtype.itemsize, SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+
+    def launch(kernel: Any, *grid: int, **options: Any) -> None:
+        launches.append(Launch(kernel, grid, values, pointers, query.device, "S", **options))
+
+    launches: list[Launch] = []
+    few_registers = {"maxnreg": REGISTERS} if itemsize == 2 and GP <= 32 and not amd else {}
+    if counts_rows:
+        launch(count_masked, batch * query_length, num_warps=8)
+    if sizes.fused:
+        launch(fused_kernel, N, num_warps=_warps(width), **few_registers)
+        return Plan(sizes, launches, pieces, end, cached)
+    launch(score, N, sizes.splits, num_warps=sizes.warps, **few_registers)
+    if sizes.select_width:
+        launch(select, N, num_warps=_warps(width))
+    else:
+        launch(histogram, N, parts, num_warps=_warps(width))
+        launch(candidates, N, parts, num_warps=_warps(width))
+        launch(choose, N, parts, num_warps=_warps(width))
+    launch(gather, N, sizes.parts, num_warps=sizes.warps)
+    if not values["LAST_MERGES"]:
+        launch(merge, N, num_warps=sizes.warps)
+    return Plan(sizes, launches, pieces, end, cached)
+
+
+def _sizes(call: Arguments, cached: int) -> Sizes:
+    batch, num_heads, query_length, _ = call.query.shape
+    num_kv_heads = call.key.shape[1]
+    N = batch * query_length * num_kv_heads
     units = multiprocessors(call.query.device)
     programs = _power_of_2_up_to(PROGRAMS_PER_MULTIPROCESSOR * units // N)
-
-    widths = FUSED_WIDTHS[:1] if amd else FUSED_WIDTHS  # 64 kB of shared memory are too few for the wider one
-    fused = N >= 2 * units and cached <= widths[-1]
-    fitting = [width for width in (widths if fused else SELECT_WIDTHS) if cached <= width]
-    return Plan(
+    fused = N >= 2 * units and cached <= FUSED_WIDTH
+    fitting = [FUSED_WIDTH] if fused else [width for width in SELECT_WIDTHS if cached <= width]
+    return Sizes(
         N=N,
-        k_max=call.k_max,
+        k_max=max_positions(cached, call.k, call.k_divisor),
         chunks=triton.cdiv(cached, CHUNK.value),
         fused=fused,
         select_width=fitting[0] if fitting else 0,
         part_width=4096 if cached < LONG_ROW else 8192,
         splits=min(MAX_SPLITS, programs),
         parts=min(MAX_SPLITS, max(1, programs // 2)),
-        warps=4 if GP <= 32 else 8,
-        common={
-            "G": G,
-            "D": D,
-            "GP": GP,
-            "DP": DP,
-            **OPTIONS,
-            "STAGES": 3 if itemsize == 2 and not amd else 2,
-            "DOT": tl.float32 if INTERPRETED else DTYPES[call.query.dtype],  # no bfloat16 product there
-            "HAS_SOFTCAP": call.softcap is not None,
-        },
-        scoring={
-            "R": call.r,
-            "RP": RP,
-            "TILE": min(CHUNK.value, max(16, min(TILE_BYTES // (RP * itemsize), MAX_LOGITS // GP))),
-            "HAS_START": call.start is not None,
-            "HAS_MASK": call.mask is not None,
-        },
-        attending={"ROWS": min(32, max(16, ROW_BYTES // (DP * itemsize))), "MEAN_VALUE": call.mean_value},
+        warps=4 if num_heads // num_kv_heads <= 32 else 8,
     )
 
 
@@ -130,222 +338,179 @@ def _warps(width: int) -> int:
     return max(1, width // 512)
 
 
+def _is_current(device: torch.device) -> bool:
+    """Triton launches on the current device."""
+    return device.type != "cuda" or device.index == torch.cuda.current_device()
+
+
+def _stream(device: torch.device) -> int:
+    return triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
+
+
+def _are_aligned(addresses: Sequence[int]) -> bool:
+    together = 0
+    for address in addresses:
+        together |= address
+    return not together % ALIGNED
+
+
 def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Results as `reference.decode_reference` gives them.  Values of `length` and `start` out of range are clamped."""
-    with _current(call.query.device):
+    """Results as `reference.decode_reference` gives them.  Values of `length` and `start` out of range are clamped.
+
+    Raises RuntimeError for memory that has been freed.
+    """
+    if _is_current(call.query.device):
+        return _run(plan, call)
+    with torch.cuda.device(call.query.device):
         return _run(plan, call)
 
 
-def append(call: AppendArguments) -> None:
-    """For arguments that have been checked."""
-    batch, heads, capacity, head_dim = call.key.shape
-    new_key = call.new_key if call.new_key.stride(3) == 1 else call.new_key.contiguous()
-    new_value = call.new_value if call.new_value.stride(3) == 1 else call.new_value.contiguous()
-    value_sum = call.key if call.value_sum is None else call.value_sum
-    position = call.key if call.position is None else call.position
-    with _current(call.key.device):
-        append_kernel[(batch * heads,)](
-            new_key,
-            *new_key.stride()[:2],
-            new_value,
-            *new_value.stride()[:2],
-            call.key,
-            *call.key.stride()[:3],
-            call.value,
-            *call.value.stride()[:3],
-            call.key_components,
-            *call.key_components.stride()[:3],
-            value_sum,
-            *value_sum.stride()[:2],
-            position,
-            position.stride(0),
-            call.offset,
-            capacity,
-            heads,
-            D=head_dim,
-            DP=triton.next_power_of_2(head_dim),
-            HAS_POSITION=call.position is not None,
-            HAS_SUM=call.value_sum is not None,
-            num_warps=1,
-            **OPTIONS,
-        )
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
-
-
 def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query, key, value, length = call.query, call.key, call.value, call.length
-    batch, _, query_length, _ = query.shape
-    N, G, chunks = plan.N, plan.common["G"], plan.chunks
-    num_kv_heads, cached = key.shape[1], key.shape[2]
-
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    alpha = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    query, key, key_components, value, value_sum, length, start, mask, counts = call[:9]
+    batch, _, query_length, _ = shape = query.shape
+    device, k_max, num_kv_heads = query.device, plan.sizes.k_max, key.shape[1]
+    output = torch.empty(shape, dtype=query.dtype, device=device)
+    alpha = torch.empty(shape[:3], dtype=torch.float32, device=device)
+    lse = torch.empty_like(alpha)
+    scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
+    positions = length
     if call.return_positions:
-        positions = torch.full((N, plan.k_max), -1, dtype=torch.int32, device=query.device)
-    else:
-        positions = torch.empty((N, plan.k_max), dtype=torch.int32, device=query.device)
-    logits = torch.empty(N * G * chunks * CHUNK.value, dtype=torch.float32, device=query.device)
+        positions = torch.full((plan.sizes.N, k_max), -1, dtype=torch.int32, device=device)
 
     # Kernels take pointers always; those that stand for nothing are never read.
-    start = length if call.start is None else call.start
-    mask = length if call.mask is None else call.mask.view(torch.uint8)
-    counts = length
-    local = -1 if call.local is None else call.local
-    budget = (min(call.k, cached), min(call.k_divisor or 0, cached + 1), min(local, cached))
-    rows = (length, length.stride(0), start, start.stride(0), mask, mask.stride(0))
-    if call.mask is not None:
-        counts = torch.empty((batch * query_length, 2), dtype=torch.int32, device=query.device)
-        count_masked[(batch * query_length,)](
-            counts,
-            *rows,
-            query_length,
-            cached,
-            *budget,
-            HAS_START=plan.scoring["HAS_START"],
-            TILE=4096,
-            num_warps=8,
-            **OPTIONS,
-        )
-    scalars = (call.softmax_scale, call.softcap or 0.0)
-    query_arguments = (query, *query.stride()[:3])
-    components_arguments = (call.key_components, *call.key_components.stride()[:3])
-    value_arguments = (value, *value.stride()[:3], call.value_sum, *call.value_sum.stride()[:2])
+    tensors = [
+        query,
+        key,
+        key_components,
+        value,
+        value_sum,
+        length,
+        length if start is None else start,
+        length if mask is None else mask,
+        length if counts is None else counts,
+        positions,
+        output,
+        alpha,
+        lse,
+    ]
+    addresses = [x.data_ptr() for x in tensors]
+    are_aligned = _are_aligned(addresses)
+    if not are_aligned or 0 in addresses:
+        check_memory(call._fields, call[:9])
+    first = scratch.data_ptr()
+    addresses += [first + offset for offset, _, _ in plan.scratch]
 
-    if plan.fused:
-        fused_kernel[(N,)](
-            *query_arguments,
-            key,
-            *key.stride()[:3],
-            *components_arguments,
-            *value_arguments,
-            *rows,
-            counts,
-            logits,
-            positions,
-            output,
-            alpha,
-            lse,
-            num_kv_heads,
-            query_length,
-            cached,
-            *budget,
-            plan.k_max,
-            chunks,
-            *scalars,
-            WIDTH=plan.select_width,
-            **plan.common,
-            **plan.scoring,
-            **plan.attending,
-            num_warps=_warps(plan.select_width),
-        )
-    else:
-        stats = torch.empty(N * 2 * G * plan.splits, dtype=torch.float32, device=query.device)
-        info = torch.empty(N * (INFO + 1), dtype=torch.int32, device=query.device)
-        ticket = info[N * INFO :]
-        score[(N, plan.splits)](
-            *query_arguments,
-            *components_arguments,
-            *rows,
-            counts,
-            logits,
-            stats,
-            info,
-            ticket,
-            num_kv_heads,
-            query_length,
-            cached,
-            *budget,
-            chunks,
-            *scalars,
-            SPLITS=plan.splits,
-            **plan.common,
-            **plan.scoring,
-            num_warps=plan.warps,
-        )
-        _select(plan, call, logits, stats, info, mask, positions, num_kv_heads)
-        partial = torch.empty(N * plan.parts * G * (3 + plan.common["DP"]), dtype=torch.float32, device=query.device)
-        gather[(N, plan.parts)](
-            *query_arguments,
-            key,
-            *key.stride()[:3],
-            *value_arguments,
-            mask,
-            mask.stride(0),
-            logits,
-            stats,
-            info,
-            ticket,
-            positions,
-            partial[N * plan.parts * G * plan.common["DP"] :],
-            partial,
-            output,
-            alpha,
-            lse,
-            num_kv_heads,
-            query_length,
-            plan.k_max,
-            chunks,
-            *scalars,
-            SPLITS=plan.splits,
-            PARTS=plan.parts,
-            HAS_MASK=call.mask is not None,
-            **plan.common,
-            **plan.attending,
-            num_warps=plan.warps,
-        )
+    def tensor(place: int) -> Tensor:
+        if place >= len(tensors):
+            offset, dtype, elements = plan.scratch[place - len(tensors)]
+            return scratch[offset : offset + elements * dtype.itemsize].view(dtype)
+        x = tensors[place]
+        return x.view(torch.uint8) if x.dtype == torch.bool else x
+
+    stream = _stream(device)
+    for launch in plan.launches:
+        launch(addresses, are_aligned, stream, tensor, plan.cached)
     if not call.return_positions:
-        return output, alpha, positions.new_empty((batch, num_kv_heads, query_length, 0), dtype=torch.int64), lse
-    by_head = positions.view(batch, query_length, num_kv_heads, plan.k_max).transpose(1, 2)
+        return output, alpha, scratch.new_empty((batch, num_kv_heads, query_length, 0), dtype=torch.int64), lse
+    by_head = positions.view(batch, query_length, num_kv_heads, k_max).transpose(1, 2)
     return output, alpha, by_head.to(torch.int64, memory_format=torch.contiguous_format), lse
 
 
-def _select(
-    plan: Plan,
-    call: Arguments,
-    logits: Tensor,
-    stats: Tensor,
-    info: Tensor,
-    mask: Tensor,
-    positions: Tensor,
-    num_kv_heads: int,
-) -> None:
-    N, query_length = plan.N, call.query.shape[2]
-    keys_arguments = (logits, stats, info, mask, mask.stride(0))
-    constants = {
-        "G": plan.common["G"],
-        "GP": plan.common["GP"],
-        "SPLITS": plan.splits,
-        "HAS_MASK": plan.scoring["HAS_MASK"],
-    }
-    if plan.select_width:
-        select[(N,)](
-            *keys_arguments,
-            positions,
-            num_kv_heads,
-            query_length,
-            plan.k_max,
-            plan.chunks,
-            WIDTH=plan.select_width,
-            **constants,
-            num_warps=_warps(plan.select_width),
+def count(call: CountArguments) -> Tensor:
+    """int32 [B, Q, 2].  For arguments that have been checked."""
+    mask = call.mask if call.mask.stride(1) == 1 else call.mask.contiguous()
+    (batch, cached), device = mask.shape, mask.device
+    counts = torch.empty((batch, call.queries, 2), dtype=torch.int32, device=device)
+    start = call.length if call.start is None else call.start
+    with contextlib.nullcontext() if _is_current(device) else torch.cuda.device(device):
+        count_masked[(batch * call.queries,)](
+            counts,
+            call.length,
+            call.length.stride(0),
+            start,
+            start.stride(0),
+            mask.view(torch.uint8),
+            mask.stride(0),
+            call.queries,
+            cached,
+            *_budget(call, cached),
+            HAS_START=call.start is not None,
+            COUNT_TILE=COUNT_TILE,
+            num_warps=8,
             **OPTIONS,
         )
-        return
-    width = plan.part_width
-    parts = triton.cdiv(call.key.shape[2], width)
-    keys = torch.empty((2, N * plan.chunks * CHUNK.value), dtype=torch.int32, device=positions.device)
-    counts = torch.empty(N * parts * (BINS + 2), dtype=torch.int32, device=positions.device)
-    before = counts[N * parts * BINS :]
-    shape = {"WIDTH": width, "num_warps": _warps(width), **OPTIONS}
-    histogram[(N, parts)](
-        *keys_arguments, keys[0], counts, num_kv_heads, query_length, plan.chunks, **constants, **shape
-    )
-    candidates[(N, parts)](info, keys[0], counts, keys[1], before, parts, plan.chunks, ROWS=HISTOGRAM_ROWS, **shape)
-    choose[(N, parts)](info, keys[0], keys[1], before, positions, parts, plan.k_max, plan.chunks, **shape)
+    return counts
+
+
+def _budget(call: Arguments | CountArguments, cached: int) -> tuple[int, int, int]:
+    """k, k_divisor and local as kernels take them, in 32 bits."""
+    local = -1 if call.local is None else min(call.local, cached)
+    return min(call.k, cached), min(call.k_divisor or 0, cached + 1), local
+
+
+_appends: dict[tuple[object, ...], Launch] = {}  # by layout
+
+
+def append(call: AppendArguments, layout: tuple[object, ...]) -> None:
+    """For arguments that have been checked; `layout` as `check_append` gives it.
+
+    Raises RuntimeError for memory that has been freed.
+    """
+    new_key = call.new_key if call.new_key.stride(3) == 1 else call.new_key.contiguous()
+    new_value = call.new_value if call.new_value.stride(3) == 1 else call.new_value.contiguous()
+    tensors = [
+        call.key,
+        call.value,
+        call.key_components,
+        call.key if call.value_sum is None else call.value_sum,
+        new_key,
+        new_value,
+        call.key if call.position is None else call.position,
+    ]
+    launch = _appends.get(layout)
+    if launch is None:
+        if len(_appends) >= MAX_HELD:
+            _appends.clear()
+        launch = _appends[layout] = _append_launch(call, tensors)
+    addresses = [x.data_ptr() for x in tensors]
+    are_aligned = _are_aligned(addresses)
+    if not are_aligned or 0 in addresses:
+        check_memory(call._fields, call[:7])
+    device = call.key.device
+    if _is_current(device):
+        launch(addresses, are_aligned, _stream(device), tensors.__getitem__, call.offset)
+    else:
+        with torch.cuda.device(device):
+            launch(addresses, are_aligned, _stream(device), tensors.__getitem__, call.offset)
+
+
+APPENDED = ("keys", "values", "components", "value_sum", "new_key", "new_value", "position")
+APPENDED_STRIDES = {
+    "keys": ("keys_batch", "keys_head", "keys_position"),
+    "values": ("values_batch", "values_head", "values_position"),
+    "components": ("components_batch", "components_head", "components_block"),
+    "value_sum": ("sum_batch", "sum_head"),
+    "new_key": ("new_key_batch", "new_key_head"),
+    "new_value": ("new_value_batch", "new_value_head"),
+    "position": ("position_stride",),
+}
+
+
+def _append_launch(call: AppendArguments, tensors: Sequence[Tensor]) -> Launch:
+    batch, heads, capacity, head_dim = call.key.shape
+    strides = {
+        stride: size
+        for name, x in zip(APPENDED, tensors, strict=True)
+        for stride, size in zip(APPENDED_STRIDES[name], x.stride(), strict=False)
+    }
+    values = strides | {
+        "offset": 0,
+        "capacity": capacity,
+        "Hkv": heads,
+        "D": head_dim,
+        "DP": triton.next_power_of_2(head_dim),
+        "HAS_POSITION": call.position is not None,
+        "HAS_SUM": call.value_sum is not None,
+    }
+    pointers = {name: (place, x.dtype) for place, (name, x) in enumerate(zip(APPENDED, tensors, strict=True))}
+    return Launch(append_kernel, (batch * heads,), values, pointers, call.key.device, "offset", num_warps=1)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INFO = 8  # int32 values that `score` leaves for the kernels behind it, per KV head
+INFO = 9  # int32 values that `score` leaves for the kernels behind it, per KV head
 BEGIN, END, LATER_END, COUNT, BUDGET, WINDOW = (tl.constexpr(i) for i in range(6))
-ABOVE, CANDIDATES = (tl.constexpr(i) for i in range(6, 8))  # of the distributed selection
+ABOVE, CANDIDATES, PREFIX = (tl.constexpr(i) for i in range(6, 9))  # of the distributed selection
 INFO_SIZE = tl.constexpr(INFO)
 # Arguments of kernels that change from token to token, or between the layouts of one model's rows: compiling for their
 # divisors would compile in the middle of generation.
@@ -66,28 +66,28 @@ def count_masked(
     k_divisor,
     local,
     HAS_START: tl.constexpr,
-    TILE: tl.constexpr,
+    COUNT_TILE: tl.constexpr,
 ):
     """Grid (B * Q,), for rows with a mask: without one, both numbers follow from the bounds."""
     n = tl.program_id(0)
     b = n // Q
     begin, end, _ = bounds(b, n % Q, length, length_stride, start, start_stride, Q, S, HAS_START)
     row = mask + b.to(tl.int64) * mask_stride
-    o = tl.arange(0, TILE)
+    o = tl.arange(0, COUNT_TILE)
     count = end * 0
-    for tile in range(begin, end, TILE):
+    for tile in range(begin, end, COUNT_TILE):
         count += tl.sum(is_valid(tile + o, begin, end, row, True).to(tl.int32), 0)
     _, window = budget_of(count, k, k_divisor, local)
     # Back from the end until the window is full.
     first, found, tile_end = end, end * 0, end
     while found < window:
-        s = tile_end - TILE + o
+        s = tile_end - COUNT_TILE + o
         valid = is_valid(s, begin, end, row, True).to(tl.int32)
         in_tile = tl.sum(valid, 0)
         rank = found + in_tile - tl.cumsum(valid, 0)  # valid ones that are newer
         first = tl.minimum(first, tl.min(tl.where((valid > 0) & (rank < window), s, end), 0))
         found += in_tile
-        tile_end -= TILE
+        tile_end -= COUNT_TILE
     tl.store(counts + 2 * n, count)
     tl.store(counts + 2 * n + 1, first)
 
@@ -96,7 +96,8 @@ def count_masked(
 def row_info(bi, counts, begin, end, k, k_divisor, local, HAS_MASK: tl.constexpr):
     """Valid positions, budget, and the first position of the window, for query `bi` = b * Q + i."""
     if HAS_MASK:
-        count = tl.load(counts + 2 * bi)
+        # Clamped: whoever calls may have counted something else, and no value of a tensor may lead outside the cache.
+        count = tl.minimum(tl.maximum(tl.load(counts + 2 * bi), 0), end - begin)
         first = tl.load(counts + 2 * bi + 1)
         budget, _ = budget_of(count, k, k_divisor, local)
     else:

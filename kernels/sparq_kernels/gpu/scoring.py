@@ -78,6 +78,8 @@ def score_tiles(
     in_group = (g < G)[:, None]
     q_c = tl.load(query + g[:, None] * head_stride + component[None, :], mask=in_group & (j < R)[None, :], other=0.0)
     factor = (scale / tau)[:, None]
+    # The same numbers, but held as the loads want them: otherwise the pointers are rearranged again for every tile.
+    component = tl.gather(component, j, 0)
     runs = components + component[:, None] * BLOCK_SIZE + o[None, :]
     highest = tl.full([GP], float("-inf"), tl.float32)
     total = tl.zeros([GP], tl.float32)

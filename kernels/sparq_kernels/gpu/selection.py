@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import ABOVE, BEGIN, BUDGET, CANDIDATES, CHUNK, END, INFO_SIZE, VARYING, WINDOW, is_valid
-from .topk import ALWAYS, NEVER, kth_largest, split_by, top
+from .rows import ABOVE, BEGIN, BUDGET, CANDIDATES, CHUNK, END, INFO_SIZE, PREFIX, VARYING, WINDOW, is_valid
+from .topk import ALWAYS, NEVER, split_by, threshold, top
 
 BINS = 256
 HISTOGRAM_SIZE = tl.constexpr(BINS)
@@ -22,6 +22,7 @@ HISTOGRAM_SIZE = tl.constexpr(BINS)
 # group's size, so the k-th is hardly ever below, and above there is none.
 SHIFT = tl.constexpr(21)
 LOWEST = tl.constexpr((127 - 59) * 4)
+KNOWN_ROUNDS = tl.constexpr((31 - SHIFT.value) // 2)  # of the search for the k-th key, once its bin is known
 
 
 @triton.jit
@@ -135,7 +136,7 @@ def histogram(
     mask,
     mask_stride,
     keys,  # int32 [N, logits_chunks * CHUNK]
-    counts,  # int32 [N, parts, BINS]
+    bin_counts,  # int32 [N, parts, BINS]
     Hkv,
     Q,
     logits_chunks,
@@ -172,36 +173,36 @@ def histogram(
     bins = tl.arange(0, HISTOGRAM_SIZE)
     count = tl.histogram(_digit(key), HISTOGRAM_SIZE)
     count -= tl.where(bins == 0, tl.sum((key == NEVER).to(tl.int32), 0), 0)
-    tl.store(counts + (n * tl.num_programs(1) + part) * HISTOGRAM_SIZE + bins, count)
+    tl.store(bin_counts + (n * tl.num_programs(1) + part) * HISTOGRAM_SIZE + bins, count)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def candidates(
     info,
     keys,
-    counts,
+    bin_counts,
     compact,  # int32 [N, logits_chunks * CHUNK]: the keys in the k-th key's bin, in order of position
     before,  # int32 [N, parts, 2]: keys in earlier parts, above that bin and in it
     parts,
     logits_chunks,
     WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
+    PARTS_AT_ONCE: tl.constexpr,
 ):
     """Grid (N, parts)."""
     n = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     row = info + n * INFO_SIZE
     budget = tl.load(row + BUDGET)
-    bins, i = tl.arange(0, HISTOGRAM_SIZE), tl.arange(0, ROWS)
-    table = counts + n * parts * HISTOGRAM_SIZE + i[:, None] * HISTOGRAM_SIZE + bins[None, :]
+    bins, i = tl.arange(0, HISTOGRAM_SIZE), tl.arange(0, PARTS_AT_ONCE)
+    table = bin_counts + n * parts * HISTOGRAM_SIZE + i[:, None] * HISTOGRAM_SIZE + bins[None, :]
     total = tl.zeros([HISTOGRAM_SIZE], tl.int32)
-    for first in range(0, parts, ROWS):
+    for first in range(0, parts, PARTS_AT_ONCE):
         total += tl.sum(tl.load(table + first * HISTOGRAM_SIZE, mask=(first + i < parts)[:, None], other=0), 0)
     at_least = tl.cumsum(total, 0, reverse=True)
     digit = tl.maximum(tl.sum((at_least >= budget).to(tl.int32), 0) - 1, 0)
     above = tl.sum(tl.where(bins > digit, total, 0), 0)
     above_before, inside_before = budget * 0, budget * 0
-    for first in range(0, part, ROWS):
+    for first in range(0, part, PARTS_AT_ONCE):
         earlier = tl.load(table + first * HISTOGRAM_SIZE, mask=(first + i < part)[:, None], other=0)
         above_before += tl.sum(tl.sum(tl.where((bins > digit)[None, :], earlier, 0), 1), 0)
         inside_before += tl.sum(tl.sum(tl.where((bins == digit)[None, :], earlier, 0), 1), 0)
@@ -210,6 +211,7 @@ def candidates(
     if part == 0:
         tl.store(row + ABOVE, above)
         tl.store(row + CANDIDATES, tl.sum(tl.where(bins == digit, total, 0), 0))
+        tl.store(row + PREFIX, tl.where(digit > 0, (digit + LOWEST) << SHIFT, 0))
 
     stride = logits_chunks * CHUNK
     s = part * WIDTH + tl.arange(0, WIDTH)
@@ -231,7 +233,7 @@ def choose(
     logits_chunks,
     WIDTH: tl.constexpr,
 ):
-    """Grid (N, parts): every program finds the k-th key for itself, then writes its own part's positions."""
+    """Grid (N, parts): every program finds the threshold for itself, then writes its own part's positions."""
     n = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     row = info + n * INFO_SIZE
@@ -241,9 +243,16 @@ def choose(
     o = tl.arange(0, WIDTH)
     compact += n * stride
     held = tl.load(compact + o, mask=o < number, other=NEVER)
-    kth = kth_largest(held, needed, compact, number, True)
+    # The least key of the bin, whose leading bits all others in it share, but in the outermost two.
+    prefix = tl.load(row + PREFIX)
+    is_highest = prefix >> SHIFT == LOWEST + HISTOGRAM_SIZE - 1
+    known = tl.where(is_highest | (prefix == 0), 0, KNOWN_ROUNDS)
+    begin = tl.where(is_highest, 0, prefix)
+    reached = tl.where(is_highest, -1, number)
+    least = threshold(held, needed, begin, known, reached, compact, number, True)
+    least = tl.maximum(least, prefix - 1)  # below are keys that were not among those compared
 
-    # How many candidates of earlier parts are above the k-th, or equal to it.
+    # How many candidates of earlier parts are above the threshold, or equal to it.
     above_before = tl.load(before + (n * parts + part) * 2)
     inside_before = tl.load(before + (n * parts + part) * 2 + 1)
     packed = tl.zeros([WIDTH], tl.int64)
@@ -251,8 +260,8 @@ def choose(
     for first in range(0, number, WIDTH):
         key = tl.load(compact + first + o, mask=first + o < number, other=NEVER)
         earlier = first + o < inside_before
-        packed += ((key > kth) & earlier).to(tl.int64) + (((key == kth) & earlier).to(tl.int64) << 32)
-        ties -= tl.sum((key > kth).to(tl.int32), 0)
+        packed += ((key > least) & earlier).to(tl.int64) + (((key == least) & earlier).to(tl.int64) << 32)
+        ties -= tl.sum((key > least).to(tl.int32), 0)
     packed_before = tl.sum(packed, 0)
     above_before += (packed_before & 0xFFFFFFFF).to(tl.int32)
     equal_before = (packed_before >> 32).to(tl.int32)
@@ -260,6 +269,6 @@ def choose(
     s = part * WIDTH + o
     key = tl.load(keys + n * stride + s, mask=s < stride, other=NEVER)
     # Bins are ordered as keys are, but the outermost ones hold a range of them: the key alone decides.
-    chosen, slot = split_by(key, kth, tl.maximum(ties - equal_before, 0))
+    chosen, slot = split_by(key, least, tl.maximum(ties - equal_before, 0))
     slot += above_before + tl.minimum(equal_before, ties)
     tl.store(positions + n * k_max + slot, s, mask=chosen)

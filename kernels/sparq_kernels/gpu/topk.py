@@ -12,20 +12,25 @@ NEVER = tl.constexpr(-1)
 ALWAYS = tl.constexpr(0x7FFFFFFF)
 FIELD = tl.constexpr((1 << 21) - 1)
 MAX_KEYS = FIELD.value  # what a field can count
+ROUNDS = tl.constexpr(15)  # of two bits; then one is left
 NAN_BITS = tl.constexpr(0x7FC00000)
 
 
 @triton.jit
-def kth_largest(key, k, rest, number, HAS_REST: tl.constexpr):
-    """The k-th largest of int32 keys (k >= 1, at least k of them are not NEVER).
+def threshold(key, k, prefix, known, reached, rest, number, HAS_REST: tl.constexpr):
+    """What parts the k largest of int32 keys from the others (k >= 1, at least k of them are not NEVER): the k largest
+    are those above it and, where these are fewer than k, the first of those equal to it.
 
     key: [WIDTH], in registers.  With HAS_REST, `number` keys in all: those from WIDTH on are read from `rest`, which
     points at the first of all, in every step.
+    prefix: the leading bits of the k-th key as far as they are known, zeros behind them; known: how many rounds that
+    spares, two bits each.  reached: how many keys are at least `prefix`, or -1 where nobody has counted.
 
-    It is found two bits at a time: the counts of three candidates share one reduction, 21 bits each.
+    It is the k-th key itself, found two bits at a time: the counts of three candidates share one reduction, 21 bits
+    each.  As soon as exactly k keys reach what is known of it, that less 1 will do, and lower bits are not looked at.
     """
-    kth = k * 0
-    for i in range(15):
+    kth, i = prefix, known
+    while (i < ROUNDS) & (reached != k):
         digit = 1 << (29 - 2 * i)
         one, two, three = kth | digit, kth | (digit + digit), kth | (3 * digit)
         counts = _reached(key, one, two, three)
@@ -35,11 +40,18 @@ def kth_largest(key, k, rest, number, HAS_REST: tl.constexpr):
         at_one, at_two = (total & FIELD).to(tl.int32), ((total >> 21) & FIELD).to(tl.int32)
         at_three = (total >> 42).to(tl.int32)
         kth = tl.where(at_three >= k, three, tl.where(at_two >= k, two, tl.where(at_one >= k, one, kth)))
-    last = kth | 1
-    counts = _reached(key, last, ALWAYS, ALWAYS)
-    if HAS_REST:
-        counts = _rest_reached(counts, rest, number, last, ALWAYS, ALWAYS)
-    return tl.where((tl.sum(counts, 0) & FIELD).to(tl.int32) >= k, last, kth)
+        reached = tl.where(at_one >= k, at_one, reached)
+        reached = tl.where(at_three >= k, at_three, tl.where(at_two >= k, at_two, reached))
+        i += 1
+    if reached == k:
+        kth -= 1
+    else:
+        last = kth | 1
+        counts = _reached(key, last, ALWAYS, ALWAYS)
+        if HAS_REST:
+            counts = _rest_reached(counts, rest, number, last, ALWAYS, ALWAYS)
+        kth = tl.where((tl.sum(counts, 0) & FIELD).to(tl.int32) >= k, last, kth)
+    return kth
 
 
 @triton.jit
@@ -59,12 +71,12 @@ def _rest_reached(counts, rest, number, one, two, three):
 
 
 @triton.jit
-def split_by(key, kth, ties):
-    """Which keys are above `kth` or among its first `ties` equals, and how many such keys precede each.
+def split_by(key, threshold, ties):
+    """Which keys are above the threshold or among its first `ties` equals, and how many such keys precede each.
 
     Both counts share one scan, 16 bits each: at most 32767 keys.
     """
-    above, equal = key > kth, key == kth
+    above, equal = key > threshold, key == threshold
     packed = (above.to(tl.int32) << 16) | equal.to(tl.int32)
     before = tl.cumsum(packed, 0) - packed
     equal_before = before & 0xFFFF
@@ -75,6 +87,7 @@ def split_by(key, kth, ties):
 @triton.jit
 def top(key, k):
     """The mask of the k largest keys, and each one's place among them in index order."""
-    kth = kth_largest(key, k, 0, 0, False)
-    ties = k - tl.sum((key > kth).to(tl.int32), 0)
-    return split_by(key, kth, ties)
+    zero = tl.zeros([], tl.int32)
+    least = threshold(key, k + zero, zero, zero, zero - 1, 0, 0, False)
+    ties = k - tl.sum((key > least).to(tl.int32), 0)
+    return split_by(key, least, ties)

@@ -1,0 +1,162 @@
+"""How kernels are launched, with no GPU: a driver that launches nothing says what it was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import sparq_kernels
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton has no build for this system")
+
+from launch_cost import without_a_gpu  # noqa: E402
+from sparq_kernels.gpu import launch  # noqa: E402
+
+from tests.kernels.cases import Case, make_case, new_token, run_operator, storage_of  # noqa: E402
+
+
+class Launched(NamedTuple):
+    """One launch: the kernel, what it was compiled for, the grid, and the arguments (tensors as their addresses)."""
+
+    name: str
+    compiled: str
+    grid: tuple[int, ...]
+    arguments: list[Any]
+
+
+@pytest.fixture
+def launches() -> Iterator[list[Launched]]:
+    found: list[Launched] = []
+
+    def launched(source: Any, arguments: tuple[Any, ...]) -> None:
+        given = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments[9:]]
+        found.append(Launched(source.fn.__name__, source.hash(), arguments[:3], given))
+
+    with without_a_gpu(launched):
+        yield found
+
+
+def taken(launches: list[Launched]) -> list[Launched]:
+    found = launches.copy()
+    launches.clear()
+    return found
+
+
+def by_triton(case: Case, launches: list[Launched]) -> list[Launched]:
+    """What Triton's own dispatch makes of a call that nothing is remembered for."""
+    for held in (launch._plans, launch._compiled):
+        held.clear()
+    sparq_kernels.operator._plans.clear()
+    run_operator(case)
+    return taken(launches)
+
+
+def ours_and_addresses(launched: Launched, case: Case) -> list[Any]:
+    """The arguments, but for addresses of memory that is another one in every call."""
+    own = {x.data_ptr() for x in case.tensors if x is not None}
+    return [x if x in own or not isinstance(x, int) or x < 1 << 32 else "other memory" for x in launched.arguments]
+
+
+def check_same_launches(ours: list[Launched], theirs: list[Launched], case: Case) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.name, a.compiled, a.grid) == (b.name, b.compiled, b.grid)
+        assert ours_and_addresses(a, case) == ours_and_addresses(b, case)
+
+
+SHAPES = {
+    "fused": dict(batch=80, num_heads=4, num_kv_heads=4, cached=300),
+    "select": dict(batch=1, num_heads=4, num_kv_heads=2, cached=300),
+    "distributed": dict(batch=1, num_heads=4, num_kv_heads=2, cached=8300),
+    "masked": dict(batch=2, num_heads=4, num_kv_heads=2, cached=300, holes=0.2, starts=[3, 0]),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_is_held_is_what_triton_would_choose(name: str, launches: list[Launched]) -> None:
+    """Of a cache that grows across a chunk's end, where a plan of its own begins."""
+    shape = SHAPES[name]
+    for cached in (shape["cached"], shape["cached"] + 1, 600 if shape["cached"] == 300 else 8500):
+        case = make_case(**{**shape, "cached": cached}, head_dim=64, dtype=torch.float16, r=16, k=40)
+        run_operator(case)  # finds the kernels, the first time
+        taken(launches)
+        run_operator(case)
+        ours = taken(launches)
+        assert ours and all(one._start is not None for plan in launch._plans.values() for one in plan.launches)
+        check_same_launches(ours, by_triton(case, launches), case)
+
+
+def test_a_cache_that_grows_finds_its_kernels(launches: list[Launched]) -> None:
+    """No launch but the first asks Triton, though every length has a plan."""
+    case = make_case(1, 4, 2, 9000, 64, torch.float16, r=16, k=40)
+    for cached in (8500, 8501, 8800, 9000):
+        grown = Case(**{**vars(case), "key": case.key[:, :, :cached], "value": case.value[:, :, :cached]})
+        run_operator(grown)
+        if cached == 8500:
+            known = dict(launch._compiled)
+    assert launch._compiled == known
+
+
+def test_other_alignment_takes_another_kernel(launches: list[Launched]) -> None:
+    case = make_case(1, 4, 2, 300, 64, torch.float16, r=16, k=40)
+    run_operator(case)
+    taken(launches)
+    run_operator(case)
+    aligned = taken(launches)
+    memory = torch.zeros(case.query.numel() + 4, dtype=torch.float16)
+    moved = memory[4:].view(case.query.shape).copy_(case.query)
+    assert moved.data_ptr() % 16 == 8
+    case.query = moved
+    for _ in range(2):
+        run_operator(case)
+        ours = taken(launches)
+        assert {one.name for one in ours if one.compiled not in {each.compiled for each in aligned}} == {
+            "score",
+            "gather",
+        }
+    check_same_launches(ours, by_triton(case, launches), case)
+
+
+def test_hooks_are_called(launches: list[Launched], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As profilers set them: what is held must not pass them by."""
+    case = make_case(1, 4, 2, 300, 64, torch.float16, r=16, k=40)
+    run_operator(case)
+    run_operator(case)
+    taken(launches)
+    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", lambda metadata: None)
+    given = []
+    real = launch.triton.compiler.CompiledKernel.launch_metadata
+    monkeypatch.setattr(
+        launch.triton.compiler.CompiledKernel,
+        "launch_metadata",
+        lambda self, *arguments: given.append(self.name) or real(self, *arguments),
+    )
+    run_operator(case)
+    assert given == ["score", "select", "gather"]
+    assert [one.name for one in taken(launches)] == given
+
+
+@pytest.mark.parametrize("freed", ["key", "value", "query"])
+def test_freed_memory_is_refused(freed: str, launches: list[Launched]) -> None:
+    """A GPU that reads address 0 is lost to the whole process."""
+    case = make_case(1, 4, 2, 300, 64, torch.float16, r=16, k=40)
+    run_operator(case)
+    taken(launches)
+    getattr(case, freed).untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{freed} .* has no memory"):
+        run_operator(case)
+    assert not launches
+
+
+def test_append_launches_one_kernel_for_all_positions(launches: list[Launched]) -> None:
+    storage, tokens = storage_of(2, 2, 300, 64, torch.float16), new_token(2, 2, 64, torch.float16)
+    for position in (5, 6, 299):
+        sparq_kernels.append(*storage, *tokens, position=position)
+    found = taken(launches)
+    assert len({one.compiled for one in found}) == 1 and len(launch._compiled) == 1
+    offset = launch.append_kernel.arg_names.index("offset")
+    assert [one.arguments[offset] for one in found] == [5, 6, 299]
+    addresses = [[x for x in one.arguments if isinstance(x, int) and x > 1 << 32] for one in found]
+    assert addresses[0] == addresses[1] == addresses[2]
+    assert {x.data_ptr() for x in (*storage, *tokens)} <= set(addresses[0])
