@@ -9,7 +9,7 @@ NEWEST := .venv-newest
 INTERPRETED := tests/kernels/test_gpu_interpreted.py || [ $$? -eq 5 ]
 QUESTIONS := $(foreach name,amber basalt cobalt dahlia ember,--question "The pass key of $(name) is")
 
-.PHONY: demo test test-oldest test-newest lint format bench eval sanitize fuzz clean
+.PHONY: demo test test-oldest test-newest lint format bench gpu eval sanitize fuzz clean
 
 demo: $(STAMP)
 	@echo "== A model that comes with the repository answers five questions about a text of 7,700 bytes =="
@@ -60,6 +60,11 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/scaling.py --json $(RESULTS)/scaling.json --plot $(RESULTS)/scaling.png
 	$(BIN)/python benchmarks/memory.py --json $(RESULTS)/memory.json
 	$(BIN)/python benchmarks/figures.py
+
+# On a machine with a GPU: tests, races, attention and generation in less than eight minutes (benchmarks/README.md).
+# Nothing is installed. Without .venv it takes a Python that has PyTorch: make gpu PYTHON=python3 ARGS='--out results'
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(ARGS)
 
 # The offline tasks, for both bundled models, over methods and compression ratios (evals/README.md).
 eval: $(STAMP)

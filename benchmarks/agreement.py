@@ -9,17 +9,12 @@ import torch
 from model_shapes import Heads
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from ways import twin
+from ways import tolerance, twin
 from workload import relative_error
 
 import sparq
 
 PROMPT, STEPS = 96, 8  # tokens of the short context
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """The relative error that rounding explains, in the order of sums that each path has."""
-    return 1e-4 if dtype == torch.float32 else 3e-2
 
 
 def check(model: PreTrainedModel, context: int, batch: int, knobs: dict[str, Any]) -> None:
@@ -66,9 +61,13 @@ def wrong_operator(model: PreTrainedModel, context: int, batch: int, config: spa
     """How the operator differs from the reference in float64 on a cache of this shape, or None."""
     heads = Heads.of(model.config)
     shape, dtype, device = (batch, heads.kv, context, heads.head_dim), model.dtype, model.device
-    generator = torch.Generator().manual_seed(3)
-    key, value = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
-    query = torch.randn(batch, heads.query, 1, heads.head_dim, generator=generator).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:  # where it is needed, as it is needed: a GPU's cache is drawn on no host
+        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+    key, value = draw(*shape), draw(*shape)
+    query = draw(batch, heads.query, 1, heads.head_dim)
     components = sparq_kernels.allocate_components(*shape, dtype, device)
     sparq_kernels.write_components(components, key, 0)
     value_sum = value.sum(2, dtype=torch.float32)

@@ -3,7 +3,7 @@
     python benchmarks/attention.py --json benchmarks/results/attention.json --plot attention.png
     python benchmarks/attention.py --quick
     python benchmarks/attention.py --shapes llama-3.2-1b pythia-1.4b --contexts 4096 65536 --batches 1 4 --ratio 4
-    python benchmarks/attention.py --device cuda --profile --json benchmarks/results/attention-gpu.json
+    python benchmarks/attention.py --device cuda --profile --json build/attention.json
 
 Each shape first has its output compared with the plain PyTorch reference, and each dense way's with attention in
 float32; where that fails, no ratio is printed, and the program's exit status is 1. Dense and sparse walk over several

@@ -447,6 +447,19 @@ def recorded() -> dict[str, Any]:
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
+def nearest_record() -> tuple[dict[str, dict[str, Code]], bool]:
+    """Case -> kernel -> code, of the recorded version that is nearest to this Triton, and whether it is this one."""
+
+    def distance(version: str) -> list[int]:
+        return [abs(int(number) - own) for number, own in zip(version.split("."), TRITON, strict=True)]
+
+    versions = recorded()
+    nearest = min(versions, key=distance)
+    cases = versions[nearest].items()
+    codes = {case: {name: Code.of(code) for name, code in kernels.items()} for case, kernels in cases}
+    return codes, not any(distance(nearest))
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     version = ".".join(map(str, TRITON))

@@ -48,25 +48,46 @@ def free_bytes() -> int:
     return torch.cuda.mem_get_info()[0]
 
 
-def eager_times(call: Callable[[T], Tensor], caches: Sequence[T], walks: int, rounds: int) -> list[float]:
+def synchronize() -> None:
+    torch.cuda.synchronize()
+
+
+def eager_times(
+    call: Callable[[T], Tensor],
+    caches: Sequence[T],
+    walks: int,
+    rounds: int,
+    wait: Callable[[], None] = synchronize,
+) -> list[float]:
     """Microseconds per call, by the wall clock, Python included: each value from `walks` walks over the caches, the
     calls one after the other, the device waited for at both ends."""
     times = []
     for _ in range(WARM_UP + rounds):
-        torch.cuda.synchronize()
+        wait()
         started = time.perf_counter()
         for _ in range(walks):
             for x in caches:
                 call(x)
-        torch.cuda.synchronize()
+        wait()
         times.append(1e6 * (time.perf_counter() - started) / (walks * len(caches)))
     return times[WARM_UP:]
 
 
-class Replay(Generic[T]):
-    """A CUDA graph of `walks` walks over the caches."""
+def flat(results: Iterable[Tensor | Sequence[Tensor]]) -> list[Tensor]:
+    """Of calls that give a tensor or several."""
+    return [tensor for result in results for tensor in ((result,) if isinstance(result, Tensor) else result)]
 
-    def __init__(self, call: Callable[[T], Tensor], caches: Sequence[T], walks: int) -> None:
+
+def poison(tensors: Iterable[Tensor]) -> None:
+    """With what no call gives, so that one which writes nothing is noticed."""
+    for tensor in tensors:
+        tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
+
+
+class Replay(Generic[T]):
+    """A CUDA graph of `walks` walks over the caches; `results` are what its calls write."""
+
+    def __init__(self, call: Callable[[T], Tensor | Sequence[Tensor]], caches: Sequence[T], walks: int) -> None:
         self._graph = torch.cuda.CUDAGraph()
         self._stream = torch.cuda.Stream()
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -76,21 +97,24 @@ class Replay(Generic[T]):
             with torch.cuda.stream(self._stream):
                 call(caches[0])
                 with torch.cuda.graph(self._graph, pool=pool, stream=self._stream):
-                    self._outputs = [call(x) for _ in range(walks) for x in caches]
+                    self.results = flat(call(x) for _ in range(walks) for x in caches)
         except Exception:
             # Nor does it tell the allocator that the capture is over, and every later one would fail too.
             with contextlib.suppress(Exception):
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             raise
         torch.cuda.current_stream().wait_stream(self._stream)
+        self._calls = walks * len(caches)
+
+    def replay(self) -> None:
+        self._graph.replay()
 
     def outputs(self) -> list[Tensor]:
-        """Of one replay, of every call; poisoned before it, so that a call which writes nothing is noticed."""
-        for output in self._outputs:
-            output.fill_(float("nan"))
+        """Of one replay, of every call; poisoned before it."""
+        poison(self.results)
         self._graph.replay()
         torch.cuda.synchronize()
-        return self._outputs
+        return self.results
 
     def times(self, rounds: int) -> list[float]:
         """Microseconds per call.  Replays are queued back to back with an event between any two, so that neither
@@ -102,13 +126,26 @@ class Replay(Generic[T]):
         events[-1].record()
         torch.cuda.synchronize()
         pairs = itertools.pairwise(events[WARM_UP:])
-        return [1e3 * before.elapsed_time(after) / len(self._outputs) for before, after in pairs]
+        return [1e3 * before.elapsed_time(after) / self._calls for before, after in pairs]
+
+
+class Noise:
+    """Copies on a stream of their own, beside which a kernel's programs start and end in another order."""
+
+    def __init__(self, megabytes: int = 128) -> None:
+        self._stream = torch.cuda.Stream()
+        self._source, self._target = torch.empty((2, megabytes << 20), dtype=torch.uint8, device="cuda")
+
+    def begin(self) -> None:
+        with torch.cuda.stream(self._stream):
+            self._target.copy_(self._source)
 
 
 def copy_bandwidth(gigabytes: int = 4, repeats: int = 10) -> float:
     """GB/s of a large copy on the device, bytes read and bytes written counted: the best of several."""
     room = free_bytes() // 4
-    source = torch.ones(min(gigabytes << 30, room), dtype=torch.uint8, device="cuda")
+    # Random bytes: a device may move a constant faster than what anybody computes with.
+    source = torch.randint(256, (min(gigabytes << 30, room),), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(WARM_UP + repeats + 1)]
     for event in events[:-1]:
@@ -156,7 +193,7 @@ def kernels_of(averages: Iterable[Any], calls: int) -> list[Kernel]:
 def _nvidia_driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     return output.split("\n")[0].strip() or None

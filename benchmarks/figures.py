@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from attention_cases import README, Case
 from attention_rows import KERNEL, plot
 from attention_rows import SPARQ as OPERATOR
+from gpu_report import grid_of
 from report import Grid
 from turns import Ratio
 from ways import BARE_CONTEXT, DYNAMIC, OWN_CACHE, SPARQ, STATIC, WAYS
@@ -152,6 +154,15 @@ def memory_grid(content: Content) -> Grid:
     return Grid("MiB of the cache", columns, rows, left=0)
 
 
+def gpu_grids(content: Content) -> Iterator[Grid]:
+    """The first table of attention and of generation; `gpu-<card>.md` has all."""
+    machine = content["machine"]
+    for stage in ("attention", "generation"):
+        for table in content.get(stage, {}).get("tables", [])[:1]:
+            grid = grid_of(table)
+            yield replace(grid, title=f"{machine['device']}, torch {machine['torch']}: {grid.title}")
+
+
 def read(name: str, results: Path = RESULTS) -> Content | None:
     path = results / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
@@ -167,6 +178,8 @@ def in_readme(results: Path = RESULTS) -> Iterator[Grid]:
         yield llamacpp_grid(content)
     if content := read("memory", results):
         yield memory_grid(content)
+    for path in sorted(results.glob("gpu-*.json")):
+        yield from gpu_grids(json.loads(path.read_text()))
 
 
 def others(results: Path = RESULTS) -> Iterator[Grid]:

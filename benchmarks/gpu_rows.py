@@ -8,21 +8,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 from device_time import Kernel
+from gpu_cases import Case
 from report import Grid
-from workload import Shape, quantiles
+from workload import quantiles
 
 MODES = ("eager", "graph")
 SCREENING_ROUNDS = 3
 OUT_OF_THE_RUNNING = 3  # times the fastest
-
-
-@dataclass(frozen=True)
-class Case:
-    """A shape of which `goal` says how much faster than dense it should be, by graph replays, or None."""
-
-    name: str
-    shape: Shape
-    goal: float | None
+NO_TIME = "no time"
 
 
 @dataclass(frozen=True)
@@ -74,9 +67,14 @@ class Row:
     dense: list[Attempt] = field(default_factory=list)
 
     @property
+    def is_left_out(self) -> bool:
+        """There was no time for it."""
+        return self.sparq.unavailable == NO_TIME
+
+    @property
     def wrong(self) -> str | None:
         """Why there is no claim at all."""
-        return self.sparq.wrong or self.sparq.unavailable
+        return None if self.is_left_out else self.sparq.wrong or self.sparq.unavailable
 
     @property
     def dense_bytes(self) -> int:
@@ -118,35 +116,36 @@ class Row:
 
 
 def main_grid(rows: list[Row]) -> Grid:
+    columns = (
+        "shape",
+        "dtype",
+        "dense, graph",
+        "SparQ, graph",
+        "GB/s (of copy)",
+        "speed-up, graph",
+        "goal",
+        "bytes allow",
+        "predicted, H100",
+        "dense, eager",
+        "SparQ, eager",
+        "speed-up, eager",
+    )
     return Grid(
         "Attention of one new token on the GPU, µs per call: the fastest dense way against SparQ",
-        (
-            "shape",
-            "dtype",
-            "dense, graph",
-            "GB/s",
-            "SparQ, graph",
-            "GB/s (of copy)",
-            "speed-up, graph",
-            "goal",
-            "bytes allow",
-            "dense, eager",
-            "SparQ, eager",
-            "speed-up, eager",
-        ),
+        columns,
         [
             (
                 f"{row.case.name}: {row.case.shape}",
                 row.dtype,
-                _dense(row, "graph"),
-                _rate(row.dense_bytes, row.fastest("graph"), None),
+                _dense(row),
                 _microseconds(row.sparq.graph),
-                _rate(row.sparq_bytes, (row.sparq.name, row.sparq.graph), row.copy_gbs),
+                _rate(row),
                 _speedup(row, "graph"),
                 "" if row.case.goal is None else f"≥ {row.case.goal:g}x",
                 f"{row.dense_bytes / row.sparq_bytes:.1f}x",
-                _dense(row, "eager"),
-                _microseconds(row.sparq.eager),
+                _predicted(row.case),
+                _plain(None if (fastest := row.fastest("eager")) is None else fastest[1]),
+                _plain(row.sparq.eager),
                 _speedup(row, "eager"),
             )
             for row in rows
@@ -175,6 +174,30 @@ def kernel_grid(title: str, found: list[Kernel]) -> Grid:
     )
 
 
+def kernels_grid(profiles: list[tuple[Case, str, list[Kernel]]]) -> Grid:
+    """The same of several shapes, side by side. PyTorch's own kernels, whose names are long, are one column."""
+    names = list(
+        dict.fromkeys(kernel.name for _, _, found in profiles for kernel in found if kernel.name.isidentifier())
+    )
+    rows = []
+    for case, dtype, found in profiles:
+        us = {name: sum(kernel.us for kernel in found if kernel.name == name) for name in names}
+        total = sum(kernel.us for kernel in found)
+        cells = (f"{us[name]:.1f}" if us[name] else "–" for name in names)
+        launches = sum(kernel.launches for kernel in found)
+        rows.append((case.name, dtype, *cells, f"{total - sum(us.values()):.1f}", f"{total:.1f}", f"{launches:g}"))
+    return Grid("SparQ by kernel, µs per call", ("shape", "dtype", *names, "others", "all", "launches"), rows)
+
+
+def missed_goals(rows: list[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        speedup = row.speedup("graph")
+        if row.case.goal is not None and speedup is not None and speedup < row.case.goal:
+            lines.append(f"goal missed: {row.case.name} {row.dtype}: {speedup:.2f}x, not {row.case.goal:g}x")
+    return lines
+
+
 def problems(rows: list[Row]) -> list[str]:
     """What the grids do not say: why rows are wrong, and which ways are missing, the same reason told once."""
     lines = [f"WRONG: {row.case.name} {row.dtype}: {row.wrong}" for row in rows if row.wrong]
@@ -186,23 +209,36 @@ def problems(rows: list[Row]) -> list[str]:
     return lines + [f"not counted in {count} of {len(rows)} rows: {reason}" for reason, count in missing.items()]
 
 
-def _dense(row: Row, mode: str) -> str:
-    fastest = row.fastest(mode)
+def _dense(row: Row) -> str:
+    fastest = row.fastest("graph")
     return "–" if fastest is None else f"{_microseconds(fastest[1])} {fastest[0]}"
 
 
 def _microseconds(timing: Timing | None) -> str:
-    return "–" if timing is None else f"{timing.us:.1f} ({timing.spread[0]:.1f}–{timing.spread[1]:.1f})"
-
-
-def _rate(bytes_read: int, timed: tuple[str, Timing | None] | None, copy_gbs: float | None) -> str:
-    if timed is None or timed[1] is None:
+    """With half the range from 10 to 90 %, in percent."""
+    if timing is None:
         return "–"
-    gbs = bytes_read / timed[1].us / 1e3
-    return f"{gbs:.0f}" if copy_gbs is None else f"{gbs:.0f} ({gbs / copy_gbs:.0%})"
+    return f"{_plain(timing)} ±{(timing.spread[1] - timing.spread[0]) / 2 / timing.us:.1%}"
+
+
+def _plain(timing: Timing | None) -> str:
+    return "–" if timing is None else f"{timing.us:.{1 if timing.us < 100 else 0}f}"
+
+
+def _rate(row: Row) -> str:
+    if row.sparq.graph is None:
+        return "–"
+    gbs = row.sparq_bytes / row.sparq.graph.us / 1e3
+    return f"{gbs:.0f} ({gbs / row.copy_gbs:.0%})"
+
+
+def _predicted(case: Case) -> str:
+    return "" if case.predicted is None else f"{case.predicted[1]:g} → {case.predicted[0]:g}"
 
 
 def _speedup(row: Row, mode: str) -> str:
+    if row.is_left_out:
+        return NO_TIME
     if row.wrong:
         return "WRONG"
     if row.operator == "reference":
@@ -215,5 +251,4 @@ def _both(row: Row, name: str) -> str:
     way = next((way for way in row.dense if way.name == name), None)
     if way is None:
         return "–"
-    times = [f"{timing.us:.1f}" if timing else "–" for timing in (way.graph, way.eager)]
-    return ("WRONG " if way.wrong else "") + " / ".join(times)
+    return ("WRONG " if way.wrong else "") + f"{_plain(way.graph)} / {_plain(way.eager)}"

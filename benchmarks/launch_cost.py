@@ -65,9 +65,12 @@ class Driver:
         return GPUTarget("cuda", 90, 32)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        if self.launched is None:
-            return lambda *arguments: None
-        return lambda *arguments: self.launched(source, arguments)
+        def launch(*arguments: Any) -> None:
+            launched = triton.runtime.driver.active.launched  # Triton keeps what it has made for an earlier driver
+            if launched is not None:
+                launched(source, arguments)
+
+        return launch
 
 
 @contextmanager

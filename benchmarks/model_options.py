@@ -48,11 +48,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="less of everything: under a minute")
 
 
-def build_subject(args: argparse.Namespace, dtype: str) -> Subject:
+def build_subject(args: argparse.Namespace, dtype: str, device: str = "cpu") -> Subject:
     layers = args.layers
     if layers is None and not args.all_layers and not is_real(args.model):
         layers = MEASURED_LAYERS
-    return build(args.model, getattr(torch, dtype), layers)
+    return build(args.model, getattr(torch, dtype), layers, device)
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

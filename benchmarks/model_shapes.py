@@ -34,6 +34,19 @@ def llama_3_2_1b() -> LlamaConfig:
     )
 
 
+def llama_3_8b() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
+
+
 def llama_2_7b() -> LlamaConfig:
     return LlamaConfig(
         vocab_size=32000,
@@ -59,7 +72,12 @@ def pythia_1_4b() -> GPTNeoXConfig:
     )
 
 
-SHAPES = {"llama-3.2-1b": llama_3_2_1b, "llama-2-7b": llama_2_7b, "pythia-1.4b": pythia_1_4b}
+SHAPES = {
+    "llama-3.2-1b": llama_3_2_1b,
+    "llama-3-8b": llama_3_8b,
+    "llama-2-7b": llama_2_7b,
+    "pythia-1.4b": pythia_1_4b,
+}
 
 
 @dataclass(frozen=True)
@@ -117,13 +135,14 @@ def layers_of(name: str) -> int:
     return config.get_text_config(decoder=True).num_hidden_layers
 
 
-def build(name: str, dtype: torch.dtype, layers: int | None) -> Subject:
+def build(name: str, dtype: torch.dtype, layers: int | None, device: str = "cpu") -> Subject:
     """A model of this name, ready to decode greedily without an end.
 
     Args:
         name: one of `SHAPES`, which gets random weights, or a real model's folder or name.
         layers: how many of its first layers to keep; None: all. A shape that is cut gets a vocabulary of 256, too: with
             the whole one the language model head would cost as much as several layers.
+        device: where random weights are made, not only moved to.
     """
     if is_real(name):
         config = AutoConfig.from_pretrained(name)
@@ -143,18 +162,21 @@ def build(name: str, dtype: torch.dtype, layers: int | None) -> Subject:
             text.vocab_size = SMALL_VOCABULARY
     if is_real(name):
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True)
+        model = model.to(device)
     else:
-        model = from_config(config, dtype)
+        model = from_config(config, dtype, device)
     endless(model)
     return Subject(model, label, kept, whole, text.vocab_size, vocabulary, not is_real(name))
 
 
-def from_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """With the same random weights every time."""
+def from_config(config: PreTrainedConfig, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+    """With the same random weights every time on a kind of device, where they are made."""
     config.bos_token_id = config.eos_token_id = None
     config.pad_token_id = 0
     torch.manual_seed(0)
-    return endless(AutoModelForCausalLM.from_config(config, dtype=dtype))
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return endless(model)
 
 
 def endless(model: PreTrainedModel) -> PreTrainedModel:

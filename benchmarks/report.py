@@ -39,5 +39,8 @@ def write_markdown(path: Path, grids: list[Grid]) -> None:
 
 
 def write_json(path: Path, result: dict[str, object]) -> None:
+    """Whole or not at all: whoever writes after every row may be stopped while writing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished.replace(path)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import graphed
 import torch
 from model_shapes import Heads
 from torch import Tensor
@@ -21,6 +22,7 @@ from sparq.static_cache import SparqStaticLayer
 
 BARE_CONTEXT = 16  # next to no cache
 ALL_LAYERS = 1 << 30
+SIZE_STEP = 64  # of a static cache on a GPU: each layer of stock's would copy a mask of any length to make it fit
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Way:
     name: str
     is_static: bool = False
     is_compiled: bool = False
+    is_graphed: bool = False  # replays a CUDA graph of one step, of which `generate` has no part
     patched: bool = False
     sparse: bool = False  # of a patched one: whether its steps may be sparse
     bare: bool = False  # decodes from next to no cache
@@ -46,9 +49,12 @@ OWN_CACHE = Way("SparQ's cache", patched=True)
 SPARQ = Way("SparQ", patched=True, sparse=True)
 COMPILED = Way("stock compiled", is_static=True, is_compiled=True)
 SPARQ_COMPILED = Way("SparQ compiled", is_static=True, is_compiled=True, patched=True, sparse=True)
+GRAPHED = Way("stock static, graph", is_static=True, is_graphed=True)
+SPARQ_GRAPHED = Way("SparQ static, graph", is_static=True, is_graphed=True, patched=True, sparse=True)
 
 WAYS = (LAYERS_ALONE, DYNAMIC, STATIC, OWN_CACHE, SPARQ)
 COMPILED_WAYS = (COMPILED, SPARQ_COMPILED)
+GRAPHED_WAYS = (GRAPHED, SPARQ_GRAPHED)
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -89,6 +95,8 @@ class Runner:
             # `generate` compiles by itself on a GPU; on a CPU it has to be asked.
             options["compile_config"] = CompileConfig(mode="default")
             options["compile_config"]._compile_all_devices = True
+        else:
+            options["disable_compile"] = True  # a static cache on a GPU would be compiled unasked
         started = time.perf_counter()
         self.model.generate(
             prompt,
@@ -103,6 +111,43 @@ class Runner:
         return clock, started
 
 
+@dataclass
+class GraphRunner(Runner):
+    """Replays a graph of one step, made before the first; it is checked against eager steps then."""
+
+    wrong: str | None = None  # how replays differ from the steps they stand for
+
+    def __post_init__(self) -> None:
+        self._replay: Callable[[], Tensor] | None = None
+
+    def decode(self, tokens: int) -> list[float]:
+        """Seconds of each of `tokens` replays, waited for one by one as `generate` does."""
+        if self._replay is None:
+            self._replay = self._captured()
+        seconds = []
+        for _ in range(tokens):
+            started = time.perf_counter()
+            self._replay()
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+    def _captured(self) -> Callable[[], Tensor]:
+        step = graphed.Step(self.model, self.cache, self.batch)
+        for _ in range(graphed.WARM_UP):
+            step()
+        self.cache_bytes = bytes_of(self.cache)
+        replay = graphed.replayed(step)
+        self.wrong = graphed.replay_error(step, replay, tolerance(self.model.dtype))
+        return replay
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The relative error that rounding explains, in the order of sums that each path has."""
+    return 1e-4 if dtype == torch.float32 else 3e-2
+
+
 def make_runner(
     model: PreTrainedModel, way: Way, context: int, batch: int, room: int, knobs: dict[str, Any], prefill: bool
 ) -> Runner:
@@ -113,11 +158,13 @@ def make_runner(
     """
     if way.bare:
         context = BARE_CONTEXT
+    if way.is_graphed:
+        room += graphed.WARM_UP + graphed.CHECKED
     own = twin(model)
     if way.patched:
         sparq.patch(own, **knobs, **({} if way.sparse else {"dense_layers": ALL_LAYERS}))
     cache = empty_cache(model, way, context + room)
-    runner = Runner(way, own, cache, batch)
+    runner = (GraphRunner if way.is_graphed else Runner)(way, own, cache, batch)
     if prefill:
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         generator = torch.Generator().manual_seed(1)
@@ -131,6 +178,8 @@ def make_runner(
 def empty_cache(model: PreTrainedModel, way: Way, size: int) -> Cache:
     config = model.config
     if way.is_static:
+        if model.device.type == "cuda":
+            size = -(-size // SIZE_STEP) * SIZE_STEP
         return StaticCache(config=config, max_cache_len=size)
     cache = DynamicCache(config=config)
     if way.patched:
@@ -146,10 +195,10 @@ def fill(cache: Cache, model: PreTrainedModel, context: int, batch: int, spare: 
             double: true, but once in as many tokens as are cached (`memory.py` counts both states).
     """
     heads = Heads.of(model.config)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(model.device).manual_seed(1)
     for index in range(model.config.get_text_config(decoder=True).num_hidden_layers):
         shape = (batch, heads.kv, context + spare, heads.head_dim)
-        key, value = (torch.randn(shape, generator=generator).to(model.device, model.dtype) for _ in range(2))
+        key, value = (torch.randn(shape, generator=generator, dtype=model.dtype, device=model.device) for _ in range(2))
         cache.update(key, value, index)
         if spare:
             cache.layers[index].crop(-spare)

@@ -24,7 +24,7 @@ TINY = (Case("tiny", Shape(1, 4, 2, 16, 96, 8, 12)), Case("tiny", Shape(2, 2, 2,
 def test_each_device_has_its_defaults():
     cpu, gpu = attention.parse([]), attention.parse(["--device", "cuda", "--profile"])
     assert cpu.dtypes == ["float32", "bfloat16"] and cpu.rows is None and not cpu.profile
-    assert gpu.rows == [0, 1, 2, 3, 4, 5] and gpu.dtypes == ["float16", "bfloat16"] and gpu.profile
+    assert gpu.rows == list(range(9)) and gpu.dtypes == ["float16", "bfloat16"] and gpu.profile
     assert cpu.rounds == gpu.rounds == 30 and cpu.copies is gpu.copies is cpu.json is gpu.markdown is None
     assert attention.parse(["--quick"]).rounds == 8 and attention.parse(["--quick", "--rounds", "3"]).rounds == 3
     assert attention.parse(["--device", "cuda", "--rows", "5", "--dtypes", "float32"]).dtypes == ["float32"]
@@ -34,7 +34,7 @@ def test_each_device_has_its_defaults():
     ("arguments", "message"),
     (
         (["--rows", "0"], "--rows needs --device cuda"),
-        (["--device", "cuda", "--rows", "-1"], "--rows must be 0 to 5"),
+        (["--device", "cuda", "--rows", "-1"], "--rows must be 0 to 8"),
         (["--device", "cuda", "--contexts", "4096"], "--contexts needs --device cpu"),
         (["--device", "cuda", "--quick"], "--quick needs --device cpu"),
         (["--rounds", "1"], "--rounds must be at least 2"),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 import warnings
 
 import attention_gpu
@@ -11,8 +12,10 @@ import sparq_kernels
 import torch
 from attention_gpu import CALLS, SPARQ, attempt, copies_for, measure, reason, told
 from dense import Way, exact, matmul, unprepared
-from gpu_rows import Case
-from workload import Shape, make_inputs
+from gpu_cases import Case
+from gpu_rows import NO_TIME, main_grid
+from stage import Stage
+from workload import Shape, make_inputs, shared_positions
 
 SHAPE = Shape(1, 4, 2, 16, 96, 8, 12)
 CASE = Case("tiny", SHAPE, 1.5)
@@ -35,6 +38,7 @@ class EagerReplay:
 
 @pytest.fixture(autouse=True)
 def no_device(monkeypatch):
+    monkeypatch.setattr(attention_gpu, "clock", lambda device: device_time)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(device_time, "Replay", EagerReplay)
     monkeypatch.setattr(device_time, "cache_bytes", lambda: 1)
@@ -66,7 +70,7 @@ def test_a_row_compares_every_way_that_runs(monkeypatch):
     monkeypatch.setattr(sparq_kernels, "backend", lambda device: "triton")
     row = measure(CASE, "float32", rounds=4, copies=None, copy_gbs=100.0, device="cpu")
     assert row.wrong is None and row.copies == 3
-    assert row.sparq.eager.rounds == row.sparq.graph.rounds == 4
+    assert row.sparq.graph.rounds == 4 and row.sparq.eager.rounds == 2, "the claim is made of graphs"
     ways = {way.name: way for way in row.dense}
     assert ways["flash packed"].graph and ways["matmul"].eager and not ways["matmul"].wrong
     assert "RuntimeError" in ways["cuDNN packed"].unavailable and "No module" in ways["FlashInfer"].unavailable
@@ -165,6 +169,65 @@ def test_reasons_given_as_warnings_are_kept_once(caches):
     assert result.warnings == ["head_dim too large"]
 
 
+def test_whoever_has_no_time_says_so(monkeypatch):
+    monkeypatch.setattr(sparq_kernels, "backend", lambda device: "triton")
+    late, full = attention_gpu.measured([(CASE, "float16")] * 2, 4, 2, 100.0, "cpu", ends=time.monotonic() + 1e-3), []
+    for row in late:
+        assert row.is_left_out and row.wrong is None and row.speedup("graph") is None
+        json.dumps(row.json())
+        full.append(main_grid([row]).rows[0])
+    assert [cells.count(NO_TIME) for cells in full] == [2, 2]
+
+    row = measure(CASE, "float16", 4, 2, 100.0, "cpu", ends=time.monotonic())
+    first, *others = row.dense
+    assert first.graph and {way.unavailable for way in others} == {NO_TIME}
+    assert row.wrong is None and row.fastest("graph")[0] == first.name
+
+
+def test_positions_in_common_are_counted_once():
+    ours, theirs = torch.tensor([[5, 1, 9, 9], [1, 2, 3, 4]]), torch.tensor([[9, 1, 2, 3], [5, 6, 7, 8]])
+    assert shared_positions(ours, theirs).tolist() == [2, 0]
+    generator = torch.Generator().manual_seed(0)
+    many = [torch.stack([torch.randperm(60, generator=generator)[:40] for _ in range(8)]) for _ in range(2)]
+    expected = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(*many, strict=True)]
+    assert shared_positions(*many).tolist() == expected
+
+
+def test_the_stage_is_whole_after_every_row(monkeypatch, tmp_path, capsys):
+    """Stopped in its second row, it has its first; what was wrong and what was missed are told apart."""
+    case = Case("tiny", SHAPE, 1e9, (1, 2))
+    monkeypatch.setattr(attention_gpu, "TINY", (case, case))
+    monkeypatch.setattr(sparq_kernels, "backend", lambda device: "triton")
+    monkeypatch.setattr(device_time, "properties", lambda: {"device": "made up"})
+    monkeypatch.setattr(device_time, "copy_bandwidth", lambda: 4000.0)
+    monkeypatch.setattr(attention_gpu, "kernels", lambda *args: [device_time.Kernel("score", 1, 12.5)])
+    path, on_device = tmp_path / "rows.json", attention_gpu.measure
+
+    def stopped(*args):
+        if path.exists() and "rows" in json.loads(path.read_text()):
+            raise KeyboardInterrupt
+        return on_device(*args)
+
+    monkeypatch.setattr(attention_gpu, "measure", stopped)
+    stage = Stage("cpu", 600, path)
+    monkeypatch.setattr(attention_gpu.Stage, "from_arguments", lambda *args: stage)
+    with pytest.raises(KeyboardInterrupt):
+        attention_gpu.main()
+    written = json.loads(path.read_text())
+    assert written["said"] == "1 of 1 rows, 1 of them right" and written["wrong"] == []
+    assert written["notes"][0].startswith("goal missed: tiny float32: 1.00x")
+    assert written["notes"][-1].startswith("not installed: FlashAttention 2, ")
+    assert [len(table["rows"]) for table in written["tables"]] == [1, 1]
+
+    monkeypatch.setattr(attention_gpu, "measure", on_device)
+    attention_gpu.main()
+    written = json.loads(path.read_text())
+    main, kernels, dense = written["tables"]
+    assert len(main["rows"]) == len(dense["rows"]) == len(kernels["rows"]) == 2
+    assert main["printed"] and not dense["printed"] and "2 → 1" in main["rows"][0]
+    assert kernels["rows"][0] == ["tiny", "float32", "12.5", "0.0", "12.5", "1"] and len(written["profile"]) == 2
+
+
 def test_every_measurement_has_enough_calls(caches):
     calls = []
     count = Way("count", unprepared(lambda shape, x: calls.append(x) or matmul(shape, x)))
@@ -186,7 +249,7 @@ def test_run_reports_everything(monkeypatch, tmp_path, capsys, operator):
     monkeypatch.setattr(device_time, "copy_bandwidth", lambda: 4000.0)
     monkeypatch.setattr(attention_gpu, "kernels", lambda *args: [device_time.Kernel("score_kernel", 1, 12.5)])
     on_device = attention_gpu.measure
-    monkeypatch.setattr(attention_gpu, "measure", lambda *args: on_device(*args, device="cpu"))
+    monkeypatch.setattr(attention_gpu, "measure", lambda *args: on_device(*args[:5], "cpu"))
     args = argparse.Namespace(
         rows=[0, 1],
         dtypes=["float16", "bfloat16"],

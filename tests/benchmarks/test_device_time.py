@@ -5,6 +5,7 @@ import itertools
 from types import SimpleNamespace
 
 import device_time
+import host_time
 import pytest
 import torch
 from torch.autograd import DeviceType
@@ -115,3 +116,25 @@ def test_a_failed_capture_ends_in_the_allocator_too(monkeypatch):
     with pytest.raises(RuntimeError, match="not while capturing"):
         device_time.Replay(call, [torch.zeros(1)], walks=1)
     assert device.ended == [(3, (0, 7))]
+
+
+def test_a_call_may_give_several_tensors(monkeypatch):
+    Device(monkeypatch)
+    replay = device_time.Replay(lambda x: (x + 1, torch.tensor([3, 4])), [torch.zeros(2)], walks=2)
+    assert len(replay.outputs()) == 4 and replay.times(2) == [4e3 / 2] * 2, "two calls"
+    assert replay.results[0].isnan().all() and (replay.results[1] < 0).all()
+
+
+def test_the_stand_in_for_a_graph_calls_again():
+    x = torch.zeros(2)
+    replay = host_time.Replay(lambda x: x + 1, [x], walks=2)
+    held = replay.results
+    x += 5
+    assert [output.tolist() for output in replay.outputs()] == [[6, 6]] * 2
+    assert all(now is before for now, before in zip(replay.results, held, strict=True)), "as a graph's are"
+    assert len(replay.times(3)) == 3 and host_time.copy_bandwidth() > 0
+
+
+def test_the_stand_in_has_every_name():
+    assert {"Replay", "Noise", "properties", "cache_bytes", "free_bytes", "synchronize"} <= vars(host_time).keys()
+    assert {"eager_times", "copy_bandwidth", "kernels"} <= vars(host_time).keys() & vars(device_time).keys()

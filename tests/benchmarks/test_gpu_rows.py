@@ -4,10 +4,11 @@ import json
 
 import pytest
 from device_time import Kernel
-from gpu_rows import Attempt, Case, Row, Timing, dense_grid, kernel_grid, main_grid, problems
+from gpu_cases import Case
+from gpu_rows import Attempt, Row, Timing, dense_grid, kernel_grid, kernels_grid, main_grid, missed_goals, problems
 from workload import Shape
 
-CASE = Case("S2", Shape(8, 32, 8, 128, 32768, 32, 256), 4.0)
+CASE = Case("S2", Shape(8, 32, 8, 128, 32768, 32, 256), 4.0, (87, 365))
 
 
 def timing(us):
@@ -34,11 +35,12 @@ def test_speed_up_is_against_the_fastest_right_way_of_the_same_mode():
     assert row().fastest("eager")[0] == "flash gqa" and row().speedup("eager") == pytest.approx(3.1)
     (shown,) = cells(main_grid([row()]))
     assert shown["speed-up, graph"] == "5.0x" and shown["speed-up, eager"] == "3.1x" and shown["goal"] == "≥ 4x"
-    assert shown["dense, graph"] == "300.0 (299.0–302.0) flash packed" and shown["shape"].startswith("S2: B=8 32/8")
+    assert shown["dense, graph"] == "300 ±0.5% flash packed" and shown["shape"].startswith("S2: B=8 32/8")
+    assert (shown["dense, eager"], shown["SparQ, eager"], shown["predicted, H100"]) == ("310", "100", "365 → 87")
     # 64 KV heads of 32768 positions, r = 32 components and 2 * 256 rows of 128, in 2 bytes
     sparq_bytes = 64 * (32768 * 32 + 2 * 256 * 128) * 2
     assert row().sparq_bytes == sparq_bytes and shown["bytes allow"] == "7.5x"
-    assert main_grid([row()]).rows[0][5] == f"{sparq_bytes / 60e3:.0f} ({sparq_bytes / 60e3 / 4000:.0%})"
+    assert shown["GB/s (of copy)"] == f"{sparq_bytes / 60e3:.0f} ({sparq_bytes / 60e3 / 4000:.0%})"
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_json_holds_every_way_and_why():
 def test_all_dense_ways_are_shown_and_reasons_told_once():
     grid = dense_grid([row(), row()])
     (shown, _) = cells(grid)
-    assert shown["flash packed"] == "300.0 / 320.0" and shown["flash gqa"] == "– / 310.0"
+    assert shown["flash packed"] == "300 / 320" and shown["flash gqa"] == "– / 310"
     assert shown["cuDNN packed"].startswith("WRONG") and "FlashInfer" not in grid.columns
     told = problems([row(), row()])
     assert "not counted in 2 of 2 rows: FlashInfer: ModuleNotFoundError: No module named 'flashinfer'; and more" in told
@@ -100,6 +102,21 @@ def test_kernels_are_summed():
     grid = kernel_grid("title", [Kernel("score", 1, 30.0), Kernel("gather", 2, 10.0)])
     assert grid.rows[0] == ("score", "1", "30.00", "75%") and grid.rows[-1] == ("all", "3", "40.00", "")
     assert kernel_grid("title", []).rows == [("all", "0", "0.00", "")]
+
+
+def test_kernels_of_several_shapes_stand_side_by_side():
+    mine, torchs = Kernel("score", 1, 30.0), Kernel("void at::native::fill<int>(int)", 2, 4.0)
+    grid = kernels_grid([(CASE, "bfloat16", [mine, torchs]), (CASE, "float16", [Kernel("fused", 1, 10.0)])])
+    assert grid.columns == ("shape", "dtype", "score", "fused", "others", "all", "launches")
+    assert grid.rows[0] == ("S2", "bfloat16", "30.0", "–", "4.0", "34.0", "3")
+    assert grid.rows[1] == ("S2", "float16", "–", "10.0", "0.0", "10.0", "1")
+
+
+def test_a_goal_that_was_missed_is_told():
+    assert missed_goals([row()]) == []
+    slow = row(Attempt("SparQ", timing(100), timing(100)))
+    assert missed_goals([slow]) == ["goal missed: S2 bfloat16: 3.00x, not 4x"]
+    assert missed_goals([row(Attempt("SparQ", timing(100), timing(100), wrong="differs"))]) == []
 
 
 def test_whoever_is_far_behind_is_sampled_a_little():

@@ -51,6 +51,12 @@ def test_equals_counting_one_by_one(
             assert tuple(counts[b, i].tolist()) == expected
 
 
+def test_opcheck() -> None:
+    mask, length = torch.rand(2, 30) < 0.5, torch.tensor([30, 20])
+    for start, knobs in ((None, (1, 8, None, None)), (torch.tensor([3, 0]), (2, 8, 4, 1))):
+        torch.library.opcheck(torch.ops.sparq_kernels.count_valid.default, (mask, length, start, *knobs))
+
+
 def test_decode_gives_the_same_with_counts() -> None:
     call = call_of(make_case(2, 4, 2, 300, 16, lengths=[300, 211], holes=0.3, r=4, k=20))
     for a, b in zip(run_decode(with_counts(call), True), run_decode(call, True), strict=True):

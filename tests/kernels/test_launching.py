@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this system")
 
+from compiled_kernels import compile_kernel, empty_append, empty_call, record, specialise  # noqa: E402
 from launch_cost import without_a_gpu  # noqa: E402
 from sparq_kernels.gpu import launch  # noqa: E402
 
@@ -60,6 +62,7 @@ def ours_and_addresses(launched: Launched, case: Case) -> list[Any]:
 
 
 def check_same_launches(ours: list[Launched], theirs: list[Launched], case: Case) -> None:
+    assert ours
     for a, b in zip(ours, theirs, strict=True):
         assert (a.name, a.compiled, a.grid) == (b.name, b.compiled, b.grid)
         assert ours_and_addresses(a, case) == ours_and_addresses(b, case)
@@ -160,3 +163,27 @@ def test_append_launches_one_kernel_for_all_positions(launches: list[Launched]) 
     addresses = [[x for x in one.arguments if isinstance(x, int) and x > 1 << 32] for one in found]
     assert addresses[0] == addresses[1] == addresses[2]
     assert {x.data_ptr() for x in (*storage, *tokens)} <= set(addresses[0])
+
+
+def test_what_is_compiled_ahead_is_found_at_run_time(
+    launches: list[Launched], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`make gpu` compiles in many processes at once what the next ones launch."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+
+    def binaries() -> int:
+        return len(list(tmp_path.glob("*/*.cubin")))
+
+    shape = dict(cached=7000, head_dim=48, r=20)  # of no other test
+    call, appended = empty_call(mask=True, **shape), empty_append(capacity=7168, head_dim=48)
+    for one in (call, appended):
+        for recorded in record(launch, one, "sm_90"):
+            compile_kernel(specialise(recorded, "sm_90"))
+    compiled = binaries()
+    assert compiled == 5  # count_masked, score, select, gather, append
+    counts = sparq_kernels.count_valid(call.mask, length=call.length, k=call.k)
+    for given in (None, counts):
+        sparq_kernels.decode(*call[:5], length=call.length, mask=call.mask, counts=given, r=call.r, k=call.k)
+    sparq_kernels.append(*appended[:6], position=5)
+    assert {one.name for one in launches} == {"count_masked", "score", "select", "gather", "append"}
+    assert binaries() == compiled

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import sparq_kernels
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import sparq
 from sparq.attention import sparq_attention
@@ -305,6 +306,70 @@ def test_min_length_none_is_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> No
     model = sparq.patch(build(), r=4, k=12)
     teacher_forced(model, prompt(), next_tokens())
     assert sparq.report(model).layers[0].sparse_steps == 7
+
+
+@pytest.mark.parametrize(("device", "positions"), [("cpu", 1024), ("cuda", 25600), ("mps", 0)])
+def test_where_it_pays_depends_on_the_device(device: str, positions: int) -> None:
+    """Llama-3-8B's heads in 16 bits take 4,096 bytes a position: 4 MiB on a CPU, 100 MiB on a GPU."""
+    step = Step(None, sparq.SparqConfig(), Counters())
+    key = SimpleNamespace(shape=(1, 8, 5000, 128), element_size=lambda: 2, device=torch.device(device))
+    assert sparq.attention._min_length(step, key) == positions
+
+
+@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
+def test_a_mask_is_counted_once_for_all_layers(is_static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where each layer would start a kernel to count it."""
+    counted, given = [], []
+    decode = sparq_kernels.decode
+
+    def count(mask: torch.Tensor, length: torch.Tensor, queries: int, config: sparq.SparqConfig) -> torch.Tensor:
+        knobs = dict(k=config.min_k, k_divisor=config.k_divisor, local=config.local)
+        counted.append(sparq_kernels.count_valid(mask, length=length, queries=queries, **knobs))
+        return counted[-1]
+
+    def noted(*args: object, **kwargs: object) -> object:
+        right = sparq_kernels.count_valid(
+            kwargs["mask"],
+            length=kwargs["length"],
+            start=kwargs["start"],
+            **{name: kwargs[name] for name in ("k", "k_divisor", "local")},
+        )
+        assert torch.equal(kwargs["counts"], right)
+        given.append(kwargs["counts"])
+        return decode(*args, **kwargs)
+
+    for module in (sparq.step, sparq.static_plan):
+        monkeypatch.setattr(module, "count_once", count)
+    monkeypatch.setattr(sparq_kernels, "decode", noted)
+    model = sparq.patch(build(), **SPARSE)
+    inputs = prompt()
+    inputs["attention_mask"][0, 20:23] = 0  # a hole: what is valid is no range
+    cache = StaticCache(config=model.config, max_cache_len=64) if is_static else DynamicCache()
+    mask = torch.zeros(2, 64, dtype=torch.int64) if is_static else inputs["attention_mask"]
+    mask[:, :40] = inputs["attention_mask"]
+    model(inputs["input_ids"], attention_mask=mask, past_key_values=cache)
+    counted.clear()
+    for step in range(3):
+        if is_static:
+            mask[:, 40 + step] = 1
+        else:
+            mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+        model(next_tokens(2, 1), attention_mask=mask.clone(), past_key_values=cache)
+    layers = model.config.num_hidden_layers
+    assert len(counted) == 3 and len(given) == 3 * layers
+    assert sparq.report(model).total.sparse_steps == 3 * layers
+
+
+def test_the_score_mass_of_all_layers_is_summed_at_once() -> None:
+    """On a GPU a sum for each layer would be two kernels more a layer."""
+    model = sparq.patch(build(), **SPARSE)
+    teacher_forced(model, prompt(), next_tokens())
+    counters = model.base_model._sparq_patch.current().counters
+    assert list(counters._alphas) == [tuple(range(model.config.num_hidden_layers))]
+    report = sparq.report(model)
+    assert report.total.mean_alpha == pytest.approx(
+        sum(layer.mean_alpha for layer in report.layers.values()) / len(report.layers)
+    )
 
 
 def test_a_row_becomes_sparse_when_it_has_more_than_k_positions() -> None:

@@ -301,6 +301,26 @@ def test_growth_is_by_doubling() -> None:
     assert layer.allocated_bytes <= held
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("tokens", "most"), [(65536, 65536 + 8192 + 256), (131072, 131072 * 9 // 8 + 256), (300, 2560)]
+)
+def test_elsewhere_growth_is_by_an_eighth(tokens: int, most: int) -> None:
+    """Of Llama-3-8B's 17 GB at 128k doubling would make 51; `meta` stands for any device that is not the CPU."""
+    layer = SparqLayer()
+    prompt, token = (torch.empty(1, 1, n, 2, dtype=torch.float16, device="meta") for n in (tokens, 1))
+    layer.update(prompt, prompt)
+    keys, _ = layer.update(token, token)
+    assert keys.shape[2] == tokens + 1 and layer._key_storage is not None
+    assert tokens < layer._key_storage.shape[2] <= most
+    room = layer._key_storage.shape[2]
+    grown = 0
+    for _ in range(3000):
+        layer.update(token, token)
+        grown, room = grown + (layer._key_storage.shape[2] != room), layer._key_storage.shape[2]
+    assert grown <= 3000 / max(BLOCK, tokens // 8) + 1
+
+
 def test_a_long_prompt_takes_no_more_than_it_needs() -> None:
     layer = filled(1000)
     layer.index()

@@ -211,6 +211,19 @@ def test_a_dynamic_cache_grows_and_goes_on_without_its_graph() -> None:
 
 
 @torch.no_grad()
+def test_a_dynamic_cache_that_grows_often_is_not_compiled_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where it does not double."""
+    monkeypatch.setattr(sparq.cache, "room_to_grow", lambda length, device: 1)
+    monkeypatch.setattr(sparq.cache, "CAPACITY_STEP", 4)
+    inputs, tokens = prompt(batch=1), next_tokens(1, 40)
+    expected_model, model = (sparq.patch(build(), **SPARSE) for _ in range(2))
+    expected = steps_on_a_dynamic_cache(expected_model, expected_model, inputs, tokens)
+    counter = CompileCounterWithBackend("eager")
+    actual = steps_on_a_dynamic_cache(model, torch.compile(model, fullgraph=True, backend=counter), inputs, tokens)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 5  # of ten growths
+
+
 def test_a_dynamic_cache_compiles_with_inductor() -> None:
     inputs, tokens = prompt(padding=0), next_tokens(steps=5)
     if Version(torch.__version__) < Version("2.13"):
@@ -319,6 +332,7 @@ def test_generate_that_compiles_by_itself() -> None:
     assert sparq.report(model).total.sparse_steps == 2 * 2 * 4
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_cuda_graphs(family: str) -> None:

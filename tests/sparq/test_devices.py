@@ -37,15 +37,16 @@ ALL_ON_DISK = SPREAD | {"model.embed_tokens": "disk", "model.layers.0": "disk"}
 def check(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None, sparse_on: str = "cpp") -> None:
     """Greedy and beams, sparse, are those of a model in one place; so is the model after unpatching."""
     inputs = inputs or prompt()
-    alone = sparq.patch(build(), **SPARSE)
-    assert generate(model, inputs) == generate(alone, prompt())
-    assert generate(model, inputs, num_beams=2) == generate(alone, prompt(), num_beams=2)
+    device = inputs["input_ids"].device
+    alone = sparq.patch(build().to(device), **SPARSE)
+    assert generate(model, inputs) == generate(alone, inputs)
+    assert generate(model, inputs, num_beams=2) == generate(alone, inputs, num_beams=2)
     report, expected = sparq.report(model), sparq.report(alone)
     assert report.total.sparse_steps == 2 * 3 * 11 and not report.total.dense_steps
     assert report.total.bytes_read == expected.total.bytes_read
     assert report.total.mean_alpha == pytest.approx(expected.total.mean_alpha, rel=1e-3)
     assert report.backend == sparse_on
-    assert generate(sparq.unpatch(model), inputs) == generate(build(), prompt())
+    assert generate(sparq.unpatch(model), inputs) == generate(build().to(device), inputs)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,7 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
 
 
+@pytest.mark.gpu
 @needs_a_gpu
 def test_layers_offloaded_from_a_gpu(saved: Path, tmp_path: Path) -> None:
     device_map = dict.fromkeys(SPREAD, 0) | {"model.layers.1": "cpu", "model.layers.2": "disk"}
@@ -140,6 +142,7 @@ def test_layers_offloaded_from_a_gpu(saved: Path, tmp_path: Path) -> None:
     check(model, {name: x.cuda() for name, x in prompt().items()}, "triton")
 
 
+@pytest.mark.gpu
 @needs_two_gpus
 def test_layers_on_two_gpus(saved: Path) -> None:
     device_map = dict.fromkeys(SPREAD, 0) | {"model.layers.1": 1, "model.layers.2": 1}

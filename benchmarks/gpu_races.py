@@ -1,0 +1,132 @@
+"""Stage 3 of gpu.py: the operator captured in a CUDA graph and replayed again and again, compared bit for bit.
+
+Its programs hand each other partial results through memory; where one reads too early, replays of the same graph
+differ. Results are compared with those of an eager call, on the device, and counted there. Every tenth replay begins
+on poisoned outputs, and every second one runs beside a large copy, which makes programs start and end in another order.
+"""
+
+from __future__ import annotations
+
+from stage import Stage, binaries
+
+# isort: split
+import itertools
+import traceback
+from typing import Any
+
+import attention_gpu
+import sparq_kernels
+import torch
+from device_time import poison
+from gpu_cases import RACES, TINY, Case
+from report import Grid
+from torch import Tensor
+from workload import DTYPES, Inputs, Shape, make_inputs
+
+REPLAYS = 500
+AT_ONCE = 50  # replays between looks at the clock
+ENOUGH = 1.0  # seconds: with less left none is begun
+NAMES = ("output", "alpha", "lse", "positions")
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def results(shape: Shape, x: Inputs, return_positions: bool) -> list[Tensor]:
+    found = sparq_kernels.decode(
+        x.query,
+        x.key,
+        x.components,
+        x.value,
+        x.value_sum,
+        length=x.length,
+        r=shape.r,
+        k=shape.k,
+        return_positions=return_positions,
+    )
+    return [tensor for name in NAMES if (tensor := getattr(found, name)) is not None]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """NaN is not equal to itself, and 0 is to -0."""
+    return tensor.contiguous().view(BITS[tensor.element_size()])
+
+
+@torch.no_grad()
+def replayed(
+    case: Case, dtype_name: str, return_positions: bool, replays: int, stage: Stage
+) -> tuple[dict[str, int], int]:
+    """Elements of each result that differed from the eager call's, over all replays; and how many these were."""
+    timer = attention_gpu.clock(stage.device)
+    x = make_inputs(case.shape, DTYPES[dtype_name], stage.device)
+    expected = [bits(tensor.clone()) for tensor in results(case.shape, x, return_positions)]
+    replay = timer.Replay(lambda x: results(case.shape, x, return_positions), [x], 1)
+    noise = timer.Noise()
+    counts = torch.zeros(len(expected), dtype=torch.int64, device=stage.device)
+    done = 0
+    while done < replays and (not done or stage.left() > ENOUGH):
+        for turn in range(done, min(replays, done + AT_ONCE)):
+            if turn % 10 == 0:
+                poison(replay.results)
+            if turn % 2:
+                noise.begin()
+            replay.replay()
+            for index, (result, right) in enumerate(zip(replay.results, expected, strict=True)):
+                counts[index] += (bits(result) != right).sum()
+            done += 1
+        timer.synchronize()
+    return dict(zip(NAMES, counts.tolist(), strict=False)), done
+
+
+def main() -> None:
+    stage = Stage.from_arguments(__doc__)
+    compiled, rows = binaries(), []
+    cases, dtypes = (TINY, ["float32"]) if stage.is_dry else (RACES, ["bfloat16", "float16"])
+    replays = 20 if stage.is_dry else REPLAYS
+    for dtype_name, case, positions in itertools.product(dtypes, cases, (False, True)):
+        row: dict[str, Any] = {"case": case.name, "shape": str(case.shape), "dtype": dtype_name, "positions": positions}
+        rows.append(row)
+        if stage.left() < ENOUGH:
+            row["replays"] = 0
+        else:
+            try:
+                row["differing"], row["replays"] = replayed(case, dtype_name, positions, replays, stage)
+            except Exception as error:
+                traceback.print_exc()
+                row["failed"] = attention_gpu.reason(error)
+        report(stage, rows)
+    stage.save(compiled_here=binaries() - compiled)
+
+
+def report(stage: Stage, rows: list[dict[str, Any]]) -> None:
+    wrong = []
+    for row in rows:
+        what = f"{row['case']} {row['dtype']}{', with positions' if row['positions'] else ''}"
+        if row.get("failed"):
+            wrong.append(f"no replay of {what}: {row['failed']}")
+        elif any(row.get("differing", {}).values()):
+            found = ", ".join(f"{count} of {name}" for name, count in row["differing"].items() if count)
+            wrong.append(f"RACE: {what}: elements that differed in {row['replays']} replays: {found}")
+    replays = sum(row.get("replays", 0) for row in rows)
+    untried = sum(row.get("replays") == 0 for row in rows)
+    said = f"{replays} replays of {len(rows) - untried} graphs, {len(wrong)} of them wrong"
+    stage.content["tables"] = []
+    stage.add_tables(
+        Grid(
+            "Replays of a graph that differed from the eager call, bit for bit: elements over all replays",
+            ("case", "dtype", "replays", *NAMES),
+            [
+                (
+                    row["case"],
+                    row["dtype"],
+                    str(row.get("replays", "failed")),
+                    *(str(row.get("differing", {}).get(name, "–")) for name in NAMES),
+                )
+                for row in rows
+            ],
+        ),
+        printed=False,
+    )
+    stage.save(rows=rows, wrong=wrong, said=said + (f"; no time for {untried}" if untried else ""))
+
+
+if __name__ == "__main__":
+    main()
