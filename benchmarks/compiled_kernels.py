@@ -30,6 +30,7 @@ import triton
 from sparq_kernels.append import AppendArguments, check_append
 from sparq_kernels.arguments import Arguments
 from sparq_kernels.layout import BLOCK, num_blocks
+from sparq_kernels.value_sum import ExtendArguments, check_extending
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
@@ -184,7 +185,16 @@ class _Recorder:
         return lambda *arguments, **options: self.launches.append(Launch(self.kernel, grid, arguments, options))
 
 
-def record(module: ModuleType, call: Arguments | AppendArguments, target: str) -> list[Launch]:
+def empty_extension(
+    batch: int = 1, num_kv_heads: int = 8, capacity: int = 4096, head_dim: int = 128, dtype: torch.dtype = torch.float16
+) -> ExtendArguments:
+    """A token to be added to a static cache's sum of V; untouched memory like the above."""
+    call = empty_call(batch, num_kv_heads, num_kv_heads, capacity, head_dim, dtype, mask=True)
+    assert call.mask is not None
+    return ExtendArguments(call.value_sum, call.mask.clone(), call.value, call.mask, call.length)
+
+
+def record(module: ModuleType, call: Arguments | AppendArguments | ExtendArguments, target: str) -> list[Launch]:
     """The launches of `module` (`sparq_kernels.gpu.launch` or a copy of it) for one call on that device."""
     launches: list[Launch] = []
     with ExitStack() as stack:
@@ -198,8 +208,10 @@ def record(module: ModuleType, call: Arguments | AppendArguments, target: str) -
         stack.enter_context(mock.patch.object(torch.version, "hip", hip))
         if isinstance(call, Arguments):
             module.run(module.plan(call), call)
-        else:
+        elif isinstance(call, AppendArguments):
             module.append(call, check_append(call))
+        else:
+            module.extend_sum(call, check_extending(call))
     return launches
 
 

@@ -24,12 +24,13 @@ import attention_gpu
 import compiled_kernels
 import torch
 import triton
-from compiled_kernels import Launch, empty_append, empty_call, nearest_record, record, specialise
+from compiled_kernels import Launch, empty_append, empty_call, empty_extension, nearest_record, record, specialise
 from gpu_cases import CASES
 from report import Grid
 from sparq_kernels.append import AppendArguments
 from sparq_kernels.arguments import Arguments
 from sparq_kernels.gpu import launch
+from sparq_kernels.value_sum import ExtendArguments
 from workload import DTYPES
 
 # Of a multiprocessor with sm_90; a block takes 1 kB of shared memory more than it asks for.
@@ -44,24 +45,31 @@ class Call:
 
     name: str
     options: tuple[tuple[str, Any], ...]
-    is_append: bool = False
+    kind: str = "decode"
 
     def launches(self, target: str) -> list[Launch]:
         return record(launch, self._arguments(), target)
 
-    def _arguments(self) -> Arguments | AppendArguments:
+    def _arguments(self) -> Arguments | AppendArguments | ExtendArguments:
         options = dict(self.options)
         options["dtype"] = DTYPES[options["dtype"]]
-        if self.is_append:
+        if self.kind == "append":
             return empty_append(**options)
+        if self.kind == "extend_sum":
+            extension = empty_extension(**options)
+            return extension._replace(length=of_all_rows(extension.length))
         k_divisor, is_static = options.pop("k_divisor", None), options.pop("is_static", False)
         call = empty_call(mask=is_static, **options)._replace(k_divisor=k_divisor)
-        # A static cache has one length for all rows.
-        return call._replace(length=torch.empty(1, dtype=torch.int64).expand(options["batch"])) if is_static else call
+        return call._replace(length=of_all_rows(call.length)) if is_static else call
 
 
-def call(name: str, is_append: bool = False, /, **options: Any) -> Call:
-    return Call(name, tuple(options.items()), is_append)
+def of_all_rows(length: torch.Tensor) -> torch.Tensor:
+    """A static cache has one length for all rows."""
+    return length[:1].expand(length.shape[0])
+
+
+def call(name: str, kind: str = "decode", /, **options: Any) -> Call:
+    return Call(name, tuple(options.items()), kind)
 
 
 def attention_calls() -> Iterator[Call]:
@@ -81,7 +89,8 @@ def generation_calls() -> Iterator[Call]:
             yield call(f"{kind} cache, d={head_dim}", is_static=is_static, **knobs, **common)
         shape = dict(batch=batch, num_kv_heads=8, capacity=cached, head_dim=head_dim, dtype="bfloat16")
         for position in (None, 1):
-            yield call(f"append, d={head_dim}", True, position=position, **shape)
+            yield call(f"append, d={head_dim}", "append", position=position, **shape)
+        yield call(f"sum of V, d={head_dim}", "extend_sum", **shape)
 
 
 def tiny_calls() -> Iterator[Call]:

@@ -23,6 +23,7 @@ from sparq.cache import SparqLayer
 from sparq.static_cache import SparqStaticLayer
 from sparq.static_plan import StaticPlan
 from sparq.step import Plan, Step
+from sparq.totals import SparseStep
 
 # Where sparsity begins to pay: bytes of K and V that a dense step of one layer reads, by device. Below it the fixed
 # cost of a sparse step is larger than what it saves (on CPUs measured with benchmarks/crossover.py).
@@ -241,7 +242,7 @@ def _decode(call: _Call, ready: _Ready) -> Tensor:
     per_position = kv_heads * key.element_size()
     if isinstance(plan, StaticPlan):
         counts = step.static_counts(plan, per_position, r, head_dim, alpha.numel())
-        step.counters.sparse_on_device(call.layer_idx, alpha, counts, ready.other_sum, plan.ignored_bias)
+        step.on_device.append(SparseStep(call.layer_idx, alpha, counts, ready.other_sum, plan.ignored_bias))
     else:
         step.alphas.append((call.layer_idx, alpha))
         step.counters.sparse(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparq.reasons import REASONS
-from sparq.totals import DOUBTS, SPARSE, Totals
+from sparq.totals import DOUBTS, SPARSE, SparseStep, Totals, add_sparse
 
 
 @dataclass
@@ -121,12 +121,11 @@ class Counters:
         with self._locked():
             self.totals[layer].dense(reason, bytes_dense)
 
-    def sparse_on_device(
-        self, layer: int, alpha: Tensor, counts: Tensor, other_sum: Tensor | None, ignored_bias: Tensor | None
-    ) -> None:
-        """As `sparse`, with numbers that only the device knows (`Totals.sparse`)."""
-        with self._locked():
-            self.totals[layer].sparse(counts, alpha, other_sum, ignored_bias)
+    def sparse_on_device(self, steps: list[SparseStep]) -> None:
+        """The sparse steps of one pass, with numbers that only the device knows."""
+        if steps:
+            with self._locked():
+                add_sparse(self.totals, steps)
 
     def _locked(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if torch.compiler.is_compiling() else self._lock

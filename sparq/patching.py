@@ -152,6 +152,7 @@ class Patch:
             )
         if step.cache is not None:
             end_pass(step.cache)
+        step.counters.sparse_on_device(step.on_device)
         if not torch.compiler.is_compiling():
             if step.drafting is not None:
                 step.drafting.prompt_left = max(0, step.drafting.prompt_left - step.tokens)

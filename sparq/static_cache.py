@@ -184,12 +184,8 @@ class SparqStaticLayer(StaticLayer):
             self._note_contents()
             return self.components, self.value_sum, None
         if self.lacks_one:
-            newest = (self.cumulative_length - 1)[None]
-            is_valid = valid.index_select(1, newest)  # [B, 1]
-            value = self.values.index_select(2, newest)[:, :, 0]  # [B, Hkv, d]
-            # masked_fill, not a product: padding may hold anything, NaN included
-            self.value_sum.add_(value.masked_fill(~is_valid[:, :, None], 0))
-            self.summed.index_copy_(1, newest, is_valid)
+            length = self.cumulative_length.expand(valid.shape[0])
+            sparq_kernels.extend_sum(self.value_sum, self.summed, self.values, valid, length=length)
             self.lacks_one = False
         if torch.compiler.is_compiling() or valid.device.type != "cpu":
             return self.components, self.value_sum, (self.summed != valid).any()

@@ -78,7 +78,7 @@ class StaticPlan:
         return cls(lengths, None, mask, counts, n.sum(), read.sum(), once, ignored_bias, queries, reason)
 
     def counts(self, per_position: int, r: int, head_dim: int, alphas: int) -> Tensor:
-        """What `Totals.sparse` adds, int64; per_position: bytes of one component in all KV heads."""
+        """What a `SparseStep` adds, int64; per_position: bytes of one component in all KV heads."""
         one, batch = torch.ones_like(self.valid), self.length.shape[0]
         new = 4 * batch * self.queries * head_dim
         bytes_read = per_position * (self.valid * r + self.read * (2 * head_dim) + new)

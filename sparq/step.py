@@ -18,6 +18,7 @@ from sparq.devices import count_once, has_kernel
 from sparq.generating import drafting, is_prefill
 from sparq.static_cache import SparqStaticLayer
 from sparq.static_plan import StaticPlan
+from sparq.totals import SparseStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,9 @@ class Step:
         self.is_prompt = cache is not None and not holds_tokens(cache)
         self.is_prefill = is_prefill()
         self.drafting = None if torch.compiler.is_compiling() else drafting(cache)
-        self.alphas: list[tuple[int, Tensor]] = []  # of its sparse steps, by layer
+        # Its sparse steps, which are counted when all layers have made theirs.
+        self.alphas: list[tuple[int, Tensor]] = []
+        self.on_device: list[SparseStep] = []
         self._plans: list[tuple[Tensor | None, tuple, Any]] = []
         self._components: dict[int, int] = {}
         self._kernels: dict[tuple[str, torch.dtype], bool] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -28,17 +30,47 @@ class Totals:
             torch._dynamo.mark_static_address(self.alpha)
 
     def dense(self, reason: str, bytes_dense: int) -> None:
-        self.counts[SLOTS.index(reason if reason in REASONS else OTHER_REASON)] += 1
-        self.counts[SLOTS.index("bytes_read") : SLOTS.index("bytes_dense") + 1] += bytes_dense
-
-    def sparse(self, counts: Tensor, alpha: Tensor, other_sum: Tensor | None, ignored_bias: Tensor | None) -> None:
-        """counts: int64 [len(SPARSE)].  alpha: any shape.  The doubts: bool [], or None where there is none."""
-        self.counts[: len(SPARSE)] += counts
-        self.alpha += alpha.detach().sum(dtype=self.alpha.dtype)
-        for slot, doubt in enumerate((other_sum, ignored_bias), len(SPARSE)):
-            if doubt is not None:
-                self.counts[slot] += doubt
+        # add_, not +=, which would copy what it has added to onto itself
+        self.counts[SLOTS.index(reason if reason in REASONS else OTHER_REASON)].add_(1)
+        self.counts[SLOTS.index("bytes_read") : SLOTS.index("bytes_dense") + 1].add_(bytes_dense)
 
     def to_dict(self) -> dict[str, int]:
         """The counts, read back from the device, by slot."""
         return dict(zip(SLOTS, self.counts.tolist(), strict=True))
+
+
+class SparseStep(NamedTuple):
+    """What one layer's sparse step adds to its totals."""
+
+    layer: int
+    alpha: Tensor
+    counts: Tensor  # int64 [len(SPARSE)]
+    other_sum: Tensor | None  # the doubts: bool [], or None where there is none
+    ignored_bias: Tensor | None
+
+
+def add_sparse(totals: dict[int, Totals], steps: list[SparseStep]) -> None:
+    """Of one pass: all layers in a few kernels, where a layer has made one step and their α are of one shape."""
+    layers = [step.layer for step in steps]
+    alphas = [step.alpha.detach() for step in steps]
+    kinds = [(alpha.shape, alpha.device) for alpha in alphas]
+    if len(steps) > 1 and (len(set(layers)) < len(layers) or kinds.count(kinds[0]) < len(kinds)):
+        for step in steps:
+            add_sparse(totals, [step])
+        return
+    own = [totals[layer] for layer in layers]
+    torch._foreach_add_([each.counts[: len(SPARSE)] for each in own], [step.counts for step in steps])
+    sums = torch.stack(alphas).flatten(1).sum(1, dtype=own[0].alpha.dtype)
+    torch._foreach_add_([each.alpha for each in own], list(sums.unbind()))
+    _add_doubts(own, [step.other_sum for step in steps], SLOTS.index("other_sums"))
+    _add_doubts(own, [step.ignored_bias for step in steps], SLOTS.index("ignored_biases"))
+
+
+def _add_doubts(totals: list[Totals], doubts: list[Tensor | None], slot: int) -> None:
+    slots, added = [], []
+    for each, doubt in zip(totals, doubts, strict=True):
+        if doubt is not None:
+            slots.append(each.counts[slot])
+            added.append(doubt)
+    if added:
+        torch._foreach_add_(slots, list(torch.stack(added).to(torch.int64).unbind()))

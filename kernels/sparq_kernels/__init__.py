@@ -9,6 +9,7 @@ from .backends import backend  # noqa: E402
 from .counting import count_valid  # noqa: E402
 from .layout import BLOCK, allocate_components, read_components, write_components  # noqa: E402
 from .operator import DecodeOutput, decode  # noqa: E402
+from .value_sum import extend_sum  # noqa: E402
 
 __all__ = [
     "BLOCK",
@@ -18,6 +19,7 @@ __all__ = [
     "backend",
     "count_valid",
     "decode",
+    "extend_sum",
     "read_components",
     "write_components",
 ]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import sparq_kernels
 import torch
+from sparq_kernels.value_sum import ExtendArguments
 
 from tests.kernels.cases import (
     CASES,
@@ -27,6 +28,9 @@ from tests.kernels.cases import (
     small_integers,
     storage_of,
 )
+from tests.kernels.test_value_sum import LENGTHS
+from tests.kernels.test_value_sum import arguments as extension_of
+from tests.kernels.test_value_sum import check as check_extended
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_a_gpu])]
@@ -186,9 +190,12 @@ def test_launching_waits_for_nothing(cached: int) -> None:
     case = on_gpu(make_case(2, 4, 2, cached, 64, torch.float16, starts=[3, 0], holes=0.1, r=16, k=100))
     storage, tokens = [x.cuda() for x in storage_of(2, 2, 20, 12)], [x.cuda() for x in new_token(2, 2, 12)]
     position = torch.tensor([3, 4], device="cuda")
+    extension = ExtendArguments(*(x.cuda() for x in extension_of()))
     with waiting_is_an_error():
         run_operator(case)
         sparq_kernels.append(*storage, *tokens, position=position)
+        sparq_kernels.extend_sum(*extension[:4], length=extension.length)
+        sparq_kernels.count_valid(extension.valid, length=extension.length, k=5)
 
 
 @on_gpu_only
@@ -257,6 +264,30 @@ def test_append(dtype: torch.dtype, positions: int | list[int]) -> None:
             sparq_kernels.append(*(x[b : b + 1] for x in theirs), *(x[b : b + 1] for x in tokens), position=row)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_extend_sum(lengths: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    def extend(call: ExtendArguments) -> None:
+        there = ExtendArguments(*(x.to(device) for x in call))
+        sparq_kernels.extend_sum(*there[:4], length=there.length)
+        for own, result in zip(call[:2], there[:2], strict=True):
+            own.copy_(result)
+
+    check_extended(extension_of(lengths, dtype=dtype), extend)
+
+
+@on_gpu_only
+@pytest.mark.parametrize("queries", [1, 3])
+def test_counts_of_a_mask(queries: int) -> None:
+    mask = torch.rand(3, 9000, generator=torch.Generator().manual_seed(0)) < 0.5
+    length, start = torch.tensor([9000, 2, 8191]), torch.tensor([7, 0, 8000])
+    knobs = dict(queries=queries, k=500, k_divisor=4)
+    expected = sparq_kernels.count_valid(mask, length=length, start=start, **knobs)
+    counts = sparq_kernels.count_valid(mask.cuda(), length=length.cuda(), start=start.cuda(), **knobs)
+    assert torch.equal(counts.cpu(), expected)
 
 
 @on_gpu_only

@@ -20,7 +20,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton")
 
 import compiled_kernels as compiled
-from compiled_kernels import Specialised, empty_append, empty_call, pointer_conversions, record, specialise
+from compiled_kernels import (
+    Specialised,
+    empty_append,
+    empty_call,
+    empty_extension,
+    pointer_conversions,
+    record,
+    specialise,
+)
 from sparq_kernels.gpu import launch
 
 WAYS = {
@@ -282,6 +290,13 @@ def test_append_compiles(target: str, dtype: torch.dtype, head_dim: int, positio
     used = compiled.resources(appended)
     assert used.spilled == 0
     assert used.shared <= SHARED_LIMIT_CONSUMER
+
+
+@pytest.mark.parametrize(("target", "dtype", "head_dim"), APPENDS)
+def test_extend_sum_compiles(target: str, dtype: torch.dtype, head_dim: int) -> None:
+    call = empty_extension(batch=2, head_dim=head_dim, dtype=dtype)
+    (extended,) = (specialise(one, target) for one in record(launch, call, target))
+    assert compiled.resources(extended).spilled == 0
 
 
 def responsible_for_recompiling(launches: list[Specialised]) -> dict[str, set[str]]:

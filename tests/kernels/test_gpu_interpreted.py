@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton", reason="Triton has no build for this syst
 from sparq_kernels.append import AppendArguments, check_append  # noqa: E402
 from sparq_kernels.counting import CountArguments  # noqa: E402
 from sparq_kernels.gpu import launch, topk  # noqa: E402
+from sparq_kernels.value_sum import check_extending  # noqa: E402
 
 from tests.kernels.cases import (  # noqa: E402
     CASES,
@@ -30,6 +31,7 @@ from tests.kernels.cases import (  # noqa: E402
     small_integers,
     storage_of,
 )
+from tests.kernels.test_value_sum import LENGTHS, arguments, check  # noqa: E402
 
 # Kernels divide by 0, and throw the result away, where nothing is valid; numpy has a word to say about it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -302,6 +304,12 @@ def test_append(dtype: torch.dtype, position: int | list[int], with_sum: bool) -
     launch.append(call, check_append(call))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_extend_sum(dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
+    check(arguments(lengths, dtype=dtype), lambda call: launch.extend_sum(call, check_extending(call)))
 
 
 @st.composite

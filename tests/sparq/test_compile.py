@@ -224,6 +224,7 @@ def test_a_dynamic_cache_that_grows_often_is_not_compiled_each_time(monkeypatch:
     assert counter.frame_count <= 5  # of ten growths
 
 
+@torch.no_grad()
 def test_a_dynamic_cache_compiles_with_inductor() -> None:
     inputs, tokens = prompt(padding=0), next_tokens(steps=5)
     if Version(torch.__version__) < Version("2.13"):

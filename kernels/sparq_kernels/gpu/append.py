@@ -1,4 +1,4 @@
-"""A new token's key and value into all that the cache keeps of them."""
+"""A new token's key and value into all that a cache keeps of them."""
 
 from __future__ import annotations
 
@@ -61,3 +61,39 @@ def append(
         if HAS_SUM:
             total = value_sum + b * sum_batch + h * sum_head + d
             tl.store(total, tl.load(total, mask=d < D, other=0.0) + v.to(value_sum.dtype.element_ty), mask=d < D)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def extend_sum(
+    value_sum,
+    sum_batch,
+    sum_head,
+    summed,  # uint8, as `valid`
+    summed_batch,
+    values,
+    values_batch,
+    values_head,
+    values_position,
+    valid,
+    valid_batch,
+    length,
+    length_stride,
+    capacity,
+    Hkv,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+):
+    """Grid (B * Hkv,).  A row whose newest position lies outside the storage is left alone."""
+    n = tl.program_id(0).to(tl.int64)
+    b, h = n // Hkv, n % Hkv
+    s = tl.load(length + b * length_stride) - 1
+    if (s >= 0) & (s < capacity):
+        counts = tl.load(valid + b * valid_batch + s) != 0
+        d = tl.arange(0, DP)
+        v = tl.load(values + b * values_batch + h * values_head + s * values_position + d, mask=d < D, other=0.0)
+        total = value_sum + b * sum_batch + h * sum_head + d
+        # chosen, not multiplied: what does not count may be NaN
+        v = tl.where(counts, v.to(tl.float32), 0.0)
+        tl.store(total, tl.load(total, mask=d < D, other=0.0) + v, mask=d < D)
+        if h == 0:
+            tl.store(summed + b * summed_batch + s, counts.to(tl.uint8))

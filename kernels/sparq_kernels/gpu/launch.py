@@ -33,7 +33,9 @@ from ..append import AppendArguments
 from ..arguments import Arguments, check_memory
 from ..counting import CountArguments
 from ..reference import max_positions
+from ..value_sum import ExtendArguments
 from .append import append as append_kernel
+from .append import extend_sum as extend_sum_kernel
 from .attention import gather, merge
 from .fused import fused as fused_kernel
 from .rows import CHUNK, INFO, VARYING, count_masked
@@ -404,8 +406,7 @@ def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if place >= len(tensors):
             offset, dtype, elements = plan.scratch[place - len(tensors)]
             return scratch[offset : offset + elements * dtype.itemsize].view(dtype)
-        x = tensors[place]
-        return x.view(torch.uint8) if x.dtype == torch.bool else x
+        return _as_bytes(tensors[place])
 
     stream = _stream(device)
     for launch in plan.launches:
@@ -448,7 +449,7 @@ def _budget(call: Arguments | CountArguments, cached: int) -> tuple[int, int, in
     return min(call.k, cached), min(call.k_divisor or 0, cached + 1), local
 
 
-_appends: dict[tuple[object, ...], Launch] = {}  # by layout
+_appends: dict[tuple[object, ...], Launch] = {}  # by layout; of `extend_sum`, too
 
 
 def append(call: AppendArguments, layout: tuple[object, ...]) -> None:
@@ -458,7 +459,7 @@ def append(call: AppendArguments, layout: tuple[object, ...]) -> None:
     """
     new_key = call.new_key if call.new_key.stride(3) == 1 else call.new_key.contiguous()
     new_value = call.new_value if call.new_value.stride(3) == 1 else call.new_value.contiguous()
-    tensors = [
+    tensors = (
         call.key,
         call.value,
         call.key_components,
@@ -466,26 +467,27 @@ def append(call: AppendArguments, layout: tuple[object, ...]) -> None:
         new_key,
         new_value,
         call.key if call.position is None else call.position,
-    ]
+    )
     launch = _appends.get(layout)
     if launch is None:
-        if len(_appends) >= MAX_HELD:
-            _appends.clear()
-        launch = _appends[layout] = _append_launch(call, tensors)
-    addresses = [x.data_ptr() for x in tensors]
-    are_aligned = _are_aligned(addresses)
-    if not are_aligned or 0 in addresses:
-        check_memory(call._fields, call[:7])
-    device = call.key.device
-    if _is_current(device):
-        launch(addresses, are_aligned, _stream(device), tensors.__getitem__, call.offset)
-    else:
-        with torch.cuda.device(device):
-            launch(addresses, are_aligned, _stream(device), tensors.__getitem__, call.offset)
+        constants = {"HAS_POSITION": call.position is not None, "HAS_SUM": call.value_sum is not None}
+        launch = _held(layout, append_kernel, APPENDED, tensors, call.key, constants)
+    _start(launch, call, tensors, call.offset)
 
 
-APPENDED = ("keys", "values", "components", "value_sum", "new_key", "new_value", "position")
-APPENDED_STRIDES = {
+def extend_sum(call: ExtendArguments, layout: tuple[object, ...]) -> None:
+    """For arguments that have been checked; `layout` as `check_extending` gives it.
+
+    Raises RuntimeError for memory that has been freed.
+    """
+    launch = _appends.get(layout)
+    if launch is None:
+        launch = _held(layout, extend_sum_kernel, EXTENDED, call, call.value, {})
+    _start(launch, call, call, 0)
+
+
+# What the kernels' pointers and strides are called, tensor by tensor.
+APPENDED = {
     "keys": ("keys_batch", "keys_head", "keys_position"),
     "values": ("values_batch", "values_head", "values_position"),
     "components": ("components_batch", "components_head", "components_block"),
@@ -494,23 +496,59 @@ APPENDED_STRIDES = {
     "new_value": ("new_value_batch", "new_value_head"),
     "position": ("position_stride",),
 }
+EXTENDED = {
+    "value_sum": ("sum_batch", "sum_head"),
+    "summed": ("summed_batch",),
+    "values": ("values_batch", "values_head", "values_position"),
+    "valid": ("valid_batch",),
+    "length": ("length_stride",),
+}
 
 
-def _append_launch(call: AppendArguments, tensors: Sequence[Tensor]) -> Launch:
-    batch, heads, capacity, head_dim = call.key.shape
-    strides = {
+def _held(
+    layout: tuple[object, ...],
+    kernel: Any,
+    names: Mapping[str, tuple[str, ...]],
+    tensors: Sequence[Tensor],
+    storage: Tensor,
+    constants: dict[str, bool],
+) -> Launch:
+    """A launch for every row and head of a storage [B, Hkv, capacity, d], kept for calls of that layout."""
+    batch, heads, capacity, head_dim = storage.shape
+    values: dict[str, Any] = {
         stride: size
-        for name, x in zip(APPENDED, tensors, strict=True)
-        for stride, size in zip(APPENDED_STRIDES[name], x.stride(), strict=False)
+        for strides, x in zip(names.values(), tensors, strict=True)
+        for stride, size in zip(strides, x.stride(), strict=False)
     }
-    values = strides | {
-        "offset": 0,
-        "capacity": capacity,
-        "Hkv": heads,
-        "D": head_dim,
-        "DP": triton.next_power_of_2(head_dim),
-        "HAS_POSITION": call.position is not None,
-        "HAS_SUM": call.value_sum is not None,
+    values |= {"capacity": capacity, "Hkv": heads, "D": head_dim, "DP": triton.next_power_of_2(head_dim), "offset": 0}
+    pointers = {
+        name: (place, torch.uint8 if x.dtype == torch.bool else x.dtype)
+        for place, (name, x) in enumerate(zip(names, tensors, strict=True))
     }
-    pointers = {name: (place, x.dtype) for place, (name, x) in enumerate(zip(APPENDED, tensors, strict=True))}
-    return Launch(append_kernel, (batch * heads,), values, pointers, call.key.device, "offset", num_warps=1)
+    if len(_appends) >= MAX_HELD:
+        _appends.clear()
+    launch = Launch(kernel, (batch * heads,), values | constants, pointers, storage.device, "offset", num_warps=1)
+    _appends[layout] = launch
+    return launch
+
+
+def _start(launch: Launch, call: Any, tensors: Sequence[Tensor], changed: int) -> None:
+    addresses = [x.data_ptr() for x in tensors]
+    are_aligned = _are_aligned(addresses)
+    if not are_aligned or 0 in addresses:
+        check_memory(call._fields, call[: len(tensors)])
+
+    def tensor(place: int) -> Tensor:
+        return _as_bytes(tensors[place])
+
+    device = tensors[0].device
+    if _is_current(device):
+        launch(addresses, are_aligned, _stream(device), tensor, changed)
+    else:
+        with torch.cuda.device(device):
+            launch(addresses, are_aligned, _stream(device), tensor, changed)
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """What Triton is to take for a pointer: truth values are bytes to it."""
+    return x.view(torch.uint8) if x.dtype == torch.bool else x
