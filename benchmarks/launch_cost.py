@@ -33,11 +33,13 @@ from sparq_kernels.append import append_cuda
 from sparq_kernels.gpu import launch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 import sparq
 from sparq import attention, step
 from sparq.cache import upgrade
 
+H100 = GPUTarget("cuda", 90, 32)
 MULTIPROCESSORS = 132
 CASES = {  # cached positions, and which kernels run then
     "4k": 4000,  # score, select, gather
@@ -46,10 +48,10 @@ CASES = {  # cached positions, and which kernels run then
 
 
 class Driver:
-    """As `triton.runtime.driver` wants one, for a card of the architecture sm_90 that is not there."""
+    """As `triton.runtime.driver` wants one, for a card that is not there."""
 
-    def __init__(self, launched: Callable[..., None] | None = None) -> None:
-        self.launched = launched
+    def __init__(self, launched: Callable[..., None] | None, target: GPUTarget) -> None:
+        self.launched, self.target = launched, target
         self.utils = SimpleNamespace(
             load_binary=lambda name, binary, shared, device: (object(), object(), 0, 0, 1024),
             get_device_properties=lambda device: {"max_shared_mem": 227 << 10},
@@ -62,25 +64,28 @@ class Driver:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return self.target
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launch(*arguments: Any) -> None:
-            launched = triton.runtime.driver.active.launched  # Triton keeps what it has made for an earlier driver
-            if launched is not None:
-                launched(source, arguments)
+            if self.launched is not None:
+                self.launched(source, arguments)
 
         return launch
 
 
 @contextmanager
-def without_a_gpu(launched: Callable[..., None] | None = None) -> Iterator[None]:
+def without_a_gpu(launched: Callable[..., None] | None = None, target: GPUTarget = H100) -> Iterator[None]:
     """Tensors of the CPU go the way of a GPU's. launched: gets the source and the arguments of each launch."""
     library = torch.library.Library("sparq_kernels", "IMPL")
     with ExitStack() as stack:
+        for kernel in vars(launch).values():
+            if isinstance(kernel, JITFunction):
+                kernel.device_caches.clear()  # made for another driver's target
+                stack.callback(kernel.device_caches.clear)
         stack.callback(setattr, triton.runtime.driver, "_active", None)  # there may be no other that could be active
         stack.callback(library._destroy)
-        triton.runtime.driver.set_active(Driver(launched))
+        triton.runtime.driver.set_active(Driver(launched, target))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of what is registered twice
         library.impl("decode", operator.decode_cuda, "CPU", allow_override=True)

@@ -296,7 +296,9 @@ class SparqLayer(DynamicLayer):
         self._check_contents()
         batch, heads, capacity, head_dim = self._key_storage.shape
         components = self.components
-        if components is None or components.shape[2] * BLOCK < self._length:
+        # As roomy as the keys' storage: until then no token goes into both at once. A graph does not look that far.
+        needed = self._length if torch.compiler.is_compiling() else capacity
+        if components is None or components.shape[2] * BLOCK < needed:
             grown = layout.allocate_components(
                 batch, heads, capacity, head_dim, self._key_storage.dtype, self._key_storage.device
             )
@@ -457,7 +459,7 @@ def upgrade(cache: Cache) -> None:
     """Make the plain dynamic and static layers of `cache` SparQ layers, in place; all other layers stay as they are.
 
     So does an offloaded cache: all of it is moved to the device and back with each token, however little is read there,
-    and storage that grows by doubling and an index would be more to move.
+    and storage with room to grow and an index would be more to move.
     """
     if cache.offloading:
         return

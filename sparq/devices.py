@@ -22,10 +22,15 @@ def has_kernel(device_type: str, dtype: torch.dtype) -> bool:
     )
 
 
+@torch.compiler.assume_constant_result
+def _counts_apart(device_type: str) -> bool:
+    return sparq_kernels.backend(device_type) == "triton"
+
+
 def count_once(mask: Tensor, length: Tensor, queries: int, config: SparqConfig) -> Tensor | None:
     """What `sparq_kernels.decode` would count of the mask [B, S] in every layer, for all of them; None where that costs
     no kernel of its own."""
-    if mask.device.type == "cpu":
+    if not _counts_apart(mask.device.type):
         return None
     return sparq_kernels.count_valid(
         mask, length=length, queries=queries, k=config.min_k, k_divisor=config.k_divisor, local=config.local

@@ -120,7 +120,7 @@ def test_a_row_grows_across_an_edge(edge: int, batch: int, device: str) -> None:
             from sparq_kernels.gpu import launch
 
             plan = launch.plan(call_of(now))
-            plans.add((plan.fused, plan.select_width))
+            plans.add((plan.sizes.fused, plan.sizes.select_width))
     assert device == "cpu" or len(plans) == 2
 
 

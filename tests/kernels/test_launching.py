@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,31 +12,36 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this system")
 
+import compiled_kernels  # noqa: E402
 from compiled_kernels import compile_kernel, empty_append, empty_call, record, specialise  # noqa: E402
 from launch_cost import without_a_gpu  # noqa: E402
 from sparq_kernels.gpu import launch  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from tests.kernels.cases import Case, make_case, new_token, run_operator, storage_of  # noqa: E402
 
 
 class Launched(NamedTuple):
-    """One launch: the kernel, what it was compiled for, the grid, and the arguments (tensors as their addresses)."""
+    """One launch: the kernel, what it was compiled for, and the arguments (tensors as their addresses)."""
 
     name: str
     compiled: str
-    grid: tuple[int, ...]
+    how: tuple[Any, ...]  # grid, stream, function, packed metadata
     arguments: list[Any]
+
+
+def noting(found: list[Launched]) -> Callable[..., None]:
+    def launched(source: Any, arguments: tuple[Any, ...]) -> None:
+        given = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments[9:]]
+        found.append(Launched(source.fn.__name__, source.hash(), arguments[:6], given))
+
+    return launched
 
 
 @pytest.fixture
 def launches() -> Iterator[list[Launched]]:
     found: list[Launched] = []
-
-    def launched(source: Any, arguments: tuple[Any, ...]) -> None:
-        given = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments[9:]]
-        found.append(Launched(source.fn.__name__, source.hash(), arguments[:3], given))
-
-    with without_a_gpu(launched):
+    with without_a_gpu(noting(found)):
         yield found
 
 
@@ -64,7 +69,7 @@ def ours_and_addresses(launched: Launched, case: Case) -> list[Any]:
 def check_same_launches(ours: list[Launched], theirs: list[Launched], case: Case) -> None:
     assert ours
     for a, b in zip(ours, theirs, strict=True):
-        assert (a.name, a.compiled, a.grid) == (b.name, b.compiled, b.grid)
+        assert (a.name, a.compiled, a.how) == (b.name, b.compiled, b.how)
         assert ours_and_addresses(a, case) == ours_and_addresses(b, case)
 
 
@@ -86,7 +91,7 @@ def test_what_is_held_is_what_triton_would_choose(name: str, launches: list[Laun
         taken(launches)
         run_operator(case)
         ours = taken(launches)
-        assert ours and all(one._start is not None for plan in launch._plans.values() for one in plan.launches)
+        assert ours and all(one._starters for plan in launch._plans.values() for one in plan.launches)
         check_same_launches(ours, by_triton(case, launches), case)
 
 
@@ -119,6 +124,42 @@ def test_other_alignment_takes_another_kernel(launches: list[Launched]) -> None:
             "gather",
         }
     check_same_launches(ours, by_triton(case, launches), case)
+
+
+def test_beyond_2_gb_amd_takes_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compiler puts offsets into 32 bits where a tensor's storage is smaller. (Memory not touched is free.)"""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    found: list[Launched] = []
+    names = []
+    with without_a_gpu(noting(found), GPUTarget("hip", "gfx942", 64)):
+        for batch in (40, 80):  # 1.2 and 2.5 GB of K
+            call = empty_call(batch, 8, 8, 15000, 128)
+            appended = empty_append(batch, 8, 15000, 128)
+
+            def step(call: Any = call, appended: Any = appended) -> list[Launched]:
+                sparq_kernels.decode(*call[:5], length=call.length, r=call.r, k=call.k)
+                sparq_kernels.append(*appended[:6], position=5)
+                return taken(found)
+
+            step()
+            ours = step()
+            for held in (sparq_kernels.operator._plans, launch._plans, launch._appends, launch._compiled):
+                held.clear()
+            theirs = step()
+            assert [one.compiled for one in ours] == [one.compiled for one in theirs]
+            names.append({one.name: one.compiled for one in ours})
+    assert {name for name in names[0] if names[0][name] != names[1][name]} >= {"score", "gather", "append"}
+
+
+def test_an_unknown_triton_is_asked_every_time(launches: list[Launched], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held needs the launcher that Triton 3.6 to 3.8 have."""
+    case = make_case(1, 4, 2, 300, 64, torch.float16, r=16, k=40)
+    monkeypatch.setattr(launch, "_starter", lambda compiled, grid: None)
+    for _ in range(3):
+        run_operator(case)
+        assert [one.name for one in taken(launches)] == ["score", "select", "gather"]
+    monkeypatch.undo()
+    assert launch._starter(object(), (1, 1, 1)) is None  # nothing that could be started
 
 
 def test_hooks_are_called(launches: list[Launched], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,11 +211,12 @@ def test_what_is_compiled_ahead_is_found_at_run_time(
 ) -> None:
     """`make gpu` compiles in many processes at once what the next ones launch."""
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(compiled_kernels, "_compiled", {})
 
     def binaries() -> int:
         return len(list(tmp_path.glob("*/*.cubin")))
 
-    shape = dict(cached=7000, head_dim=48, r=20)  # of no other test
+    shape = dict(cached=7000, head_dim=48, r=20)
     call, appended = empty_call(mask=True, **shape), empty_append(capacity=7168, head_dim=48)
     for one in (call, appended):
         for recorded in record(launch, one, "sm_90"):

@@ -321,6 +321,21 @@ def test_elsewhere_growth_is_by_an_eighth(tokens: int, most: int) -> None:
     assert grown <= 3000 / max(BLOCK, tokens // 8) + 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1000, 5000, 13000])
+def test_after_a_growth_tokens_go_into_both_copies_at_once(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU's storage grows: one kernel a token, but for the first one after each growth."""
+    monkeypatch.setattr("sparq.cache.room_to_grow", lambda length, device: max(BLOCK, length // 8))
+    layer, late, grown, capacity = filled(tokens), 0, 0, 0
+    layer.index()
+    for _ in range(3 * BLOCK):
+        layer.update(*states(1))
+        late += layer._unindexed
+        grown, capacity = grown + (layer._key_storage.shape[2] != capacity), layer._key_storage.shape[2]
+        layer.index()
+    assert late <= grown <= 4
+
+
 def test_a_long_prompt_takes_no_more_than_it_needs() -> None:
     layer = filled(1000)
     layer.index()

@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 ALIGNED = 16  # bytes: of all addresses that a kernel is held for; Triton compiles another one for others
 SCRATCH_ALIGNMENT = 128  # bytes
-MAX_HELD = 4096  # compiled kernels, and layouts of `append`
+MAX_HELD = 512  # of anything: compiled kernels, plans (14 kB each), layouts of `append`
 
 
 class Sizes(NamedTuple):
@@ -104,22 +104,22 @@ class Launch:
         self.changing = names.index(changing) if changing in names else None
         what = [pointers[name][1] if name in pointers else _compiled_for(name, values[name]) for name in names]
         self._key = (kernel, device, *what, *sorted(self.options.items()))
-        compiled = _compiled.get(self._key)
-        self._start = None if compiled is None else _starter(compiled, self.grid)
+        self._starters: dict[tuple[bool, ...], Callable[[int, list[Any]], None] | None] = {}
 
     def __call__(
         self,
         addresses: Sequence[int],
-        are_aligned: bool,
+        kind: tuple[bool, ...] | None,
         stream: int,
         tensor: Callable[[int], Tensor],
         changed: int,
     ) -> None:
-        """addresses: of the call's tensors; tensor: gives one of them.  changed: the argument that may change."""
+        """addresses: of the call's tensors.  kind: what `kind_of` says of them.  tensor: gives one of them.
+        changed: the argument that may change."""
         arguments = self.arguments.copy()
         if self.changing is not None:
             arguments[self.changing] = changed
-        start = self._start if are_aligned else None
+        start = None if kind is None else self._starters.get(kind) or self._find(kind)
         if start is not None:
             for place, which in self.places:
                 arguments[place] = addresses[which]
@@ -128,20 +128,46 @@ class Launch:
         for place, which in self.places:
             arguments[place] = tensor(which)
         compiled = self.kernel[self.grid](*arguments, **self.options)
-        if are_aligned and compiled is not None:  # None: interpreted
+        if kind is not None and compiled is not None:  # None: interpreted
             if len(_compiled) >= MAX_HELD:
                 _compiled.clear()
-            _compiled[self._key] = compiled
-            self._start = _starter(compiled, self.grid)
+            _compiled[self._key, kind] = compiled
+            self._starters[kind] = _starter(compiled, self.grid)
+
+    def _find(self, kind: tuple[bool, ...]) -> Callable[[int, list[Any]], None] | None:
+        """What another plan has compiled."""
+        compiled = _compiled.get((self._key, kind))
+        if compiled is None:
+            return None
+        start = self._starters[kind] = _starter(compiled, self.grid)
+        return start
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}  # plans of different lengths have the same kernels
+_compiled: dict[tuple[Any, tuple[bool, ...]], Any] = {}  # plans of different lengths have the same kernels
 
 
-def _starter(compiled: Any, grid: tuple[int, ...]) -> Callable[[int, list[Any]], None]:
-    """Starts a compiled kernel as `compiled[grid]` does, which spends most of its time on what hooks want to know."""
-    hooks, hooked = triton.knobs.runtime, compiled[grid]
-    launcher, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+def kind_of(addresses: Sequence[int], tensors: Iterable[Tensor]) -> tuple[bool, ...] | None:
+    """What Triton looks at of pointers when it chooses among a kernel's binaries: equal for calls that may share them.
+    None where an address is less aligned than is usual: then Triton itself has to choose."""
+    together = 0
+    for address in addresses:
+        together |= address
+    if together % ALIGNED:
+        return None
+    if torch.version.hip is None:
+        return ()
+    # For AMD it compiles 32-bit offsets into what lies in less than 2 GB.
+    return tuple([x.untyped_storage().nbytes() < 1 << 31 for x in tensors])
+
+
+def _starter(compiled: Any, grid: tuple[int, ...]) -> Callable[[int, list[Any]], None] | None:
+    """Starts a compiled kernel as `compiled[grid]` does, which spends most of its time on what hooks want to know; None
+    where this Triton is built differently.  Debugging knobs that are set later are not seen any more."""
+    try:
+        hooks, hooked = triton.knobs.runtime, compiled[grid]
+        launcher, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+    except (AttributeError, TypeError):
+        return None
 
     def start(stream: int, arguments: list[Any]) -> None:
         # Each is a chain of hooks, or one set in its place.
@@ -349,13 +375,6 @@ def _stream(device: torch.device) -> int:
     return triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
 
 
-def _are_aligned(addresses: Sequence[int]) -> bool:
-    together = 0
-    for address in addresses:
-        together |= address
-    return not together % ALIGNED
-
-
 def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Results as `reference.decode_reference` gives them.  Values of `length` and `start` out of range are clamped.
 
@@ -396,10 +415,10 @@ def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         lse,
     ]
     addresses = [x.data_ptr() for x in tensors]
-    are_aligned = _are_aligned(addresses)
-    if not are_aligned or 0 in addresses:
-        check_memory(call._fields, call[:9])
     first = scratch.data_ptr()
+    kind = kind_of([*addresses, first], [*tensors, scratch])
+    if kind is None or 0 in addresses:
+        check_memory(call._fields, call[:9])
     addresses += [first + offset for offset, _, _ in plan.scratch]
 
     def tensor(place: int) -> Tensor:
@@ -410,7 +429,7 @@ def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     stream = _stream(device)
     for launch in plan.launches:
-        launch(addresses, are_aligned, stream, tensor, plan.cached)
+        launch(addresses, kind, stream, tensor, plan.cached)
     if not call.return_positions:
         return output, alpha, scratch.new_empty((batch, num_kv_heads, query_length, 0), dtype=torch.int64), lse
     by_head = positions.view(batch, query_length, num_kv_heads, k_max).transpose(1, 2)
@@ -534,8 +553,8 @@ def _held(
 
 def _start(launch: Launch, call: Any, tensors: Sequence[Tensor], changed: int) -> None:
     addresses = [x.data_ptr() for x in tensors]
-    are_aligned = _are_aligned(addresses)
-    if not are_aligned or 0 in addresses:
+    kind = kind_of(addresses, tensors)
+    if kind is None or 0 in addresses:
         check_memory(call._fields, call[: len(tensors)])
 
     def tensor(place: int) -> Tensor:
@@ -543,10 +562,10 @@ def _start(launch: Launch, call: Any, tensors: Sequence[Tensor], changed: int) -
 
     device = tensors[0].device
     if _is_current(device):
-        launch(addresses, are_aligned, _stream(device), tensor, changed)
+        launch(addresses, kind, _stream(device), tensor, changed)
     else:
         with torch.cuda.device(device):
-            launch(addresses, are_aligned, _stream(device), tensor, changed)
+            launch(addresses, kind, _stream(device), tensor, changed)
 
 
 def _as_bytes(x: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def score(
     logits,  # float32 [N, G, logits_chunks * CHUNK]
     stats,  # float32 [N, 2, G, SPLITS]: each split's maximum and sum
     info,  # int32 [N, INFO]
-    ticket,  # int32 [N], set to 0 for `attend`
+    ticket,  # int32 [N], set to 0 for `gather`
     Hkv,
     Q,
     S,

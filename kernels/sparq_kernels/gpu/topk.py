@@ -18,7 +18,7 @@ NAN_BITS = tl.constexpr(0x7FC00000)
 
 @triton.jit
 def threshold(key, k, prefix, known, reached, rest, number, HAS_REST: tl.constexpr):
-    """What parts the k largest of int32 keys from the others (k >= 1, at least k of them are not NEVER): the k largest
+    """What parts the k largest of int32 keys from the others (at least k of them are not NEVER): the k largest
     are those above it and, where these are fewer than k, the first of those equal to it.
 
     key: [WIDTH], in registers.  With HAS_REST, `number` keys in all: those from WIDTH on are read from `rest`, which
