@@ -159,7 +159,7 @@ def check_same_work(model: LlamaForCausalLM, llama_cpp: LlamaCpp, dtype: str, fl
 
 def sparq_times(runner: Runner, tokens: int, clock: str) -> list[float]:
     """Seconds of each decode step of `generate` with SparQ, by the function `clock` of the time module."""
-    # sparq.clock.DecodeClock, which the runner uses, reads perf_counter.
+    # sparq.timing.DecodeClock, which the runner uses, reads perf_counter.
     with mock.patch.object(time, "perf_counter", getattr(time, clock)):
         return runner.decode(tokens)
 

@@ -17,8 +17,8 @@ from transformers.cache_utils import Cache
 
 import sparq
 from sparq.cache import SparqLayer, upgrade
-from sparq.clock import DecodeClock
 from sparq.static_cache import SparqStaticLayer
+from sparq.timing import DecodeClock
 
 BARE_CONTEXT = 16  # next to no cache
 ALL_LAYERS = 1 << 30

@@ -1,6 +1,8 @@
 """How much may be left out? The same answer at several settings, and what each of them read.
 
     python examples/compare_settings.py [MODEL]
+
+Without a model it takes the small one that comes with the repository.
 """
 
 import sys

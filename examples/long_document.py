@@ -1,6 +1,8 @@
 """Many questions about one long document: its prompt is computed once, and each question goes on from there.
 
     python examples/long_document.py [MODEL] [DOCUMENT QUESTION...]
+
+Without a model it takes the small one that comes with the repository.
 """
 
 import copy

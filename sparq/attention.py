@@ -158,7 +158,7 @@ class _Ready(NamedTuple):
     plan: Plan | StaticPlan
     components: Tensor
     value_sum: Tensor
-    other_sum: Tensor | None  # of a static layer: whether the sum is of other positions
+    mean_is_stale: Tensor | None  # of a static layer: whether the sum is of other positions
 
 
 def _decode_or_dense(call: _Call) -> tuple[Tensor, Tensor | None]:
@@ -194,10 +194,10 @@ def _prepare(call: _Call) -> _Ready | str:
             return static.dense_reason
         seen = (step.static_plan(call.attention_mask, layer.cumulative_length, key) if later else static).mask
         assert seen is not None
-        components, value_sum, other_sum = layer.index(seen)
+        components, value_sum, mean_is_stale = layer.index(seen)
         if later:
             value_sum = layer.sum_before(later, seen)
-        return _Ready(static, components, value_sum, other_sum)
+        return _Ready(static, components, value_sum, mean_is_stale)
     if torch.compiler.is_compiling():  # drafts are not noted there, so nothing is later
         length = torch.ones(key.shape[2], dtype=torch.int64, device=key.device).sum()
         static = step.static_plan(call.attention_mask, length, key, queries, is_full=True)
@@ -242,7 +242,7 @@ def _decode(call: _Call, ready: _Ready) -> Tensor:
     per_position = kv_heads * key.element_size()
     if isinstance(plan, StaticPlan):
         counts = step.static_counts(plan, per_position, r, head_dim, alpha.numel())
-        step.on_device.append(SparseStep(call.layer_idx, alpha, counts, ready.other_sum, plan.ignored_bias))
+        step.on_device.append(SparseStep(call.layer_idx, alpha, counts, ready.mean_is_stale, plan.ignored_bias))
     else:
         step.alphas.append((call.layer_idx, alpha))
         step.counters.sparse(

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, StoppingCriteriaList
 
 from sparq.cache_argument import generate_cache_name
-from sparq.clock import DecodeClock
+from sparq.timing import DecodeClock
 
 
 @dataclass(frozen=True)

@@ -313,9 +313,9 @@ class SparqLayer(DynamicLayer):
             layout.write_components(components, self._key_storage[:, :, self.indexed : self._length], self.indexed)
             self._unindexed = 0
 
-        other_sum = None
+        mean_is_stale = None
         if self.value_sum is not None and torch.compiler.is_compiling():
-            other_sum = self._has_other_validity(start, mask)
+            mean_is_stale = self._has_other_validity(start, mask)
         elif self.value_sum is None or not self._same_validity(start, mask):
             self.value_sum = self._value_storage.new_zeros((batch, heads, head_dim), dtype=torch.float32)
             self._unsummed = self._length
@@ -324,7 +324,7 @@ class SparqLayer(DynamicLayer):
             self._unsummed = 0
         self.summed_start, self.summed_mask = start, mask
         self._note_contents()
-        return components, self.value_sum, other_sum
+        return components, self.value_sum, mean_is_stale
 
     def sum_before(self, later: int) -> Tensor:
         """The sum of V over the valid positions but the newest `later`, [B, Hkv, d] float32, right after `index`."""

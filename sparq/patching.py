@@ -201,7 +201,7 @@ def unpatch(model: Model) -> Model:
         if current is not None:
             current.base, current.blocks = None, ()
             current.remove()
-        served = _served(model)
+        served = _unwrap(model)
         if NAME in _names(served.config):  # or what is left would patch it again
             served.set_attn_implementation(_implementations(served.config, _default_base(_decoder(model))))
     return model
@@ -220,7 +220,7 @@ def patched(model: Model, config: SparqConfig | None = None, **knobs: Any) -> It
         patches_itself = NAME in _names(candidate._decoder.config)
         current = _installed(candidate)
         if patches_itself and current.base is None:
-            current.base = Use(configured(_served(model)))
+            current.base = Use(configured(_unwrap(model)))
         current.blocks += (use,)
     _blocks.set((*_blocks.get(), use))
     try:
@@ -262,7 +262,7 @@ def _prepared(model: nn.Module, config: SparqConfig | None, knobs: dict[str, Any
     if config is not None and not isinstance(config, SparqConfig):
         raise TypeError(f"config must be a SparqConfig or None, got {config!r} of type {type(config).__name__}")
     config = _with_knobs(config, knobs)
-    served = _served(model)
+    served = _unwrap(model)
     decoder = _decoder(served)
     _check_served(served, decoder, config)
     if decoder.device.type != "meta":  # where accelerate offloads the parameters, nobody knows yet
@@ -300,7 +300,7 @@ def _count_uncached(step: Step, output: Any) -> None:
         counters.warn_once(f"sparq: decoding stays dense and gains nothing: {reason}")
 
 
-def _served(model: nn.Module) -> PreTrainedModel:
+def _unwrap(model: nn.Module) -> PreTrainedModel:
     """`model`, or the one model of transformers that it wraps: PEFT's models are not `PreTrainedModel`s."""
     inside = [m for m in model.modules() if isinstance(m, PreTrainedModel)] if isinstance(model, nn.Module) else []
     if not inside:
@@ -316,7 +316,7 @@ def _served(model: nn.Module) -> PreTrainedModel:
 
 
 def _decoder(model: nn.Module) -> PreTrainedModel:
-    decoder: PreTrainedModel = _served(model).base_model  # type: ignore[assignment]
+    decoder: PreTrainedModel = _unwrap(model).base_model  # type: ignore[assignment]
     # The innermost model that holds all attention layers: a language model head may call it past its base model (OPT).
     layers = set(_causal_layers(decoder))
     if layers:

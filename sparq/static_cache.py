@@ -33,7 +33,7 @@ class SparqStaticLayer(StaticLayer):
     The index is the component copy of K, and the sum of V over the valid positions. How many positions are filled is
     known to the device alone (`cumulative_length`), and so is what the index covers: nothing here reads a value back,
     so that a decode step can be compiled and captured. What Python does know is how far the index is behind: one new
-    token (`lacks_one`) or anything at all (`stale`). Both are as before when a decode step is over, so no step is
+    token (`sum_pending`) or anything at all (`stale`). Both are as before when a decode step is over, so no step is
     compiled twice.
     """
 
@@ -47,7 +47,7 @@ class SparqStaticLayer(StaticLayer):
         super().__init__(max_cache_len, **kwargs)
         self.components = self.value_sum = self.summed = None
         self.stale = True  # K and V were written without the index
-        self.lacks_one = False  # the newest token is among the components, and not in the sum
+        self.sum_pending = False  # the newest token is among the components, and not in the sum
         self.is_filled = False
         self._indexed: tuple[Tensor, Tensor, tuple[int, ...]] | None = None  # K, V and their versions
 
@@ -98,7 +98,7 @@ class SparqStaticLayer(StaticLayer):
             if (self.keys.shape, self.keys.dtype, self.keys.device) != (keys.shape, keys.dtype, keys.device):
                 self.components = self.value_sum = self.summed = None
                 self._allocate_index()
-            self.stale, self.lacks_one = True, False
+            self.stale, self.sum_pending = True, False
 
     def _allocate_index(self) -> None:
         compiling = torch.compiler.is_compiling()
@@ -127,10 +127,10 @@ class SparqStaticLayer(StaticLayer):
         if (
             key_states.shape[2] != 1
             or self.stale
-            or self.lacks_one
+            or self.sum_pending
             or (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad))
         ):
-            self.stale, self.lacks_one = True, False
+            self.stale, self.sum_pending = True, False
             super().update(key_states, value_states, *args, **kwargs)
             self._note_contents()
             return self.keys, self.values
@@ -138,14 +138,14 @@ class SparqStaticLayer(StaticLayer):
         position = self.cumulative_length.expand(key_states.shape[0])
         sparq_kernels.append(self.keys, self.values, self.components, None, key_states, value_states, position=position)
         self.cumulative_length.add_(1)
-        self.lacks_one = True
+        self.sum_pending = True
         self._note_contents()
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)  # there since transformers 5.24
         if tokens_to_remove:
-            self.stale, self.lacks_one = True, False
+            self.stale, self.sum_pending = True, False
             self.is_filled = bool(self.cumulative_length > 0)
 
     @property
@@ -180,13 +180,13 @@ class SparqStaticLayer(StaticLayer):
         if self.stale:
             layout.write_components(self.components, self.keys, 0)
             self._sum_anew(valid)
-            self.stale = self.lacks_one = False
+            self.stale = self.sum_pending = False
             self._note_contents()
             return self.components, self.value_sum, None
-        if self.lacks_one:
+        if self.sum_pending:
             length = self.cumulative_length.expand(valid.shape[0])
             sparq_kernels.extend_sum(self.value_sum, self.summed, self.values, valid, length=length)
-            self.lacks_one = False
+            self.sum_pending = False
         if torch.compiler.is_compiling() or valid.device.type != "cpu":
             return self.components, self.value_sum, (self.summed != valid).any()
         if not torch.equal(self.summed, valid):
@@ -215,7 +215,7 @@ class SparqStaticLayer(StaticLayer):
         if self.is_initialized:
             self._check_contents()
         super().reset()
-        self.is_filled = self.lacks_one = False
+        self.is_filled = self.sum_pending = False
         if self.value_sum is not None and self.summed is not None:
             self.value_sum.zero_()
             self.summed.zero_()

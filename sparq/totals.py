@@ -45,7 +45,7 @@ class SparseStep(NamedTuple):
     layer: int
     alpha: Tensor
     counts: Tensor  # int64 [len(SPARSE)]
-    other_sum: Tensor | None  # the doubts: bool [], or None where there is none
+    mean_is_stale: Tensor | None  # the doubts: bool [], or None where there is none
     ignored_bias: Tensor | None
 
 
@@ -62,7 +62,7 @@ def add_sparse(totals: dict[int, Totals], steps: list[SparseStep]) -> None:
     torch._foreach_add_([each.counts[: len(SPARSE)] for each in own], [step.counts for step in steps])
     sums = torch.stack(alphas).flatten(1).sum(1, dtype=own[0].alpha.dtype)
     torch._foreach_add_([each.alpha for each in own], list(sums.unbind()))
-    _add_doubts(own, [step.other_sum for step in steps], SLOTS.index("other_sums"))
+    _add_doubts(own, [step.mean_is_stale for step in steps], SLOTS.index("other_sums"))
     _add_doubts(own, [step.ignored_bias for step in steps], SLOTS.index("ignored_biases"))
 
 

@@ -26,7 +26,7 @@ from sparq.patching import (
     _implementations,
     _is_entered,
     _patch_of,
-    _served,
+    _unwrap,
 )
 from sparq.reporting import Report
 
@@ -81,7 +81,7 @@ class Comparison:
     def __init__(self, model: nn.Module, method: Method) -> None:
         if not isinstance(method, Method):
             raise TypeError(f"method must be a Method, got {method!r} of type {type(method).__name__}")
-        served = _served(model)
+        served = _unwrap(model)
         self._decoder = decoder = _decoder(served)
         if _patch_of(decoder) is not None or _is_entered(decoder):
             raise ValueError("model must not be patched, nor share its configuration with a patched one: unpatch that")

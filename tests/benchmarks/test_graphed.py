@@ -97,7 +97,7 @@ def test_a_step_never_waits_for_its_device(family: str, patched: bool) -> None:
         for _ in range(2):
             assert step().shape == (2, 300)
     if patched:
-        assert all(not layer.stale and not layer.lacks_one for layer in cache.layers)
+        assert all(not layer.stale and not layer.sum_pending for layer in cache.layers)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The five steps in Python floats (float64), one head, one position and one component at a time: no tensor arithmetic.
 
-Written from algorithm.md and from the operator's interface, not from the reference, which is tested against it.
+Written from the paper (arXiv 2312.04985, algorithm 1) and from the operator's interface, not from the reference, which
+is tested against it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 namespace sparq {
 
 constexpr int64_t BLOCK = 2048;        // layout.BLOCK
-constexpr int64_t MAX_HEAD_DIM = 512;  // operator.MAX_HEAD_DIM
+constexpr int64_t MAX_HEAD_DIM = 512;  // MAX_HEAD_DIM of arguments.py
 
 struct Arguments {
     const void* query;           // [B, Hq, Q, d]
