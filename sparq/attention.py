@@ -22,8 +22,8 @@ from sparq import reasons, sinks
 from sparq.cache import SparqLayer
 from sparq.static_cache import SparqStaticLayer
 from sparq.static_plan import StaticPlan
+from sparq.stats import SparseStep
 from sparq.step import Plan, Step
-from sparq.totals import SparseStep
 
 # Where sparsity begins to pay: bytes of K and V that a dense step of one layer reads, by device. Below it the fixed
 # cost of a sparse step is larger than what it saves (on CPUs measured with benchmarks/crossover.py).
@@ -74,7 +74,7 @@ def sparq_attention(
     if not query_length:
         return call.dense()
     if step.is_static or torch.compiler.is_compiling():
-        step.counters.prepare(layer_idx, key.device, key.dtype)
+        step.stats.prepare(layer_idx, key.device, key.dtype)
     prompt = step.prompt_length(query_length)
     if isinstance(layer, SparqStaticLayer) and (prompt or query_length > MAX_QUERY_LENGTH):
         # Looked at as if it were its last token: what is valid is known now, and the next step, which goes on from the
@@ -167,17 +167,15 @@ def _decode_or_dense(call: _Call) -> tuple[Tensor, Tensor | None]:
     if not isinstance(ready, str):
         return _decode(call, ready).transpose(1, 2), None
     step, bytes_dense = call.step, 2 * call.key.numel() * call.key.element_size()
-    if torch.compiler.is_compiling():
-        step.counters.dense_on_device(call.layer_idx, ready, bytes_dense)
-    else:
-        step.counters.dense(call.layer_idx, ready, bytes_dense)
+    step.stats.dense(call.layer_idx, ready, bytes_dense)
+    if not torch.compiler.is_compiling():
         if ready == reasons.TOO_SHORT:
             least = f"fewer than {_min_length(step, call.key):,} tokens are cached (min_length): nothing to gain yet"
-            step.counters.warn_once(f"sparq: decode steps are dense while {least}", about=ready)
+            step.stats.warn_once(f"sparq: decode steps are dense while {least}", about=ready)
         elif ready == reasons.COVERED:
-            step.counters.warn_once(f"sparq: decode steps are dense while {ready}")
+            step.stats.warn_once(f"sparq: decode steps are dense while {ready}")
         elif ready not in reasons.EXPECTED:
-            step.counters.warn_once(f"sparq: decoding stays dense and gains nothing: {ready}")
+            step.stats.warn_once(f"sparq: decoding stays dense and gains nothing: {ready}")
     return call.dense()
 
 
@@ -242,18 +240,13 @@ def _decode(call: _Call, ready: _Ready) -> Tensor:
     per_position = kv_heads * key.element_size()
     if isinstance(plan, StaticPlan):
         counts = step.static_counts(plan, per_position, r, head_dim, alpha.numel())
-        step.on_device.append(SparseStep(call.layer_idx, alpha, counts, ready.mean_is_stale, plan.ignored_bias))
+        made = SparseStep(call.layer_idx, key.dtype, alpha, counts, ready.mean_is_stale, plan.ignored_bias)
     else:
-        step.alphas.append((call.layer_idx, alpha))
-        step.counters.sparse(
-            call.layer_idx,
-            key.device,
-            key.dtype,
-            positions_cached=plan.valid,
-            positions_read=plan.read,
-            bytes_read=per_position * (plan.valid * r + 2 * plan.read * head_dim + 4 * batch * queries * head_dim),
-            bytes_dense=per_position * 2 * plan.valid_once * head_dim,
-        )
+        bytes_read = per_position * (plan.valid * r + 2 * plan.read * head_dim + 4 * batch * queries * head_dim)
+        bytes_dense = per_position * 2 * plan.valid_once * head_dim
+        numbers = (1, plan.valid, plan.read, bytes_read, bytes_dense, alpha.numel())
+        made = SparseStep(call.layer_idx, key.dtype, alpha, numbers)
+    step.sparse.append(made)
     return output
 
 

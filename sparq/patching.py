@@ -20,9 +20,9 @@ from sparq import attention, reasons
 from sparq.cache import allocated_bytes, begin_pass, end_pass, refuse_quantized, take_remade, upgrade
 from sparq.cache_argument import find_cache
 from sparq.config import SparqConfig
-from sparq.counters import Counters
 from sparq.generating import GenerateNotes
 from sparq.reporting import Report
+from sparq.stats import Stats
 from sparq.step import Step, holds_tokens
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -37,10 +37,10 @@ _lock = threading.RLock()  # of all changes of what is patched
 
 @dataclasses.dataclass(eq=False)
 class Use:
-    """Knobs and counters: of `patch`, or of one `with patched(...)` block."""
+    """Knobs and stats: of `patch`, or of one `with patched(...)` block."""
 
     config: SparqConfig
-    counters: Counters = dataclasses.field(default_factory=Counters)
+    stats: Stats = dataclasses.field(default_factory=Stats)
 
 
 _blocks: ContextVar[tuple[Use, ...]] = ContextVar("sparq_blocks", default=())  # that this thread or task is inside of
@@ -139,7 +139,7 @@ class Patch:
             refuse_quantized(cache)
             upgrade(cache)
             begin_pass(cache, self._layer_count)
-        return args, {**kwargs, "sparq_step": Step(cache, use.config, use.counters)}
+        return args, {**kwargs, "sparq_step": Step(cache, use.config, use.stats)}
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         step: Step | None = kwargs.get("sparq_step")
@@ -152,13 +152,12 @@ class Patch:
             )
         if step.cache is not None:
             end_pass(step.cache)
-        step.counters.sparse_on_device(step.on_device)
+        step.stats.sparse(step.sparse)
         if not torch.compiler.is_compiling():
             if step.drafting is not None:
                 step.drafting.prompt_left = max(0, step.drafting.prompt_left - step.tokens)
-            step.counters.alphas(step.alphas)
             if step.cache is not None:
-                step.counters.cache(allocated_bytes(step.cache), take_remade(step.cache))
+                step.stats.cache(allocated_bytes(step.cache), take_remade(step.cache))
             _count_uncached(step, output)
 
 
@@ -185,7 +184,7 @@ def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Mode
         current = _patch_of(candidate._decoder)
         block = None if current is None else current.own_block()
         if block is not None:
-            block.config, block.counters = use.config, use.counters
+            block.config, block.stats = use.config, use.stats
             return model
         _installed(candidate).base = use
     return model
@@ -252,9 +251,9 @@ def report(model: nn.Module) -> Report:
         yet = " yet: it has not run" if decoder.config._attn_implementation == NAME else ""
         raise ValueError(f"model must be patched to have a report, this {type(model).__name__} is not{yet}")
     # The layers may lie on several devices, and the parameters, where accelerate offloads them, on none.
-    used = use.counters.used() or {(decoder.device, decoder.dtype)}
+    used = use.stats.used() or {(decoder.device, decoder.dtype)}
     names = {"none yet" if device.type == "meta" else sparq_kernels.backend(device, dtype) for device, dtype in used}
-    return Report.of(use.counters, use.config, ", ".join(sorted(names)))
+    return Report.of(use.stats, use.config, ", ".join(sorted(names)))
 
 
 def _prepared(model: nn.Module, config: SparqConfig | None, knobs: dict[str, Any]) -> tuple[Use, Patch]:
@@ -286,18 +285,18 @@ def _count_uncached(step: Step, output: Any) -> None:
     cache = step.cache
     if cache is None:  # the model may have made one, which the caller is going to use
         cache = find_cache(output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ())
-    counters, before = step.counters, step.counters.uncached_tokens
-    counters.uncached_tokens = 0
+    stats, before = step.stats, step.stats.uncached_tokens
+    stats.uncached_tokens = 0
     if cache is not None and holds_tokens(cache):
         return
     is_step = before and step.tokens == (before + 1 if step.cache is None else 1)
     if step.is_prefill or is_step:  # of nothing else: whoever scores texts of growing length decodes nothing
-        counters.uncached_tokens = step.tokens
+        stats.uncached_tokens = step.tokens
     if is_step:
         reason = reasons.NO_CACHE if step.cache is None else reasons.EMPTY_CACHE
         for layer_idx, bytes_dense in step.prompts.items():
-            counters.dense(layer_idx, reason, bytes_dense)
-        counters.warn_once(f"sparq: decoding stays dense and gains nothing: {reason}")
+            stats.dense(layer_idx, reason, bytes_dense)
+        stats.warn_once(f"sparq: decoding stays dense and gains nothing: {reason}")
 
 
 def _unwrap(model: nn.Module) -> PreTrainedModel:

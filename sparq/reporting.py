@@ -11,15 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sparq.counters import Counters, LayerCounters
-from sparq.totals import DOUBTS, SPARSE
+from sparq.stats import COUNTS, DOUBTS, LayerStats, Stats
 
 COLUMNS = ("layer", "sparse", "dense", "mean α", "positions read", "MB read", "MB dense", "ratio")
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Counts of one layer, or of all together (see `LayerCounters` for what is counted)."""
+    """Counts of one layer, or of all together (see `LayerStats` for what is counted)."""
 
     decode_steps: int
     sparse_steps: int
@@ -48,18 +47,17 @@ class Report:
     cache_bytes: int  # the most one cache has held in SparQ's layers: K, V, the component copy of K, slack to grow
 
     @classmethod
-    def of(cls, counters: Counters, config: Any, backend: str) -> Report:
-        everything = LayerCounters()
+    def of(cls, stats: Stats, config: Any, backend: str) -> Report:
+        everything = LayerStats()
         layers = {}
-        for index, layer in counters.settled().items():
+        for index, layer in stats.settled().items():
             layers[index] = _frozen(layer)
             everything.dense_steps += layer.dense_steps
-            for name in (*SPARSE, *DOUBTS):
+            for name in (*COUNTS, *DOUBTS):
                 setattr(everything, name, getattr(everything, name) + getattr(layer, name))
             if layer.alpha_sum is not None:
-                alpha_sum = layer.alpha_sum.cpu()  # layers may lie on several devices
-                everything.alpha_sum = alpha_sum if everything.alpha_sum is None else everything.alpha_sum + alpha_sum
-        return cls(config, backend, layers, _frozen(everything), counters.remade, counters.cache_bytes)
+                everything.add_alpha(layer.alpha_sum.cpu())  # layers may lie on several devices
+        return cls(config, backend, layers, _frozen(everything), stats.remade, stats.cache_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -130,7 +128,7 @@ class Report:
         return lines
 
 
-def _frozen(layer: LayerCounters) -> LayerReport:
+def _frozen(layer: LayerStats) -> LayerReport:
     return LayerReport(
         decode_steps=layer.decode_steps,
         sparse_steps=layer.sparse_steps,

@@ -13,12 +13,11 @@ from transformers.cache_utils import Cache
 from sparq import reasons
 from sparq.cache import SparqLayer
 from sparq.config import SparqConfig
-from sparq.counters import Counters
 from sparq.devices import count_once, has_kernel
 from sparq.generating import drafting, is_prefill
 from sparq.static_cache import SparqStaticLayer
 from sparq.static_plan import StaticPlan
-from sparq.totals import SparseStep
+from sparq.stats import SparseStep, Stats
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +40,10 @@ class Plan:
 class Step:
     """One forward pass: the cache, the knobs, and the plans that all full-attention layers share."""
 
-    def __init__(self, cache: Cache | None, config: SparqConfig, counters: Counters) -> None:
+    def __init__(self, cache: Cache | None, config: SparqConfig, stats: Stats) -> None:
         self.cache = cache
         self.config = config
-        self.counters = counters
+        self.stats = stats
         self.attention_calls = 0
         self.tokens = 0  # new ones; known from the first attention layer on
         self.prompts: dict[int, int] = {}  # of each layer that has computed nothing but a prompt: its bytes of K and V
@@ -52,9 +51,7 @@ class Step:
         self.is_prompt = cache is not None and not holds_tokens(cache)
         self.is_prefill = is_prefill()
         self.drafting = None if torch.compiler.is_compiling() else drafting(cache)
-        # Its sparse steps, which are counted when all layers have made theirs.
-        self.alphas: list[tuple[int, Tensor]] = []
-        self.on_device: list[SparseStep] = []
+        self.sparse: list[SparseStep] = []  # counted when all layers have made theirs
         self._plans: list[tuple[Tensor | None, tuple, Any]] = []
         self._components: dict[int, int] = {}
         self._kernels: dict[tuple[str, torch.dtype], bool] = {}

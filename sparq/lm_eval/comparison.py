@@ -16,7 +16,6 @@ from sparq.attention import causal_mask, dense_attention
 from sparq.cache import SparqLayer, refuse_quantized
 from sparq.cache_argument import cache_name, find_cache
 from sparq.config import SparqConfig
-from sparq.counters import Counters
 from sparq.lm_eval.methods import H2OLayer, Method, SparqVariant
 from sparq.patching import (
     _base,
@@ -29,6 +28,7 @@ from sparq.patching import (
     _unwrap,
 )
 from sparq.reporting import Report
+from sparq.stats import SparseStep, Stats
 
 IMPLEMENTATIONS = {"sdpa": "sparq_comparison", "eager": "sparq_comparison_eager"}
 
@@ -36,10 +36,10 @@ IMPLEMENTATIONS = {"sdpa": "sparq_comparison", "eager": "sparq_comparison_eager"
 class Pass:
     """One forward pass: the cache, and what is counted."""
 
-    def __init__(self, cache: Cache | None, method: Method, counters: Counters) -> None:
-        self.cache, self.method, self.counters = cache, method, counters
+    def __init__(self, cache: Cache | None, method: Method, stats: Stats) -> None:
+        self.cache, self.method, self.stats = cache, method, stats
         self.attention_calls = 0
-        self.alphas: list[tuple[int, Tensor]] = []  # the score mass attended, by layer
+        self.sparse: list[SparseStep] = []
 
     def layer(self, layer_idx: int) -> Any:
         """The cache's layer, or None where there is no such."""
@@ -89,7 +89,7 @@ class Comparison:
             raise ValueError("model has a comparison method already: remove() it first")
         _check_served(served, decoder, method.config if isinstance(method, SparqVariant) else SparqConfig())
         self.method = method
-        self._counters = Counters()
+        self._stats = Stats()
         self._parameters = list(inspect.signature(decoder.forward).parameters)
         self._own_implementation = _implementations(decoder.config, _default_base(decoder))
         decoder.set_attn_implementation(IMPLEMENTATIONS[_base(decoder, self._own_implementation[""])])
@@ -115,7 +115,7 @@ class Comparison:
     def report(self) -> Report:
         """What has been done so far. Mean α is the exact attention mass of the positions attended; positions read are
         those of one set, on average over the heads."""
-        return Report.of(self._counters, self.method, f"{type(self.method).__name__} in plain PyTorch, for comparison")
+        return Report.of(self._stats, self.method, f"{type(self.method).__name__} in plain PyTorch, for comparison")
 
     def _before(self, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Hand the cache to the attention functions, which are not given it."""
@@ -139,11 +139,11 @@ class Comparison:
                     kwargs = {**kwargs, name: cache}
         if cache is not None:
             _check_cache(cache)
-        return args, {**kwargs, "sparq_comparison": Pass(cache, self.method, self._counters)}
+        return args, {**kwargs, "sparq_comparison": Pass(cache, self.method, self._stats)}
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         current: Pass = kwargs["sparq_comparison"]
-        current.counters.alphas(current.alphas)
+        current.stats.sparse(current.sparse)
         if not current.attention_calls:
             raise RuntimeError(
                 f"{type(module).__name__} did not hand its keyword arguments to the attention function, so "
@@ -183,7 +183,7 @@ def comparison_attention(
 
     def dense_because(reason: str) -> tuple[Tensor, Tensor | None]:
         if queries < length:  # not the prompt
-            current.counters.dense(layer_idx, reason, 2 * key.numel() * key.element_size())
+            current.stats.dense(layer_idx, reason, 2 * key.numel() * key.element_size())
         return dense()
 
     if kwargs.get("sliding_window") is not None or getattr(current.layer(layer_idx), "is_sliding", False):
@@ -203,16 +203,11 @@ def comparison_attention(
     if bool((attended.kept == valid[:, None, None]).all()):
         return dense_because("k covers the context")
     count = int(valid.sum())
-    current.alphas.append((layer_idx, attended.mass))
-    current.counters.sparse(
-        layer_idx,
-        key.device,
-        key.dtype,
-        positions_cached=count,
-        positions_read=round(attended.kept.sum((0, 3)).double().mean().item()),
-        bytes_read=attended.elements * key.element_size(),
-        bytes_dense=2 * count * kv_heads * head_dim * key.element_size(),
-    )
+    read = round(attended.kept.sum((0, 3)).double().mean().item())
+    bytes_read = attended.elements * key.element_size()
+    bytes_dense = 2 * count * kv_heads * head_dim * key.element_size()
+    counts = (1, count, read, bytes_read, bytes_dense, attended.mass.numel())
+    current.sparse.append(SparseStep(layer_idx, key.dtype, attended.mass, counts))
     return attended.output.reshape(batch, 1, -1, head_dim), None
 
 

@@ -15,7 +15,7 @@ import sparq
 from sparq.attention import sparq_attention
 from sparq.cache import SparqLayer
 from sparq.config import SparqConfig
-from sparq.counters import Counters
+from sparq.stats import Stats
 from sparq.step import Step
 from tests.sparq.slow import Slow
 from tests.sparq.tiny import attention_module, build, check_beams, generate, next_tokens, prompt, teacher_forced
@@ -311,7 +311,7 @@ def test_min_length_none_is_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(("device", "positions"), [("cpu", 1024), ("cuda", 25600), ("mps", 0)])
 def test_where_it_pays_depends_on_the_device(device: str, positions: int) -> None:
     """Llama-3-8B's heads in 16 bits take 4,096 bytes a position: 4 MiB on a CPU, 100 MiB on a GPU."""
-    step = Step(None, sparq.SparqConfig(), Counters())
+    step = Step(None, sparq.SparqConfig(), Stats())
     key = SimpleNamespace(shape=(1, 8, 5000, 128), element_size=lambda: 2, device=torch.device(device))
     assert sparq.attention._min_length(step, key) == positions
 
@@ -364,8 +364,8 @@ def test_the_score_mass_of_all_layers_is_summed_at_once() -> None:
     """On a GPU a sum for each layer would be two kernels more a layer."""
     model = sparq.patch(build(), **SPARSE)
     teacher_forced(model, prompt(), next_tokens())
-    counters = model.base_model._sparq_patch.current().counters
-    assert list(counters._alphas) == [tuple(range(model.config.num_hidden_layers))]
+    stats = model.base_model._sparq_patch.current().stats
+    assert list(stats.alphas) == [tuple(range(model.config.num_hidden_layers))]
     report = sparq.report(model)
     assert report.total.mean_alpha == pytest.approx(
         sum(layer.mean_alpha for layer in report.layers.values()) / len(report.layers)
@@ -447,7 +447,7 @@ def test_steps_outside_of_no_grad_leave_no_graph_behind() -> None:
     cache = model(**prompt(batch=1)).past_key_values
     output = model(next_tokens(1, 1), past_key_values=cache)
     assert output.logits.requires_grad
-    held = model.base_model._sparq_patch.current().counters._alphas
+    held = model.base_model._sparq_patch.current().stats.alphas
     assert held and not any(sums.requires_grad for sums in held.values())
 
 
@@ -468,13 +468,13 @@ def test_an_offloaded_cache_is_dense_with_one_warning() -> None:
     layer.update(torch.zeros(1, 2, 41, 16), torch.zeros(1, 2, 41, 16))
     cache = DynamicCache()
     cache.layers.append(layer)
-    step = Step(cache, SparqConfig(min_length=0, k=12), Counters())
+    step = Step(cache, SparqConfig(min_length=0, k=12), Stats())
     there = torch.empty(1, 2, 41, 16, device="meta")  # where the model is; the layer's own have been moved away
     with pytest.warns(UserWarning, match="offloaded") as caught:
         for _ in range(2):
             sparq_attention("sdpa", attention_module(), there[:, :, :1], there, there, None, sparq_step=step)
     assert len(caught) == 1
-    assert step.counters.layers[0].dense_steps == {"an offloaded cache cannot be read sparsely": 2}
+    assert step.stats.layers[0].dense_steps == {"an offloaded cache cannot be read sparsely": 2}
 
 
 def test_normal_use_is_silent(capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,8 @@ import sparq
 from sparq.attention import sparq_attention
 from sparq.cache import SparqLayer
 from sparq.config import SparqConfig
-from sparq.counters import Counters
 from sparq.static_cache import SparqStaticLayer
+from sparq.stats import Stats
 from sparq.step import Step
 from tests.sparq.tiny import attention_module, build, generate, next_tokens, prompt, teacher_forced
 
@@ -183,7 +183,7 @@ def by_hand(queries: int, first: int, keys: int) -> Tensor:
 
 def later_layer(tokens: int) -> Step:
     """A pass with `tokens` new ones of which an attention layer before has seen all."""
-    step = Step(None, SparqConfig(min_length=0), Counters())
+    step = Step(None, SparqConfig(min_length=0), Stats())
     step.begin(tokens, tokens)
     step.attention_calls = 1
     return step
@@ -220,7 +220,7 @@ def static_step(filled: int, before: int) -> tuple[Step, Tensor, Tensor]:
     keys = torch.randn(2, 2, filled, 16, generator=torch.Generator().manual_seed(3))
     if before:
         layer.update(keys[:, :, :before], keys[:, :, :before])
-    step = Step(cache, SparqConfig(min_length=1000), Counters())
+    step = Step(cache, SparqConfig(min_length=1000), Stats())
     held = layer.update(keys[:, :, before:], keys[:, :, before:])
     return step, *held
 
@@ -247,7 +247,7 @@ def test_a_dynamic_cache_with_other_keys_than_queries() -> None:
     held = layer.update(keys[:, :, 35:], keys[:, :, 35:])
     results = []
     for mask in (None, by_hand(5, 35, 40)):
-        step = Step(cache, SparqConfig(min_length=1000), Counters())
+        step = Step(cache, SparqConfig(min_length=1000), Stats())
         results.append(sparq_attention("sdpa", grouped_module(), query, *held, mask, sparq_step=step)[0])
-        assert step.counters.layers[0].dense_steps == {"shorter than min_length": 1}
+        assert step.stats.layers[0].dense_steps == {"shorter than min_length": 1}
     torch.testing.assert_close(*results)

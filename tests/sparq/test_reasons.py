@@ -329,3 +329,11 @@ def test_arguments_by_position(implementation: str, wrapped: list[str]) -> None:
     teacher_forced(model, prompt(), next_tokens())
     assert sparq.report(model).total.sparse_steps == 3 * 12
     assert f"sparq_{implementation}" in wrapped
+
+
+def test_a_graph_can_count_every_reason() -> None:
+    """It has a slot for what stands in REASONS; what does not would be counted as another reason."""
+    assert {text for name, text in vars(sparq.reasons).items() if name.isupper() and isinstance(text, str)} == set(
+        REASONS
+    )
+    assert len(set(REASONS)) == len(REASONS) and set(REASONS) >= EXPECTED

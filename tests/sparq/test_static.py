@@ -18,8 +18,8 @@ import sparq
 from sparq.attention import sparq_attention
 from sparq.cache import upgrade
 from sparq.config import SparqConfig
-from sparq.counters import Counters
 from sparq.static_cache import SparqStaticLayer
+from sparq.stats import Stats
 from sparq.step import Step
 from tests.sparq.slow import Slow
 from tests.sparq.test_attention import causal_mask, decode_with_masks
@@ -559,7 +559,7 @@ def test_steps_outside_of_no_grad_leave_no_graph_behind() -> None:
         model(**inputs, past_key_values=cache)
     actual = model(token, past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(actual, expected[:, 0])
-    totals = model.base_model._sparq_patch.current().counters.totals[0]
+    totals = model.base_model._sparq_patch.current().stats.on_device[0]
     assert not totals.alpha.requires_grad and not cache.layers[0].value_sum.requires_grad
 
 
@@ -575,17 +575,17 @@ def test_inference_mode_may_be_left_between_calls() -> None:
 def test_an_offloaded_static_cache_is_dense_with_one_warning() -> None:
     model = build()
     cache = static(model)
-    counters, keys = Counters(), torch.zeros(1, 2, SIZE, 16)
+    stats, keys = Stats(), torch.zeros(1, 2, SIZE, 16)
     cache.update(keys, keys, 0)
     cache.offloading = True  # what makes one needs a GPU
     upgrade(cache)
     assert all(type(layer) is StaticLayer for layer in cache.layers)
     with pytest.warns(UserWarning, match="offloaded") as caught:
         for _ in range(2):
-            step = Step(cache, SparqConfig(min_length=0, k=12), counters)
+            step = Step(cache, SparqConfig(min_length=0, k=12), stats)
             sparq_attention("sdpa", attention_module(), keys[:, :, :1], keys, keys, None, sparq_step=step)
     assert len(caught) == 1
-    assert counters.layers[0].dense_steps == {"an offloaded cache cannot be read sparsely": 2}
+    assert stats.layers[0].dense_steps == {"an offloaded cache cannot be read sparsely": 2}
 
 
 def test_normal_use_is_silent() -> None:

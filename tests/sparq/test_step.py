@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from sparq.config import SparqConfig
-from sparq.counters import Counters
+from sparq.stats import Stats
 from sparq.step import Plan, Step
 
 CPU = torch.device("cpu")
 
 
 def plan(mask: Tensor | None, length: int = 6, batch: int = 2, **knobs) -> Plan:
-    return Step(None, SparqConfig(**({"k": 2} | knobs)), Counters()).plan(mask, length, batch, CPU)
+    return Step(None, SparqConfig(**({"k": 2} | knobs)), Stats()).plan(mask, length, batch, CPU)
 
 
 def rows(*texts: str) -> Tensor:
@@ -96,7 +96,7 @@ def test_other_masks_are_dense(mask: Tensor) -> None:
 
 
 def test_made_once_for_all_layers_that_share_a_mask() -> None:
-    step = Step(None, SparqConfig(k=2), Counters())
+    step = Step(None, SparqConfig(k=2), Stats())
     one, other = rows("111111", "000111"), rows("111111", "011111")
     first = step.plan(one, 6, 2, CPU)
     assert step.plan(one, 6, 2, CPU) is first
