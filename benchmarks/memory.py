@@ -7,7 +7,7 @@ has, which are alike. `used` is what the cached positions need. What is held has
 has grown with; SparQ's cache is counted in the two states that use leads to:
 
     prompt      filled at once, then indexed by a sparse step: the least slack
-    growing     one token behind the last position there was room for: everything has just doubled
+    growing     one token behind the last position there was room for: everything has just grown
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def main() -> None:
     console.print(grid_of(rows, args.model, config).table())
     console.print(
         "SparQ, used: half as much again as stock, for the component copy of K. prompt: rounded up to whole blocks.\n"
-        "growing: one token behind the last position there was room for, when everything has just doubled."
+        "growing: one token behind the last position there was room for, when everything has just grown."
     )
     if args.json:
         settings = {**vars(args), "json": None}

@@ -516,9 +516,12 @@ def take_remade(cache: Cache) -> int:
 
 
 def room_to_grow(length: int, device: torch.device) -> int:
-    """Positions that storage of `length` tokens gets room for when it is full. On a CPU it doubles. On a
-    GPU, where copies are fast and memory is what is short, it gets an eighth more, or a block of the index."""
-    return length if device.type == "cpu" else max(BLOCK, length // 8)
+    """Positions that storage of `length` tokens gets room for when it is full: as many again while they are few, then a
+    quarter: steps read far more until the next growth than it copies. A GPU copies fast, and memory is what is short
+    there: an eighth, or a block of the index."""
+    if device.type != "cpu":
+        return max(BLOCK, length // 8)
+    return max(min(length, BLOCK), length // 4)
 
 
 def _grown(storage: Tensor | None, states: Tensor, used: int, capacity: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from sparq.cache import CAPACITY_STEP, SparqLayer, upgrade
+from sparq.cache import CAPACITY_STEP, SparqLayer, room_to_grow, upgrade
 from tests.sparq.tiny import build, prompt
 
 HEADS, HEAD_DIM = 2, 4
@@ -281,7 +281,7 @@ def test_update_names_what_does_not_match(wrong: tuple[int, int, int]) -> None:
 
 
 @torch.no_grad()
-def test_growth_is_by_doubling() -> None:
+def test_growth_is_by_doubling_at_first() -> None:
     """Single tokens: each reallocation at least doubles the storage, so fewer positions are copied than are held."""
     layer, storages, indices = SparqLayer(), [], []
     tokens = 3000
@@ -299,6 +299,23 @@ def test_growth_is_by_doubling() -> None:
         assert sum(copied for _, copied in grown) <= 2 * tokens
     held = (1 + 1 + 1) * 2 * 4 * 2 * tokens  # K, V, components; d = 2, four bytes, at most twice what is needed
     assert layer.allocated_bytes <= held
+
+
+@pytest.mark.parametrize(
+    ("device", "length", "room"),
+    [
+        ("cpu", 300, 300),
+        ("cpu", 2048, 2048),
+        ("cpu", 8000, 2048),
+        ("cpu", 16384, 4096),
+        ("cpu", 131072, 32768),
+        ("cuda", 300, 2048),
+        ("cuda", 16384, 2048),
+        ("cuda", 131072, 16384),
+    ],
+)
+def test_room_to_grow(device: str, length: int, room: int) -> None:
+    assert room_to_grow(length, torch.device(device)) == room
 
 
 @torch.no_grad()
