@@ -192,7 +192,7 @@ def fill(cache: Cache, model: PreTrainedModel, context: int, batch: int, spare: 
 
     Args:
         spare: positions that storage shall have room for, as it has between two growths. At its very end SparQ's would
-            double: true, but once in as many tokens as are cached (`memory.py` counts both states).
+            grow: true, but once in a quarter of the tokens that are cached (`memory.py` counts both states).
     """
     heads = Heads.of(model.config)
     generator = torch.Generator(model.device).manual_seed(1)
