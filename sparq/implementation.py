@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sparq import patching
 from sparq.attention import sparq_attention
+from sparq.served import NAME, is_softcapped
 
-NAME = patching.NAME
 _beside: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # attention layers of patched models, but of other parts
 
 
@@ -61,9 +61,9 @@ def mask(*args: Any, config: PreTrainedConfig | None = None, **kwargs: Any) -> T
 
 
 def _base(config: PreTrainedConfig) -> str:
-    """As `patching` chooses it, of the configuration alone: a mask function is given no more."""
+    """As `served` chooses it, of the configuration alone: a mask function is given no more."""
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return "sdpa" if getattr(model, "_supports_sdpa", True) and not patching.is_softcapped(config) else "eager"
+    return "sdpa" if getattr(model, "_supports_sdpa", True) and not is_softcapped(config) else "eager"
 
 
 def _model_around(module: nn.Module) -> PreTrainedModel:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from typing import Any, TypeVar
 import sparq_kernels
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparq import attention, reasons
 from sparq.cache import allocated_bytes, begin_pass, end_pass, refuse_quantized, take_remade, upgrade
@@ -22,15 +20,24 @@ from sparq.cache_argument import find_cache
 from sparq.config import SparqConfig
 from sparq.generating import GenerateNotes
 from sparq.reporting import Report
+from sparq.served import (
+    NAME,
+    base_of,
+    causal_layers,
+    check_served,
+    decoder_of,
+    default_base,
+    implementation_names,
+    implementations,
+    is_entered,
+    unwrap,
+)
 from sparq.stats import Stats
 from sparq.step import Step, holds_tokens
 
 Model = TypeVar("Model", bound=nn.Module)
 
 attention.register()  # here, not in `patch`: a patched model may come out of a pickle
-
-NAME = "sparq"  # the attention implementation by which a model patches itself (implementation.py)
-SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 _lock = threading.RLock()  # of all changes of what is patched
 
@@ -88,8 +95,8 @@ class Patch:
             handle.remove()
         for notes in self._notes:
             notes.remove()
-        attention.patched_layers.difference_update(_causal_layers(decoder))
-        if _is_entered(decoder):
+        attention.patched_layers.difference_update(causal_layers(decoder))
+        if is_entered(decoder):
             decoder.set_attn_implementation(self._own_implementation)
         vars(decoder).pop("_sparq_patch", None)
 
@@ -113,8 +120,8 @@ class Patch:
 
     def _enter(self, decoder: PreTrainedModel) -> None:
         """Select SparQ's form of the attention implementation that the model has."""
-        self._own_implementation = _implementations(decoder.config, _default_base(decoder))
-        decoder.set_attn_implementation(attention.IMPLEMENTATIONS[_base(decoder, self._own_implementation[""])])
+        self._own_implementation = implementations(decoder.config, default_base(decoder))
+        decoder.set_attn_implementation(attention.IMPLEMENTATIONS[base_of(decoder, self._own_implementation[""])])
 
     def before(
         self, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
@@ -123,15 +130,15 @@ class Patch:
         use = self.current()
         if use is None:
             return None  # the last block has just ended in another thread
-        if not _is_entered(module):
+        if not is_entered(module):
             # The user has chosen an implementation anew, or has unpatched a model that shares the configuration.
             with _lock:
-                if _patch_of(module) is not self:
+                if patch_of(module) is not self:
                     return None  # another thread has just unpatched it
                 self._enter(module)
         if not self._are_layers_known:
             self._are_layers_known = True
-            layers = _causal_layers(module)
+            layers = causal_layers(module)
             self._layer_count = len(layers)
             attention.patched_layers.update(layers)
         cache = find_cache((*kwargs.values(), *args))
@@ -181,7 +188,7 @@ def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Mode
     """
     use, candidate = _prepared(model, config, knobs)
     with _lock:
-        current = _patch_of(candidate._decoder)
+        current = patch_of(candidate._decoder)
         block = None if current is None else current.own_block()
         if block is not None:
             block.config, block.stats = use.config, use.stats
@@ -196,13 +203,13 @@ def unpatch(model: Model) -> Model:
     Caches made meanwhile go on working, dense. Open `with patched(...)` blocks, of other threads too, go on dense.
     """
     with _lock:
-        current = _patch_of(_decoder(model))
+        current = patch_of(decoder_of(model))
         if current is not None:
             current.base, current.blocks = None, ()
             current.remove()
-        served = _unwrap(model)
-        if NAME in _names(served.config):  # or what is left would patch it again
-            served.set_attn_implementation(_implementations(served.config, _default_base(_decoder(model))))
+        served = unwrap(model)
+        if NAME in implementation_names(served.config):  # or what is left would patch it again
+            served.set_attn_implementation(implementations(served.config, default_base(decoder_of(model))))
     return model
 
 
@@ -216,10 +223,10 @@ def patched(model: Model, config: SparqConfig | None = None, **knobs: Any) -> It
     """
     use, candidate = _prepared(model, config, knobs)
     with _lock:
-        patches_itself = NAME in _names(candidate._decoder.config)
+        patches_itself = NAME in implementation_names(candidate._decoder.config)
         current = _installed(candidate)
         if patches_itself and current.base is None:
-            current.base = Use(configured(_unwrap(model)))
+            current.base = Use(configured(unwrap(model)))
         current.blocks += (use,)
     _blocks.set((*_blocks.get(), use))
     try:
@@ -244,8 +251,8 @@ def report(model: nn.Module) -> Report:
     Raises:
         ValueError: the model is not patched.
     """
-    decoder = _decoder(model)
-    current = _patch_of(decoder)
+    decoder = decoder_of(model)
+    current = patch_of(decoder)
     use = None if current is None else current.current()
     if use is None:
         yet = " yet: it has not run" if decoder.config._attn_implementation == NAME else ""
@@ -261,9 +268,9 @@ def _prepared(model: nn.Module, config: SparqConfig | None, knobs: dict[str, Any
     if config is not None and not isinstance(config, SparqConfig):
         raise TypeError(f"config must be a SparqConfig or None, got {config!r} of type {type(config).__name__}")
     config = _with_knobs(config, knobs)
-    served = _unwrap(model)
-    decoder = _decoder(served)
-    _check_served(served, decoder, config)
+    served = unwrap(model)
+    decoder = decoder_of(served)
+    check_served(served, decoder, config)
     if decoder.device.type != "meta":  # where accelerate offloads the parameters, nobody knows yet
         sparq_kernels.backend(decoder.device)  # compiles the CPU kernel: not inside the first `generate`
     return Use(config), Patch(served, decoder)
@@ -271,7 +278,7 @@ def _prepared(model: nn.Module, config: SparqConfig | None, knobs: dict[str, Any
 
 def _installed(candidate: Patch) -> Patch:
     """The patch that the model has, or `candidate`, put on it."""
-    current = _patch_of(candidate._decoder)
+    current = patch_of(candidate._decoder)
     if current is None:
         candidate.install()
         return candidate
@@ -299,81 +306,12 @@ def _count_uncached(step: Step, output: Any) -> None:
         stats.warn_once(f"sparq: decoding stays dense and gains nothing: {reason}")
 
 
-def _unwrap(model: nn.Module) -> PreTrainedModel:
-    """`model`, or the one model of transformers that it wraps: PEFT's models are not `PreTrainedModel`s."""
-    inside = [m for m in model.modules() if isinstance(m, PreTrainedModel)] if isinstance(model, nn.Module) else []
-    if not inside:
-        raise TypeError(f"model must be a transformers PreTrainedModel, or wrap one, got {type(model).__name__}")
-    outermost = inside[0]  # modules() gives what holds others before them
-    others = set(inside).difference(outermost.modules())
-    if others:
-        names = ", ".join(sorted(type(m).__name__ for m in (outermost, *others)))
-        raise TypeError(
-            f"model must wrap one transformers PreTrainedModel, {type(model).__name__} has several: {names}"
-        )
-    return outermost
-
-
-def _decoder(model: nn.Module) -> PreTrainedModel:
-    decoder: PreTrainedModel = _unwrap(model).base_model  # type: ignore[assignment]
-    # The innermost model that holds all attention layers: a language model head may call it past its base model (OPT).
-    layers = set(_causal_layers(decoder))
-    if layers:
-        for module in decoder.modules():
-            if isinstance(module, PreTrainedModel) and layers.issubset(module.modules()):
-                decoder = module
-    return decoder
-
-
-def _causal_layers(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if hasattr(m, "layer_idx") and getattr(m, "is_causal", False)]
-
-
-def _patch_of(decoder: PreTrainedModel) -> Patch | None:
+def patch_of(decoder: PreTrainedModel) -> Patch | None:
     return vars(decoder).get("_sparq_patch")
 
 
-def _is_entered(decoder: PreTrainedModel) -> bool:
-    return decoder.config._attn_implementation in attention.IMPLEMENTATIONS.values()
-
-
-def _base(decoder: PreTrainedModel, own: str) -> str:
-    """The implementation for what is not sparse, in a model that has chosen `own`."""
-    # FlashAttention and others know sinks and softcaps; of the two here, eager alone does.
-    return own if own in attention.IMPLEMENTATIONS else _default_base(decoder)
-
-
-def _default_base(decoder: PreTrainedModel) -> str:
-    return "sdpa" if decoder._supports_sdpa and not is_softcapped(decoder.config) else "eager"
-
-
-def is_softcapped(config: PreTrainedConfig) -> bool:
-    return getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
-
-
 def is_patched(model: nn.Module) -> bool:
-    return _patch_of(_decoder(model)) is not None
-
-
-def _implementations(config: PreTrainedConfig, default: str) -> dict[str, Any]:
-    """The attention implementations of a configuration and its parts, in the form `set_attn_implementation` takes.
-
-    SparQ's own stand for what they are based on: another patched model may share the configuration. The name by which a
-    model patches itself stands for `default`.
-    """
-    bases = {patched: base for base, patched in attention.IMPLEMENTATIONS.items()} | {NAME: default}
-    own: dict[str, Any] = {"": bases.get(config._attn_implementation, config._attn_implementation)}
-    for name in config.sub_configs:
-        part = getattr(config, name, None)
-        if part is not None:
-            own[name] = _implementations(part, default)
-    return own
-
-
-def _names(config: PreTrainedConfig) -> set[str]:
-    """The attention implementations of a configuration and its parts."""
-    parts = (getattr(config, name, None) for name in config.sub_configs)
-    return {config._attn_implementation}.union(*(_names(part) for part in parts if part is not None))
+    return patch_of(decoder_of(model)) is not None
 
 
 def configured(model: PreTrainedModel) -> SparqConfig:
@@ -394,63 +332,3 @@ def _with_knobs(config: SparqConfig | None, knobs: dict[str, Any]) -> SparqConfi
         names = ", ".join(field.name for field in dataclasses.fields(SparqConfig))
         raise TypeError(f"unknown knob {unknown[0]!r}; the knobs are {names}")
     return SparqConfig(**knobs) if config is None else dataclasses.replace(config, **knobs)
-
-
-def _check_served(model: PreTrainedModel, decoder: PreTrainedModel, config: SparqConfig) -> None:
-    """Raise a ValueError that says why SparQ cannot serve this model, if it cannot."""
-    name, text = type(model).__name__, decoder.config.get_text_config(decoder=True)
-
-    def refuse(why: str) -> ValueError:
-        return ValueError(f"sparq cannot serve {name}: {why}")
-
-    if model.config.is_encoder_decoder:
-        raise refuse("it is an encoder-decoder model, and SparQ serves decoder-only models")
-    if getattr(text, "kv_lora_rank", None) is not None:
-        raise refuse("its attention is multi-head latent attention (MLA), which caches no keys to take components of")
-    layer_types = getattr(text, "layer_types", None) or []
-    strange = sorted(set(layer_types) - SUPPORTED_LAYER_TYPES)
-    if strange or decoder._is_stateful:
-        raise refuse(f"it has layers with no cache of keys and values ({', '.join(strange) or 'recurrent state'})")
-    if not decoder._supports_attention_backend or not decoder._can_set_attn_implementation():
-        raise refuse("its code does not use transformers' attention interface")
-    layers = _causal_layers(decoder)
-    if not layers:
-        raise refuse("it has no causal attention layer")
-    way_down = {type(module) for module in decoder.modules() if not set(layers).isdisjoint(module.modules())}
-    for cls in way_down - {nn.ModuleList}:
-        if not _hands_down(cls):
-            raise refuse(f"{cls.__name__} does not hand its keyword arguments down to the attention function")
-    parts = {type(part) for layer in layers for part in layer.modules()}
-    if any(_asks_for_the_name(part) for part in parts):
-        raise refuse("its attention chooses positions itself, by the name of the attention implementation")
-    if layer_types and "full_attention" not in layer_types:
-        raise refuse(
-            f"none of its layers attends to the whole context (they are {', '.join(sorted(set(layer_types)))})"
-        )
-    if not layer_types and getattr(text, "sliding_window", None) is not None:
-        raise refuse(f"all its layers have a sliding window of {text.sliding_window}")
-    if decoder.config._attn_implementation.startswith("paged"):
-        raise refuse("it uses paged attention (continuous batching), whose cache SparQ does not read yet")
-    for layer in layers:
-        head_dim = getattr(layer, "head_dim", None) or getattr(layer, "head_size", None)
-        config.components(head_dim or text.hidden_size // text.num_attention_heads)
-
-
-def _asks_for_the_name(cls: type[nn.Module]) -> bool:
-    """Whether an attention layer, or a part of it, is another one where it is called "sdpa": there the model chooses
-    positions itself, and under any other name leaves that to the implementation."""
-    try:
-        with _lock:  # of a class `inspect` parses the file, which Python 3.11 cannot do in two threads at once
-            source = inspect.getsource(cls)
-        return re.search(r"_attn_implementation (==|!=|in|not in) [^\n]*\"sdpa\"", source) is not None
-    except (OSError, TypeError):
-        return False
-
-
-def _hands_down(cls: type[nn.Module]) -> bool:
-    """Whether `forward` takes any keyword arguments and, as far as its source tells, passes them on."""
-    names = [p.name for p in inspect.signature(cls.forward).parameters.values() if p.kind is p.VAR_KEYWORD]
-    try:
-        return bool(names) and inspect.getsource(cls.forward).count(f"**{names[0]}") > 1
-    except (OSError, TypeError):
-        return bool(names)

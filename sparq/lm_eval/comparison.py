@@ -17,17 +17,9 @@ from sparq.cache import SparqLayer, refuse_quantized
 from sparq.cache_argument import cache_name, find_cache
 from sparq.config import SparqConfig
 from sparq.lm_eval.methods import H2OLayer, Method, SparqVariant
-from sparq.patching import (
-    _base,
-    _check_served,
-    _decoder,
-    _default_base,
-    _implementations,
-    _is_entered,
-    _patch_of,
-    _unwrap,
-)
+from sparq.patching import patch_of
 from sparq.reporting import Report
+from sparq.served import base_of, check_served, decoder_of, default_base, implementations, is_entered, unwrap
 from sparq.stats import SparseStep, Stats
 
 IMPLEMENTATIONS = {"sdpa": "sparq_comparison", "eager": "sparq_comparison_eager"}
@@ -81,18 +73,18 @@ class Comparison:
     def __init__(self, model: nn.Module, method: Method) -> None:
         if not isinstance(method, Method):
             raise TypeError(f"method must be a Method, got {method!r} of type {type(method).__name__}")
-        served = _unwrap(model)
-        self._decoder = decoder = _decoder(served)
-        if _patch_of(decoder) is not None or _is_entered(decoder):
+        served = unwrap(model)
+        self._decoder = decoder = decoder_of(served)
+        if patch_of(decoder) is not None or is_entered(decoder):
             raise ValueError("model must not be patched, nor share its configuration with a patched one: unpatch that")
         if _is_compared(decoder):
             raise ValueError("model has a comparison method already: remove() it first")
-        _check_served(served, decoder, method.config if isinstance(method, SparqVariant) else SparqConfig())
+        check_served(served, decoder, method.config if isinstance(method, SparqVariant) else SparqConfig())
         self.method = method
         self._stats = Stats()
         self._parameters = list(inspect.signature(decoder.forward).parameters)
-        self._own_implementation = _implementations(decoder.config, _default_base(decoder))
-        decoder.set_attn_implementation(IMPLEMENTATIONS[_base(decoder, self._own_implementation[""])])
+        self._own_implementation = implementations(decoder.config, default_base(decoder))
+        decoder.set_attn_implementation(IMPLEMENTATIONS[base_of(decoder, self._own_implementation[""])])
         self._handles = [
             decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             decoder.register_forward_hook(self._after, with_kwargs=True),
@@ -104,7 +96,7 @@ class Comparison:
         Raises:
             ValueError: the model has been patched since, and would be given back what this takes away.
         """
-        if self._handles and _patch_of(self._decoder) is not None:
+        if self._handles and patch_of(self._decoder) is not None:
             raise ValueError("model has been patched since the comparison began: sparq.unpatch(model) first")
         for handle in self._handles:
             handle.remove()

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from sparq.cache import upgrade
 from sparq.cache_argument import cache_name
-from sparq.patching import _unwrap
+from sparq.served import unwrap
 
 
 class Prefills:
@@ -73,7 +73,7 @@ def step(model: Any, cache: Cache, ids: Tensor, mask: Tensor | None, all_logits:
         inputs = dict(attention_mask=mask, position_ids=positions[:, -ids.shape[1] :])
     if not all_logits and ids.shape[1] > 1 and model._supports_logits_to_keep():
         inputs["logits_to_keep"] = 1
-    inputs[cache_name(type(_unwrap(model)).forward)] = cache  # an adapter's own takes anything
+    inputs[cache_name(type(unwrap(model)).forward)] = cache  # an adapter's own takes anything
     logits = model(input_ids=ids, use_cache=True, **inputs).logits
     return logits if all_logits else logits[:, -1:]
 

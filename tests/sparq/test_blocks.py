@@ -325,14 +325,14 @@ def test_a_block_on_a_model_that_patches_itself() -> None:
 
 def test_unpatched_by_another_thread_at_the_last_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the look at what is patched and the look at what is entered; the model is left as it was."""
-    model, real = sparq.patch(build(), **SPARSE), patching._is_entered
+    model, real = sparq.patch(build(), **SPARSE), patching.is_entered
 
     def look(decoder: PreTrainedModel) -> bool:
-        monkeypatch.setattr(patching, "_is_entered", real)
+        monkeypatch.setattr(patching, "is_entered", real)
         sparq.unpatch(model)
         return real(decoder)
 
-    monkeypatch.setattr(patching, "_is_entered", look)
+    monkeypatch.setattr(patching, "is_entered", look)
     assert generate(model, prompt()) == generate(build(), prompt())
     assert snapshot(model) == snapshot(build())
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, eager_mask, sdpa_mask
 
-from sparq import attention, cache, cache_argument, generating, patching, static_cache, step
+from sparq import attention, cache, cache_argument, generating, served, static_cache, step
 from tests.sparq.tiny import build, prompt
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "transformers.md"
@@ -57,7 +57,7 @@ def test_keyword_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     model.model(**prompt(), sparq_step="handed down")
     holds("keyword arguments", seen == ["handed down"] * 3)
     for layer in (type(model), type(model.model), type(model.model.layers[0])):
-        holds("keyword arguments", patching._hands_down(layer))
+        holds("keyword arguments", served._hands_down(layer))
 
 
 def test_attention_function() -> None:
@@ -69,7 +69,7 @@ def test_attention_function() -> None:
 
 def test_eager_attention() -> None:
     for family in ("llama", "gpt_neox", "gemma2", "gpt_oss", "mistral", "qwen3"):
-        for layer in patching._causal_layers(build(family)):
+        for layer in served.causal_layers(build(family)):
             function = attention._eager(layer)
             parameters = inspect.signature(function).parameters
             wanted = ["module", "query", "key", "value", "attention_mask"]
@@ -100,10 +100,10 @@ def test_implementation_names() -> None:
     for name in ("_supports_sdpa", "_supports_attention_backend", "_is_stateful"):
         holds("implementation names", isinstance(getattr(type(model), name), bool))
     holds("implementation names", type(model)._can_set_attn_implementation() is True)
-    parts = patching._implementations(model.config, "sdpa")
+    parts = served.implementations(model.config, "sdpa")
     holds("implementation names", parts[""] == "sdpa" and set(parts) > {""})
     model.set_attn_implementation({"": "eager"} | {name: "sdpa" for name in parts if name})
-    after = patching._implementations(model.config, "sdpa")
+    after = served.implementations(model.config, "sdpa")
     holds("implementation names", after[""] == "eager" and all(after[name][""] == "sdpa" for name in after if name))
 
 
@@ -134,7 +134,7 @@ def test_tests_for_a_name() -> None:
 
 def test_attention_layers() -> None:
     for family, count in (("llama", 3), ("gpt_neox", 3), ("gemma3", 3), ("qwen2_vl", 3)):
-        layers = patching._causal_layers(patching._decoder(build(family)))
+        layers = served.causal_layers(served.decoder_of(build(family)))
         holds("attention layers", [layer.layer_idx for layer in layers] == list(range(count)))
         sizes = [getattr(layer, "head_dim", None) or getattr(layer, "head_size", None) for layer in layers]
         holds("attention layers", all(isinstance(size, int) for size in sizes))
@@ -144,8 +144,8 @@ def test_text_configuration() -> None:
     text = build("qwen2_vl").config.get_text_config(decoder=True)
     holds("text configuration", text.num_attention_heads > 0 and text.hidden_size > 0)
     gemma = build("gemma3").config.get_text_config(decoder=True)
-    holds("text configuration", set(gemma.layer_types) <= patching.SUPPORTED_LAYER_TYPES)
-    holds("text configuration", patching.is_softcapped(build("gemma2").config))
+    holds("text configuration", set(gemma.layer_types) <= served.SUPPORTED_LAYER_TYPES)
+    holds("text configuration", served.is_softcapped(build("gemma2").config))
     holds("text configuration", hasattr(transformers.DeepseekV3Config(), "kv_lora_rank"))
     holds("text configuration", hasattr(transformers.MistralConfig(), "sliding_window"))
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 import sparq
-from sparq.patching import _unwrap
+from sparq.served import unwrap
 from tests.sparq.slow import Slow
 from tests.sparq.snapshot import snapshot
 from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_forced
@@ -49,7 +49,7 @@ def check(model: nn.Module, slack: float = 1e-3) -> None:
     `slack`: how far from the definition it may be, as a share of what sparsity changes. Where activations are rounded
     to 8 bits, a difference in the last place of float32 becomes one of such a step.
     """
-    served = _unwrap(model)
+    served = unwrap(model)
     sparq.unpatch(model)
     stock, stock_tokens = logits(model), tokens(model)
     Slow(**KNOBS).install(served)
@@ -67,7 +67,7 @@ def check(model: nn.Module, slack: float = 1e-3) -> None:
 
 
 def weight_type(model: nn.Module) -> str:
-    weight = _unwrap(model).model.layers[0].self_attn.q_proj.weight
+    weight = unwrap(model).model.layers[0].self_attn.q_proj.weight
     return type(weight).__name__ if type(weight) is not nn.Parameter else str(weight.dtype)
 
 
@@ -259,7 +259,7 @@ def test_prompts_that_were_learned(kind: str) -> None:
     stock = run(tuned(build()))
     assert run(sparq.patch(tuned(build()), **COVERING)) == stock
     slow = tuned(build())
-    Slow(**KNOBS).install(_unwrap(slow))
+    Slow(**KNOBS).install(unwrap(slow))
     model = sparq.patch(tuned(build()), **SPARSE)
     assert run(model) == run(slow) != stock
     assert sparq.report(model).total.sparse_steps == 3 * 11
