@@ -30,7 +30,9 @@ from report import Grid
 from rich.console import Console
 from sparq_kernels import allocate_components, operator
 from sparq_kernels.append import append_cuda
+from sparq_kernels.counting import count_cuda
 from sparq_kernels.gpu import launch
+from sparq_kernels.value_sum import extend_cuda
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -90,6 +92,8 @@ def without_a_gpu(launched: Callable[..., None] | None = None, target: GPUTarget
         warnings.simplefilter("ignore")  # of what is registered twice
         library.impl("decode", operator.decode_cuda, "CPU", allow_override=True)
         library.impl("append", append_cuda, "CPU", allow_override=True)
+        library.impl("extend_sum", extend_cuda, "CPU", allow_override=True)
+        library.impl("count_valid", count_cuda, "CPU", allow_override=True)
         stack.enter_context(mock.patch.object(launch, "multiprocessors", lambda device: MULTIPROCESSORS))
         stack.enter_context(mock.patch.object(step, "has_kernel", lambda *_: True))
         stack.enter_context(mock.patch.dict(attention.PAYS_FROM_BYTES, cpu=0))
