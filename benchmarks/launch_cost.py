@@ -127,7 +127,7 @@ def model_of(layers: int) -> LlamaForCausalLM:
 
 @torch.inference_mode()
 def measure(cached: int, layers: int, steps: int) -> float:
-    """Microseconds a layer and step of a dynamic cache: the median of `steps` steps, after as many that are not counted."""
+    """Microseconds a layer and step, on a dynamic cache: the median of `steps` steps, after as many not counted."""
     model = sparq.patch(model_of(layers), ratio=8)
     decoder, patch = model.model, model.model._sparq_patch
     modules = [layer.self_attn for layer in decoder.layers]

@@ -56,8 +56,14 @@ class LayerStats:
         return self.sparse_steps + self.dense_steps.total()
 
     def add(self, counts: tuple[int, ...]) -> None:
-        for name, count in zip(COUNTS, counts, strict=True):
-            setattr(self, name, getattr(self, name) + count)
+        """counts: of COUNTS."""
+        steps, cached, read, bytes_read, bytes_dense, alphas = counts
+        self.sparse_steps += steps
+        self.positions_cached += cached
+        self.positions_read += read
+        self.bytes_read += bytes_read
+        self.bytes_dense += bytes_dense
+        self.alpha_count += alphas
 
     def add_alpha(self, alpha_sum: Tensor) -> None:
         self.alpha_sum = alpha_sum if self.alpha_sum is None else self.alpha_sum.to(alpha_sum.device) + alpha_sum
