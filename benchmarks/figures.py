@@ -1,8 +1,8 @@
-"""The README's tables of speed, made from what the benchmarks have written.
+"""The tables of speed of the README and the documents, made from what the benchmarks have written.
 
     python benchmarks/figures.py      # reads results/*.json, writes results/tables.md and results/attention.png
 
-The README shows some of these tables word for word; a test compares them.
+They show some of these tables word for word; a test compares them.
 """
 
 from __future__ import annotations
@@ -82,6 +82,20 @@ def generation_grid(content: Content) -> Grid:
         title += f", r = {settings['r']}, k = S / {2 * settings['ratio']:g}"
     columns = ("dtype", "cached", "batch", *ways, "vs dynamic", "of it: cache", "of it: sparsity", "vs static")
     return Grid(title, columns, rows, left=1)
+
+
+GLANCE = (("float32", 16384, 1), ("float32", 65536, 1), ("float32", 131072, 1), ("bfloat16", 131072, 1))
+GLANCE += (("bfloat16", 16384, 8),)
+
+
+def glance_grid(content: Content) -> Grid:
+    """A few of these rows, without the ways between."""
+    whole = generation_grid(content)
+    names = ("dtype", "cached", "batch", DYNAMIC.name, STATIC.name, SPARQ.name, "vs dynamic", "vs static")
+    places = [whole.columns.index(name) for name in names]
+    shown = [setting(row) for row in content["rows"] if (row["dtype"], row["context"], row["batch"]) in GLANCE]
+    rows = [tuple(row[place] for place in places) for row in whole.rows if row[:3] in shown]
+    return Grid(f"{whole.title}, at a glance", names, rows, left=1)
 
 
 def setting(row: Content) -> tuple[str, str, str]:
@@ -170,6 +184,12 @@ def read(name: str, results: Path = RESULTS) -> Content | None:
 
 def in_readme(results: Path = RESULTS) -> Iterator[Grid]:
     """The tables that the README shows."""
+    if content := read(MODELS[0], results):
+        yield glance_grid(content)
+
+
+def in_docs(results: Path = RESULTS) -> Iterator[Grid]:
+    """Those that docs/speed.md and docs/memory.md show."""
     if content := read("attention", results):
         yield attention_grid(content, README)
     if content := read(MODELS[0], results):
@@ -202,7 +222,9 @@ def tables(results: Path = RESULTS) -> str:
         "# Tables of speed",
         "Made by `python benchmarks/figures.py` of the JSON files beside it; `../README.md` says how to read them.",
     ]
-    parts += [f"**{grid.title}**\n\n{grid.markdown()}" for grid in (*in_readme(results), *others(results))]
+    parts += [
+        f"**{grid.title}**\n\n{grid.markdown()}" for grid in (*in_readme(results), *in_docs(results), *others(results))
+    ]
     return "\n\n".join(parts) + "\n"
 
 

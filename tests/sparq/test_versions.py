@@ -110,22 +110,22 @@ def test_the_bounds_are_those_of_the_project_file() -> None:
     assert requirements.supported("nothing of ours") == SpecifierSet()
 
 
-def test_the_readme_names_the_same_bounds_and_what_was_tried() -> None:
+def test_the_documents_name_the_same_bounds_and_what_was_tried() -> None:
     root = Path(__file__).parents[2]
-    readme = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    text = " ".join((root / "docs" / "support.md").read_text(encoding="utf-8").split())
     for name in ("torch", "transformers"):
         least, beyond = (
             next(bound.version for bound in requirements.supported(name) if bound.operator == operator)
             for operator in (">=", "<")
         )
-        assert f"{name} ≥ {least} and < {beyond}" in readme
+        assert f"{name} ≥ {least} and < {beyond}" in text
     tried = [
         dict(reversed(re.findall(r"^(\w+)==([\w.]+)", (root / file).read_text(encoding="utf-8"), re.MULTILINE)))
         for file in ("constraints.txt", "constraints-oldest.txt")
     ]
     newest, oldest = ([each[name] for name in ("transformers", "torch", "triton")] for each in tried)
-    assert "transformers {}, torch {}, Triton {} (`make test`)".format(*newest) in readme
-    assert "{}, {}, {} (`make test-oldest`)".format(*oldest) in readme
+    assert "transformers {}, torch {}, Triton {} (`make test`)".format(*newest) in text
+    assert "{}, {}, {} (`make test-oldest`)".format(*oldest) in text
 
 
 def test_import_fails_before_it_needs_what_is_missing() -> None:
