@@ -194,8 +194,12 @@ def empty_extension(
     return ExtendArguments(call.value_sum, call.mask.clone(), call.value, call.mask, call.length)
 
 
-def record(module: ModuleType, call: Arguments | AppendArguments | ExtendArguments, target: str) -> list[Launch]:
-    """The launches of `module` (`sparq_kernels.gpu.launch` or a copy of it) for one call on that device."""
+def record(
+    module: ModuleType, call: Arguments | AppendArguments | ExtendArguments, target: str, **forced: Any
+) -> list[Launch]:
+    """The launches of `module` (`sparq_kernels.gpu.launch` or a copy of it) for one call on that device.
+
+    forced: sizes of `decode`'s plan."""
     launches: list[Launch] = []
     with ExitStack() as stack:
         for name, kernel in list(vars(module).items()):
@@ -207,7 +211,7 @@ def record(module: ModuleType, call: Arguments | AppendArguments | ExtendArgumen
         hip = "7.0" if target.startswith("gfx") else None
         stack.enter_context(mock.patch.object(torch.version, "hip", hip))
         if isinstance(call, Arguments):
-            module.run(module.plan(call), call)
+            module.run(module.plan(call, **forced), call)
         elif isinstance(call, AppendArguments):
             module.append(call, check_append(call))
         else:

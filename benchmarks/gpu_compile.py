@@ -10,6 +10,7 @@ from __future__ import annotations
 from stage import Stage
 
 # isort: split
+import contextlib
 import functools
 import itertools
 import math
@@ -140,6 +141,33 @@ def resident(registers: int, shared: int, warps: int) -> int:
     return min(by_registers, SHARED // (shared + BLOCK_SHARED), WARPS // warps, PROGRAMS)
 
 
+def build_test(name: str, dtype_name: str, target: str, multiprocessors: int) -> int:
+    """The kernels of one case of tests/kernels/test_gpu.py, all ways; how many. In a process of its own."""
+    from tests.kernels.cases import CASES, call_of, make_case
+    from tests.kernels.test_gpu import WAYS
+
+    compiled_kernels.MULTIPROCESSORS[target] = multiprocessors
+    call = call_of(make_case(dtype=DTYPES[dtype_name], **CASES[name]))
+    # As they lie when they have been copied to the card.
+    there = {
+        field: x.clone() if isinstance(x, torch.Tensor) else x for field, x in zip(call._fields, call, strict=True)
+    }
+    found = {}
+    for forced in WAYS.values():
+        for one in record(launch, call._replace(**there), target, **forced):
+            specialised = specialise(one, target)
+            found[specialised.key] = compiled_kernels.compile_kernel(specialised)
+    return len(found)
+
+
+def cases_of_tests(stage: Stage) -> list[tuple[str, str]]:
+    """Those that the tests' stage would otherwise compile by the way: the many small ones."""
+    from tests.kernels.cases import CASES
+
+    every = list(itertools.product(CASES, ("float16", "float32", "bfloat16")))
+    return every[:1] if stage.is_dry else every
+
+
 def target_of(stage: Stage) -> tuple[str, int]:
     """Architecture and multiprocessors: the card's, or an H100's."""
     if stage.is_dry:
@@ -164,6 +192,8 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         ask = functools.partial(pool.apply_async, build)
         waiting = [ask((number, job, target, multiprocessors)) for number, job in enumerate(jobs)]
+        cases = cases_of_tests(stage)
+        tests = [pool.apply_async(build_test, (*case, target, multiprocessors)) for case in cases]
         for result in waiting:
             try:
                 number, found = result.get(timeout=max(0.0, stage.left()))
@@ -171,6 +201,12 @@ def main() -> None:
                 continue
             rows[number].update(found)
             report(stage, rows)
+        for result in tests:
+            # What is not compiled here, or cannot be, the tests say.
+            with contextlib.suppress(Exception):
+                result.get(timeout=max(0.0, stage.left()))
+                stage.content["test cases"] = stage.content.get("test cases", 0) + 1
+    stage.content["of test cases"] = len(cases)
     report(stage, rows)
 
 
@@ -185,6 +221,8 @@ def report(stage: Stage, rows: list[dict[str, Any]]) -> None:
     spilling = [row for row in built if row["spilled"]]
     seconds = sum(row["seconds"] for row in built)
     said = f"{len(built)} of {len(rows)} kernels for {stage.content['target']}, {seconds:.0f} s of compiling"
+    if "of test cases" in stage.content:
+        said += f"; those of {stage.content.get('test cases', 0)} of {stage.content['of test cases']} test cases"
     stage.content["tables"] = []
     stage.add_tables(grid(built))
     stage.save(

@@ -326,6 +326,13 @@ def test_the_kernels_of_all_stages_are_compiled_once() -> None:
     assert "append" in {job.kernel for job in more} and any("static" in case for job in more for case in job.cases)
 
 
+def test_the_kernels_of_the_tests_are_compiled_too() -> None:
+    gpu_compile = compile_stage()
+    cases = gpu_compile.cases_of_tests(Stage("cuda", 600, None))
+    assert len(cases) > 100 and gpu_compile.cases_of_tests(Stage("cpu", 600, None)) == cases[:1]
+    assert gpu_compile.build_test(*cases[0], "sm_90", 132) >= 6  # fused, score, select, three more, gather
+
+
 def test_a_kernel_that_cannot_be_compiled_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_compile = compile_stage()
     (job, *_) = gpu_compile.jobs_of(gpu_compile.tiny_calls(), "sm_90")
