@@ -20,6 +20,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from unittest import mock
 
 import torch
 import triton
+from gpu_cases import S1, S2, S3
 from sparq_kernels.append import AppendArguments, check_append
 from sparq_kernels.arguments import Arguments
 from sparq_kernels.layout import BLOCK, num_blocks
@@ -43,9 +45,7 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 RECORD = Path(__file__).parent / "results" / "compiled-sm_90.json"
 # What the record holds: the shapes that the attention benchmark begins with, as arguments of `empty_call`.
 RECORDED_CASES: dict[str, dict[str, Any]] = {
-    "S1": {"batch": 64, "num_heads": 32, "num_kv_heads": 32, "cached": 4096, "r": 32, "k": 128},
-    "S2": {"batch": 8, "cached": 32768, "r": 32, "k": 256},
-    "S3": {"batch": 1, "cached": 131072, "r": 32, "k": 1024},
+    **{case.name: asdict(case.shape) for case in (S1, S2, S3)},
     "one row, 8k": {"batch": 1, "cached": 8192, "r": 32, "k": 256},
     "one row, 64k, r = 16": {"batch": 1, "cached": 65536, "r": 16, "k": 4096},
 }

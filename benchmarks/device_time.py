@@ -20,6 +20,7 @@ WARM_UP = 2  # rounds that are not counted
 AMD_CACHE = 256 << 20  # its last-level cache, which L2_cache_size leaves out
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def properties() -> dict[str, object]:
@@ -84,26 +85,34 @@ def poison(tensors: Iterable[Tensor]) -> None:
         tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
 
 
+def captured(call: Callable[[], R], before: Callable[[], object] = lambda: None) -> tuple[torch.cuda.CUDAGraph, R]:
+    """A CUDA graph of a call, and the call's result, which every replay writes anew.  before: is done first, on the
+    stream of the capture."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    pool = torch.cuda.graph_pool_handle()
+    try:
+        # This context also puts the current stream back after a failed capture, which torch.cuda.graph does not.
+        with torch.cuda.stream(stream):
+            before()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                result = call()
+    except Exception:
+        # Nor does it tell the allocator that the capture is over, and every later one would fail too.
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph, result
+
+
 class Replay(Generic[T]):
     """A CUDA graph of `walks` walks over the caches; `results` are what its calls write."""
 
     def __init__(self, call: Callable[[T], Tensor | Sequence[Tensor]], caches: Sequence[T], walks: int) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        self._stream = torch.cuda.Stream()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        pool = torch.cuda.graph_pool_handle()
-        try:
-            # This context also puts the current stream back after a failed capture, which torch.cuda.graph does not.
-            with torch.cuda.stream(self._stream):
-                call(caches[0])
-                with torch.cuda.graph(self._graph, pool=pool, stream=self._stream):
-                    self.results = flat(call(x) for _ in range(walks) for x in caches)
-        except Exception:
-            # Nor does it tell the allocator that the capture is over, and every later one would fail too.
-            with contextlib.suppress(Exception):
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-            raise
-        torch.cuda.current_stream().wait_stream(self._stream)
+        self._graph, self.results = captured(
+            lambda: flat(call(x) for _ in range(walks) for x in caches), before=lambda: call(caches[0])
+        )
         self._calls = walks * len(caches)
 
     def replay(self) -> None:

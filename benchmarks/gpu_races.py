@@ -15,13 +15,12 @@ import traceback
 from typing import Any
 
 import attention_gpu
-import sparq_kernels
 import torch
 from device_time import poison
 from gpu_cases import RACES, TINY, Case
 from report import Grid
 from torch import Tensor
-from workload import DTYPES, Inputs, Shape, make_inputs
+from workload import DTYPES, Inputs, Shape, decode, make_inputs
 
 REPLAYS = 500
 AT_ONCE = 50  # replays between looks at the clock
@@ -31,17 +30,7 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def results(shape: Shape, x: Inputs, return_positions: bool) -> list[Tensor]:
-    found = sparq_kernels.decode(
-        x.query,
-        x.key,
-        x.components,
-        x.value,
-        x.value_sum,
-        length=x.length,
-        r=shape.r,
-        k=shape.k,
-        return_positions=return_positions,
-    )
+    found = decode(shape, x, return_positions)
     return [tensor for name in NAMES if (tensor := getattr(found, name)) is not None]
 
 

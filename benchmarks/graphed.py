@@ -7,11 +7,11 @@ the capture is tried where there is no GPU.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from device_time import captured
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -58,21 +58,7 @@ class Graph:
     """What a step does when it is captured, done again by each call."""
 
     def __init__(self, step: Step) -> None:
-        device = step.token.device
-        self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        pool = torch.cuda.graph_pool_handle()
-        try:
-            # This context also puts the current stream back after a failed capture, which torch.cuda.graph does not.
-            with torch.cuda.stream(stream), torch.cuda.graph(self._graph, pool=pool, stream=stream):
-                self._logits = step()
-        except Exception:
-            # Nor does it tell the allocator that the capture is over, and every later one would fail too.
-            with contextlib.suppress(Exception):
-                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-            raise
-        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph, self._logits = captured(step)
 
     def __call__(self) -> Tensor:
         self._graph.replay()

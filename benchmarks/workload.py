@@ -69,11 +69,14 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs
     return Inputs(query.to(dtype), key, components, value, value.sum(2, dtype=torch.float32), length)
 
 
+def decode(shape: Shape, x: Inputs, return_positions: bool = False) -> sparq_kernels.DecodeOutput:
+    tensors = (x.query, x.key, x.components, x.value, x.value_sum)
+    knobs = dict(length=x.length, r=shape.r, k=shape.k)
+    return sparq_kernels.decode(*tensors, **knobs, return_positions=return_positions)
+
+
 def sparq(shape: Shape, x: Inputs) -> Tensor:
-    out = sparq_kernels.decode(
-        x.query, x.key, x.components, x.value, x.value_sum, length=x.length, r=shape.r, k=shape.k
-    )
-    return out.output
+    return decode(shape, x).output
 
 
 def reference_results(shape: Shape, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,17 +128,7 @@ def shared_positions(ours: Tensor, theirs: Tensor) -> Tensor:
 def disagreement(shape: Shape, x: Inputs) -> str | None:
     """How the operator differs from the reference, or None: output and alpha must be equal up to the dtype's rounding,
     and so must nearly all positions: scores within rounding of the k-th may change places."""
-    ours = sparq_kernels.decode(
-        x.query,
-        x.key,
-        x.components,
-        x.value,
-        x.value_sum,
-        length=x.length,
-        r=shape.r,
-        k=shape.k,
-        return_positions=True,
-    )
+    ours = decode(shape, x, return_positions=True)
     output, alpha, positions = reference_results(shape, x)
     # A kernel may take another path when nobody asks for positions, and that is the one measured.
     for what, mine in (("output", ours.output), ("output without positions", sparq(shape, x))):

@@ -283,8 +283,8 @@ class SparqLayer(DynamicLayer):
             added since the last call are read, unless the validity of older ones has changed: then V is summed anew,
             but not in a compiled graph, which cannot ask.
         """
+        self._check_contents()
         if not torch.compiler.is_compiling():
-            self._check_contents()
             is_complete = self._unindexed == self._unsummed == 0 and self.components is not None
             if is_complete and self.value_sum is not None and start is self.summed_start and mask is self.summed_mask:
                 return self.components, self.value_sum, None  # type: ignore[return-value]
@@ -293,7 +293,6 @@ class SparqLayer(DynamicLayer):
 
     def _index(self, start: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         assert self._key_storage is not None and self._value_storage is not None
-        self._check_contents()
         batch, heads, capacity, head_dim = self._key_storage.shape
         components = self.components
         # As roomy as the keys' storage: until then no token goes into both at once. A graph does not look that far.

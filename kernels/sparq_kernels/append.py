@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import DTYPES, check_memory, layout_of
+from .arguments import DTYPES, check_memory, check_once, layout_of
 from .backends import triton_kernels
 from .layout import BLOCK, num_blocks
-
-MAX_CHECKED = 4096
 
 
 class AppendArguments(NamedTuple):
@@ -109,20 +107,13 @@ torch.library.register_fake("sparq_kernels::append", append_fake)
 _append_op = torch.ops.sparq_kernels.append.default
 
 
-_checked: set[tuple[object, ...]] = set()  # layouts that have passed: every token but the rare one repeats one
-
-
 def check_append(call: AppendArguments) -> tuple[object, ...]:
     """Raise for a shape, dtype, device, stride or position that nothing could survive; freed memory is not looked for.
 
     Returns the layout, which is equal where all but addresses and position are.
     """
     layout = layout_of(call[:7])
-    if layout not in _checked:
-        _check_layout(call)
-        if len(_checked) >= MAX_CHECKED:
-            _checked.clear()
-        _checked.add(layout)
+    check_once(layout, _check_layout, call)
     # What follows is not of the layout, and PyTorch would find it when some of the tensors were written already.
     in_inference_mode = torch.is_inference_mode_enabled()
     for tensor in call[:4]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,13 +117,7 @@ def check_arguments(call: Arguments) -> None:
     if value_sum.dtype != torch.float32 and not (value_sum.dtype == dtype == torch.float64):
         raise TypeError(f"value_sum must be float32 (or float64 with float64 inputs), got {value_sum.dtype}")
 
-    for name, per_row in (("length", length), ("start", start)):
-        if per_row is None:
-            continue
-        if per_row.shape != (batch,):
-            raise ValueError(f"{name} must be [{batch}], got {list(per_row.shape)}")
-        if per_row.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, got {per_row.dtype}")
+    check_per_row(batch, length=length, start=start)
     if mask is not None:
         if mask.shape != (batch, cached):
             raise ValueError(f"mask must be [{batch}, {cached}], got {list(mask.shape)}")
@@ -148,6 +142,30 @@ def check_arguments(call: Arguments) -> None:
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
     if softcap is not None and not 1e-30 <= softcap <= 1e30:
         raise ValueError(f"softcap must be 1e-30 to 1e30, which float32 arithmetic can divide by, got {softcap}")
+
+
+def check_per_row(batch: int, **tensors: Tensor | None) -> None:
+    """Raise for one that is not int64 [batch]."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.shape != (batch,):
+            raise ValueError(f"{name} must be [{batch}], got {list(tensor.shape)}")
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {tensor.dtype}")
+
+
+_passed: set[tuple[object, ...]] = set()
+MAX_PASSED = 4096
+
+
+def check_once(layout: tuple[object, ...], check: Callable[[Any], None], call: Any) -> None:
+    """`check(call)`, unless a call of that layout has passed it: every token but the rare one repeats one."""
+    if (check, layout) not in _passed:
+        check(call)
+        if len(_passed) >= MAX_PASSED:
+            _passed.clear()
+        _passed.add((check, layout))
 
 
 def check_budget(k: int, k_divisor: int | None, local: int | None) -> None:

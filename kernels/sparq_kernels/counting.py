@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import check_budget
+from .arguments import check_budget, check_per_row
 from .backends import triton_kernels
+from .reference import budget_and_window, valid_positions
 
 
 class CountArguments(NamedTuple):
@@ -51,15 +52,11 @@ def count_default(*arguments: object) -> Tensor:
     check_counting(call)
     mask, length, start, queries, k, k_divisor, local = call
     device, cached = mask.device, mask.shape[1]
-    position = torch.arange(cached, device=device)
-    end = length.clamp(0, cached)[:, None] - torch.arange(queries - 1, -1, -1, device=device)  # [B, Q]
-    valid = mask[:, None] & (position < end[:, :, None])  # [B, Q, S]
-    if start is not None:
-        valid = valid & (position >= start[:, None, None])
+    position, length = torch.arange(cached, device=device), length.clamp(0, cached)
+    end = length[:, None] - torch.arange(queries - 1, -1, -1, device=device)  # [B, Q]
+    valid = valid_positions(length, start, mask, cached)[:, None] & (position < end[:, :, None])  # [B, Q, S]
     count = valid.sum(-1)
-    by_length = torch.zeros_like(count) if k_divisor is None else count // k_divisor
-    budget = torch.minimum(count, by_length.clamp(min=k))
-    window = budget // 4 if local is None else budget.clamp(max=local)
+    _, window = budget_and_window(count, k, k_divisor, local)
     newer = count[:, :, None] - valid.cumsum(-1)  # valid positions behind each
     in_window = valid & (newer < window[:, :, None])
     first = torch.where(in_window, position, cached).amin(-1)
@@ -89,14 +86,9 @@ def check_counting(call: CountArguments) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, got {mask.dtype}")
     for name, per_row in (("length", length), ("start", start)):
-        if per_row is None:
-            continue
-        if per_row.device != mask.device:
+        if per_row is not None and per_row.device != mask.device:
             raise ValueError(f"{name} must be on mask's device {mask.device}, got {per_row.device}")
-        if per_row.shape != mask.shape[:1]:
-            raise ValueError(f"{name} must be [{mask.shape[0]}], got {list(per_row.shape)}")
-        if per_row.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, got {per_row.dtype}")
+    check_per_row(mask.shape[0], length=length, start=start)
     if queries < 1:
         raise ValueError(f"queries must be at least 1, got {queries}")
     check_budget(k, k_divisor, local)

@@ -95,8 +95,7 @@ def _decode_one(
 
     valid = valid_positions(length, start, mask, cached)  # [B, S]
     n = valid.sum(-1)  # [B]
-    budget = n.clamp(max=k) if k_divisor is None else torch.minimum(n, (n // k_divisor).clamp(min=k))
-    window = budget // 4 if local is None else budget.clamp(max=local)
+    budget, window = budget_and_window(n, k, k_divisor, local)
     k_max = max_positions(cached, k, k_divisor)
 
     # 1. Components: the r largest of the group's summed magnitudes.
@@ -165,6 +164,12 @@ def valid_positions(length: Tensor, start: Tensor | None, mask: Tensor | None, c
     if start is not None:
         valid = valid & (s >= start[:, None])
     return valid if mask is None else valid & mask
+
+
+def budget_and_window(n: Tensor, k: int, k_divisor: int | None, local: int | None) -> tuple[Tensor, Tensor]:
+    """How many of n valid positions are attended, and how many of these are the newest ones; in n's shape."""
+    budget = n.clamp(max=k) if k_divisor is None else torch.minimum(n, (n // k_divisor).clamp(min=k))
+    return budget, budget // 4 if local is None else budget.clamp(max=local)
 
 
 def soften(logits: Tensor, softcap: float | None) -> Tensor:

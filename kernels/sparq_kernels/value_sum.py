@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import check_memory, layout_of
+from .arguments import check_memory, check_once, layout_of
 from .backends import triton_kernels
 
 
@@ -59,18 +59,10 @@ def extend_fake(*arguments: Tensor) -> None:
     pass
 
 
-_checked: set[tuple[object, ...]] = set()
-MAX_CHECKED = 4096
-
-
 def check_extending(call: ExtendArguments) -> tuple[object, ...]:
     """Raise for what an implementation could not survive.  Returns the layout."""
     layout = layout_of(call)
-    if layout not in _checked:
-        _check_layout(call)
-        if len(_checked) >= MAX_CHECKED:
-            _checked.clear()
-        _checked.add(layout)
+    check_once(layout, _check_layout, call)
     if call.value.device.type == "cpu":
         check_memory(call._fields, call)
     return layout

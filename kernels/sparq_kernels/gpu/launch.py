@@ -227,7 +227,7 @@ _plans: dict[tuple[object, ...], Plan] = {}  # by all that a plan depends on, of
 
 
 def _plan(call: Arguments, cached: int, forced: Mapping[str, Any]) -> Plan:
-    query, key, value = call.query, call.key, call.value
+    query, key = call.query, call.key
     batch, num_heads, query_length, D = query.shape
     num_kv_heads = key.shape[1]
     G = num_heads // num_kv_heads
@@ -239,19 +239,7 @@ def _plan(call: Arguments, cached: int, forced: Mapping[str, Any]) -> Plan:
     width = sizes.select_width or sizes.part_width
     parts = triton.cdiv(cached, width)
     start, mask = (call.length if x is None else x for x in (call.start, call.mask))
-    strides = {
-        **dict(zip(("query_batch", "query_head", "query_position"), query.stride(), strict=False)),
-        **dict(zip(("key_batch", "key_head", "key_position"), key.stride(), strict=False)),
-        **dict(zip(("value_batch", "value_head", "value_position"), value.stride(), strict=False)),
-        **dict(
-            zip(("components_batch", "components_head", "components_block"), call.key_components.stride(), strict=False)
-        ),
-        **dict(zip(("sum_batch", "sum_head"), call.value_sum.stride(), strict=False)),
-        "length_stride": call.length.stride(0),
-        "start_stride": start.stride(0),
-        "mask_stride": mask.stride(0),
-    }
-    values = strides | {
+    values = _strides(DECODED, (*call[:6], start, mask)) | {
         "Hkv": num_kv_heads,
         "Q": query_length,
         "S": cached,
@@ -506,6 +494,16 @@ def extend_sum(call: ExtendArguments, layout: tuple[object, ...]) -> None:
 
 
 # What the kernels' pointers and strides are called, tensor by tensor.
+DECODED = {
+    "query": ("query_batch", "query_head", "query_position"),
+    "key": ("key_batch", "key_head", "key_position"),
+    "components": ("components_batch", "components_head", "components_block"),
+    "value": ("value_batch", "value_head", "value_position"),
+    "value_sum": ("sum_batch", "sum_head"),
+    "length": ("length_stride",),
+    "start": ("start_stride",),
+    "mask": ("mask_stride",),
+}
 APPENDED = {
     "keys": ("keys_batch", "keys_head", "keys_position"),
     "values": ("values_batch", "values_head", "values_position"),
@@ -524,6 +522,14 @@ EXTENDED = {
 }
 
 
+def _strides(names: Mapping[str, tuple[str, ...]], tensors: Sequence[Tensor]) -> dict[str, Any]:
+    return {
+        stride: size
+        for strides, x in zip(names.values(), tensors, strict=True)
+        for stride, size in zip(strides, x.stride(), strict=False)
+    }
+
+
 def _held(
     layout: tuple[object, ...],
     kernel: Any,
@@ -534,12 +540,8 @@ def _held(
 ) -> Launch:
     """A launch for every row and head of a storage [B, Hkv, capacity, d], kept for calls of that layout."""
     batch, heads, capacity, head_dim = storage.shape
-    values: dict[str, Any] = {
-        stride: size
-        for strides, x in zip(names.values(), tensors, strict=True)
-        for stride, size in zip(strides, x.stride(), strict=False)
-    }
-    values |= {"capacity": capacity, "Hkv": heads, "D": head_dim, "DP": triton.next_power_of_2(head_dim), "offset": 0}
+    sizes = {"capacity": capacity, "Hkv": heads, "D": head_dim, "DP": triton.next_power_of_2(head_dim), "offset": 0}
+    values = _strides(names, tensors) | sizes
     pointers = {
         name: (place, torch.uint8 if x.dtype == torch.bool else x.dtype)
         for place, (name, x) in enumerate(zip(names, tensors, strict=True))
