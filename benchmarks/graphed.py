@@ -58,6 +58,7 @@ class Graph:
     """What a step does when it is captured, done again by each call."""
 
     def __init__(self, step: Step) -> None:
+        self._step = step  # held: replays read and write its tensors, which the allocator would else give to others
         self._graph, self._logits = captured(step)
 
     def __call__(self) -> Tensor:

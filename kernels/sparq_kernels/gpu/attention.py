@@ -9,6 +9,8 @@ from .rows import BUDGET, CHUNK, COUNT, END, INFO_SIZE, LATER_END, VARYING
 from .scoring import LOG2E, load_group, soften
 from .selection import normalisers
 
+MERGED = tl.constexpr(8192)  # values that a program merges at once
+
 
 @triton.jit
 def attend(
@@ -139,47 +141,6 @@ def store_results(
 
 
 @triton.jit
-def _merge_head(
-    g,
-    partial,
-    partial_y,
-    mean,
-    count,
-    budget,
-    active,
-    output,
-    alpha_out,
-    lse_out,
-    Q,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    PARTS: tl.constexpr,
-    MEAN_VALUE: tl.constexpr,
-):
-    part, d = tl.arange(0, PARTS), tl.arange(0, DP)
-    at = partial + (part * G + g) * 3
-    # Past the first-level cache, which other programs' stores do not reach.
-    highest = tl.load(at, mask=part < active, other=float("-inf"), cache_modifier=".cg")
-    total = tl.load(at + 1, mask=part < active, other=0.0, cache_modifier=".cg")
-    alpha = tl.load(at + 2, mask=part < active, other=0.0, cache_modifier=".cg")
-    y = tl.load(
-        partial_y + (part * G + g)[:, None] * DP + d[None, :],
-        mask=(part < active)[:, None],
-        other=0.0,
-        cache_modifier=".cg",
-    )
-    M = tl.max(highest, 0, keep_dims=True)
-    M = tl.where(M == float("-inf"), 0.0, M)
-    factor = tl.where(part < active, tl.exp2(highest - M), 0.0)
-    z = tl.sum(total * factor, 0, keep_dims=True)
-    y = tl.sum(y * factor[:, None], 0)[None, :] / z[:, None]
-    alpha, lse = tl.sum(alpha, 0, keep_dims=True), M + tl.log2(z)
-    output += g * Q * D
-    store_results(y, alpha, lse, mean, count, budget, output, alpha_out + g * Q, lse_out + g * Q, Q, D, 1, MEAN_VALUE)
-
-
-@triton.jit
 def share_of(budget, PARTS: tl.constexpr, ROWS: tl.constexpr):
     """Positions that each part of a row attends; the last parts may have fewer, or none."""
     return tl.cdiv(tl.cdiv(budget, PARTS), ROWS) * ROWS
@@ -233,16 +194,45 @@ def merge_parts(
     )
     partial += n * (PARTS * G * 3)
     partial_y += n * (PARTS * G * DP)
-    output += first_result * D
-    alpha_out += first_result
-    lse_out += first_result
-    merged = (partial, partial_y, mean, count, budget, active, output, alpha_out, lse_out, Q)
-    if G <= 8:
-        for g in tl.static_range(G):
-            _merge_head(g, *merged, G, D, DP, PARTS, MEAN_VALUE)
-    else:
-        for g in range(G):
-            _merge_head(g, *merged, G, D, DP, PARTS, MEAN_VALUE)
+    # All heads at once, and of as many parts as registers hold. Read past the first-level cache, which other programs'
+    # stores do not reach.
+    GS: tl.constexpr = triton.next_power_of_2(G)
+    AT_ONCE: tl.constexpr = max(1, min(PARTS, MERGED // (GS * DP)))
+    g, d, part, some = tl.arange(0, GS), tl.arange(0, DP), tl.arange(0, PARTS), tl.arange(0, AT_ONCE)
+    in_group = (g < G)[None, :]
+    active_part = (part < active)[:, None] & in_group
+    stats = partial + (part[:, None] * G + g[None, :]) * 3
+    each = tl.load(stats, mask=active_part, other=float("-inf"), cache_modifier=".cg")
+    M = tl.max(each, 0)
+    M = tl.where(M == float("-inf"), 0.0, M)
+    total = tl.load(stats + 1, mask=active_part, other=0.0, cache_modifier=".cg")
+    alpha = tl.sum(tl.load(stats + 2, mask=active_part, other=0.0, cache_modifier=".cg"), 0)
+    z = tl.sum(total * tl.exp2(each - M[None, :]), 0)
+    y = tl.zeros([GS, DP], tl.float32)
+    for first in range(0, active, AT_ONCE):
+        place = first + some
+        there = (place < active)[:, None] & in_group
+        at = place[:, None] * G + g[None, :]
+        highest = tl.load(partial + at * 3, mask=there, other=float("-inf"), cache_modifier=".cg")
+        y_part = tl.load(
+            partial_y + at[:, :, None] * DP + d[None, None, :], mask=there[:, :, None], other=0.0, cache_modifier=".cg"
+        )
+        y += tl.sum(y_part * tl.exp2(highest - M[None, :])[:, :, None], 0)
+    store_results(
+        y / z[:, None],
+        alpha,
+        M + tl.log2(z),
+        mean,
+        count,
+        budget,
+        output + first_result * D,
+        alpha_out + first_result,
+        lse_out + first_result,
+        Q,
+        D,
+        G,
+        MEAN_VALUE,
+    )
 
 
 @triton.jit(do_not_specialize=VARYING)

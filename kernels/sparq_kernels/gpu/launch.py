@@ -32,6 +32,7 @@ from torch import Tensor
 from ..append import AppendArguments
 from ..arguments import Arguments, check_memory
 from ..counting import CountArguments
+from ..layout import BLOCK
 from ..reference import max_positions
 from ..value_sum import ExtendArguments
 from .append import append as append_kernel
@@ -46,7 +47,8 @@ from .topk import MAX_KEYS
 PROGRAMS_PER_MULTIPROCESSOR = 4  # of `score`: enough loads in flight; `gather` has half, its merge reads all parts
 MAX_SPLITS = 64
 TILE_BYTES = 16384  # of components per stage
-MAX_LOGITS = 8192  # of a tile, of all queries of the group
+MAX_LOGITS = 4096  # of a tile, of all queries of the group
+LOAD_BYTES = 16  # of one thread
 ROW_BYTES = 8192  # of K, and of V, per stage
 FUSED_WIDTH = 4096  # longest row of the fused kernel: with 8192 keys one program would fill a multiprocessor
 SELECT_WIDTHS = (4096, 8192)  # longest rows of `select`: with 16384 keys a program had to spill
@@ -255,7 +257,7 @@ def _plan(call: Arguments, cached: int, forced: Mapping[str, Any]) -> Plan:
         "GP": GP,
         "DP": DP,
         "RP": RP,
-        "TILE": min(CHUNK.value, max(16, min(TILE_BYTES // (RP * itemsize), MAX_LOGITS // GP))),
+        "TILE": _tile(GP, RP, itemsize, _warps(width) if sizes.fused else sizes.warps),
         "ROWS": min(32, max(16, ROW_BYTES // (DP * itemsize))),
         "SPLITS": sizes.splits,
         "PARTS": sizes.parts,
@@ -347,6 +349,13 @@ def multiprocessors(device: torch.device) -> int:
 
 def _power_of_2_up_to(number: int) -> int:
     return 1 << max(0, number.bit_length() - 1)
+
+
+def _tile(GP: int, RP: int, itemsize: int, warps: int) -> int:
+    """Positions that a program scores at once."""
+    if GP == 1:  # one load for each thread and component
+        return min(BLOCK, LOAD_BYTES // itemsize * 32 * warps)
+    return min(CHUNK.value, max(64, min(TILE_BYTES // (RP * itemsize), MAX_LOGITS // GP)))
 
 
 def _warps(width: int) -> int:

@@ -7,10 +7,14 @@ import triton.language as tl
 
 from ..layout import BLOCK
 from .rows import BEGIN, BUDGET, CHUNK, COUNT, END, INFO_SIZE, LATER_END, VARYING, WINDOW, bounds, is_valid, row_info
-from .topk import NAN_BITS, NEVER, top
+from .topk import NAN_BITS, NEVER
 
 LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK_SIZE = tl.constexpr(BLOCK)
+LOWEST_LOGIT = tl.constexpr(-3.0e38)  # stands for -inf where differences are formed
+COMPONENTS_AT_ONCE = tl.constexpr(8)  # of a single query: loads in flight
+LANE_LOGITS = tl.constexpr(4)  # that a thread has side by side, or more, of a single query
+LANES = tl.constexpr(64)  # rows of the smallest product of four warps
 
 
 @triton.jit
@@ -22,15 +26,24 @@ def load_group(query, head_stride, G: tl.constexpr, D: tl.constexpr, GP: tl.cons
 
 @triton.jit
 def choose_components(q, D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DP: tl.constexpr):
-    """The r components with the largest sum of magnitudes, ascending [RP] (0 where padded), and tau [GP]."""
+    """The r components with the largest sum of magnitudes, largest first [RP] (0 where padded), and tau [GP].
+
+    Each one is compared with all others at once: a search would be a chain of reductions, and every program of `score`
+    waits for it before it can read anything.
+    """
     magnitude = tl.abs(q.to(tl.float32))
-    d = tl.arange(0, DP)
+    d, other = tl.arange(0, DP), tl.arange(0, DP)
     total = tl.sum(magnitude, 0)
     key = tl.where(total == total, total.to(tl.int32, bitcast=True), NAN_BITS)
-    chosen, slot = top(tl.where(d < D, key, NEVER), R)
-    one_hot = (slot[None, :] == tl.arange(0, RP)[:, None]) & chosen[None, :]
-    component = tl.sum(tl.where(one_hot, d[None, :], 0), 1)
-    tau = tl.sqrt(tl.sum(tl.where(chosen[None, :], magnitude, 0.0), 1) / tl.sum(magnitude, 1))
+    key = tl.where(d < D, key, NEVER - d)
+    rank = tl.sum((key[:, None] > key[None, :]).to(tl.int32), 0)
+    if tl.sum(rank, 0) != DP * (DP - 1) // 2:  # some are equal: the earlier goes before
+        tied = (key[:, None] == key[None, :]) & (other[:, None] < d[None, :])
+        rank += tl.sum(tied.to(tl.int32), 0)
+    slot = tl.arange(0, RP)
+    chosen = (rank[None, :] == slot[:, None]) & (slot < R)[:, None]
+    component = tl.sum(tl.where(chosen, d[None, :], 0), 1)
+    tau = tl.sqrt(tl.sum(tl.where((rank < R)[None, :], magnitude, 0.0), 1) / tl.sum(magnitude, 1))
     return component, tl.where(tau > 0, tau, 1.0)  # an all-zero query divides 0 by 0
 
 
@@ -42,6 +55,22 @@ def soften(x, softcap, HAS_SOFTCAP: tl.constexpr):
         tanh = (1 - t) / (1 + t)
         x = tl.where(x < 0, -tanh, tanh) * softcap
     return x * LOG2E
+
+
+@triton.jit
+def include(x, axis: tl.constexpr, highest, total):
+    """Logits x, of which each lane has some along `axis`, in its maximum and its sum of exponentials relative to it."""
+    new = tl.maximum(highest, tl.max(x, axis))
+    total = total * tl.exp2(highest - new) + tl.sum(tl.exp2(x - tl.expand_dims(new, axis)), axis)
+    return new, total
+
+
+@triton.jit
+def combine(highest, total):
+    """Maximum (-inf if no logit was above the lowest) and sum of exponentials over the first axis."""
+    M = tl.max(highest, 0)
+    total = tl.sum(total * tl.exp2(highest - tl.expand_dims(M, 0)), 0)
+    return tl.where(M > LOWEST_LOGIT, M, float("-inf")), total
 
 
 @triton.jit
@@ -72,35 +101,67 @@ def score_tiles(
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Base-2 logits of the tiles, and their running maximum and sum of exponentials [GP]."""
+    """Base-2 logits of the tiles, and their maximum and sum of exponentials [GP].
+
+    Maximum and sum are kept apart for each lane and brought together behind the loop: within it, nothing goes from
+    thread to thread but the operands of the matrix product.
+    """
     component, tau = choose_components(q, D, R, RP, DP)
+    factor = scale / tau
     g, j, o = tl.arange(0, GP), tl.arange(0, RP), tl.arange(0, TILE)
-    in_group = (g < G)[:, None]
-    q_c = tl.load(query + g[:, None] * head_stride + component[None, :], mask=in_group & (j < R)[None, :], other=0.0)
-    factor = (scale / tau)[:, None]
-    # The same numbers, but held as the loads want them: otherwise the pointers are rearranged again for every tile.
-    component = tl.gather(component, j, 0)
-    runs = components + component[:, None] * BLOCK_SIZE + o[None, :]
-    highest = tl.full([GP], float("-inf"), tl.float32)
-    total = tl.zeros([GP], tl.float32)
-    for tile in tl.range(first, last, num_stages=STAGES):
-        position = tile * TILE
-        within = tl.multiple_of(position % BLOCK_SIZE, TILE)  # older Tritons do not see it
-        offset = (position // BLOCK_SIZE).to(tl.int64) * block_stride + within
-        # Never masked by position: storage is padded to whole blocks, and a mask would make 2-byte loads of these.
-        k_c = tl.load(runs + offset) if R == RP else tl.load(runs + offset, mask=(j < R)[:, None], other=0.0)
-        if GP == 1:
-            x = tl.sum(tl.trans(q_c).to(tl.float32) * k_c.to(tl.float32), 0)[None, :]
-        else:
-            x = tl.dot(q_c.to(DOT), k_c.to(DOT), input_precision="ieee")
-        x = soften(x * factor, softcap, HAS_SOFTCAP)
-        s = position + o
-        x = tl.where(is_valid(s, begin, end, mask, HAS_MASK)[None, :], x, float("-inf"))
-        tl.store(logits + g[:, None] * logits_stride + s[None, :], x, mask=in_group)
-        new = tl.maximum(highest, tl.max(x, 1))
-        safe = tl.where(new == float("-inf"), 0.0, new)  # nothing valid yet: -inf - -inf would be NaN
-        total = total * tl.exp2(highest - safe) + tl.sum(tl.exp2(x - safe[:, None]), 1)
-        highest = new
+    if GP == 1:
+        # One query: a thread has the same positions of all components, so that their sum stays in it.
+        factor = tl.sum(factor, 0)
+        q_c = tl.load(query + component, mask=j < R, other=0.0).to(tl.float32)
+        some = tl.arange(0, COMPONENTS_AT_ONCE)
+        highest = tl.full([TILE // LANE_LOGITS], LOWEST_LOGIT, tl.float32)
+        total = tl.zeros([TILE // LANE_LOGITS], tl.float32)
+        for tile in range(first, last):
+            position = tile * TILE
+            within = tl.multiple_of(position % BLOCK_SIZE, TILE)  # older Tritons do not see it
+            runs = components + (position // BLOCK_SIZE).to(tl.int64) * block_stride + within + o
+            x = tl.zeros([TILE], tl.float32)
+            for next_j in range(0, RP, COMPONENTS_AT_ONCE):
+                those = tl.gather(component, next_j + some, 0) * BLOCK_SIZE
+                # Never masked by position: storage is padded to whole blocks, and a mask would make 2-byte loads of these.
+                k_c = tl.load(runs[None, :] + those[:, None]).to(tl.float32)
+                if RP > R:  # padded ones read the first component, which may be infinite
+                    k_c = tl.where((next_j + some < R)[:, None], k_c, 0.0)
+                x += tl.sum(tl.gather(q_c, next_j + some, 0)[:, None] * k_c, 0)
+            x = soften(x * factor, softcap, HAS_SOFTCAP)
+            s = position + o
+            x = tl.where(is_valid(s, begin, end, mask, HAS_MASK), x, float("-inf"))
+            tl.store(logits + s, x, mask=s < logits_stride)  # a tile may be wider than what storage is rounded up to
+            highest, total = include(tl.reshape(x, [TILE // LANE_LOGITS, LANE_LOGITS]), 1, highest, total)
+        highest, total = combine(highest[:, None], total[:, None])
+    else:
+        # Positions are the rows of the product: its padding is in the columns, and half of that is dropped.
+        GN: tl.constexpr = GP // 2 if G <= GP // 2 else GP
+        of_group = query + g[None, :] * head_stride + component[:, None]
+        q_c = tl.load(of_group, mask=(g < G)[None, :] & (j < R)[:, None], other=0.0)
+        factor = tl.gather(factor, tl.arange(0, GN), 0)
+        # The same numbers, but held as the loads want them: otherwise the pointers are rearranged again for every tile.
+        component = tl.gather(component, j, 0)
+        runs = components + component[:, None] * BLOCK_SIZE + o[None, :]
+        n = tl.arange(0, GN)
+        highest = tl.full([LANES, GN], LOWEST_LOGIT, tl.float32)
+        total = tl.zeros([LANES, GN], tl.float32)
+        for tile in tl.range(first, last, num_stages=STAGES):
+            position = tile * TILE
+            within = tl.multiple_of(position % BLOCK_SIZE, TILE)
+            offset = (position // BLOCK_SIZE).to(tl.int64) * block_stride + within
+            k_c = tl.load(runs + offset) if R == RP else tl.load(runs + offset, mask=(j < R)[:, None], other=0.0)
+            x = tl.dot(tl.trans(k_c.to(DOT)), q_c.to(DOT), input_precision="ieee")
+            if GN < GP:
+                x, _ = tl.split(tl.permute(tl.reshape(x, [TILE, 2, GN]), (0, 2, 1)))
+            x = soften(x * factor[None, :], softcap, HAS_SOFTCAP)
+            s = position + o
+            x = tl.where(is_valid(s, begin, end, mask, HAS_MASK)[:, None], x, float("-inf"))
+            tl.store(logits + n[None, :] * logits_stride + s[:, None], x, mask=(n < G)[None, :])
+            highest, total = include(tl.reshape(x, [TILE // LANES, LANES, GN]), 0, highest, total)
+        highest, total = combine(highest, total)
+        if GN < GP:  # what is in the padding matters to nobody
+            highest, total = tl.gather(highest, g % GN, 0), tl.gather(total, g % GN, 0)
     return highest, total
 
 
