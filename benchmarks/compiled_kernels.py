@@ -206,6 +206,8 @@ def record(
             if isinstance(kernel, JITFunction):
                 stack.enter_context(mock.patch.object(module, name, _Recorder(kernel, launches)))
         stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: MULTIPROCESSORS[target]))
+        has_pdl = target.startswith("sm_") and int(target[3:]) >= 90
+        stack.enter_context(mock.patch.object(module, "has_pdl", lambda device: has_pdl))
         stack.enter_context(mock.patch.dict(module._plans, clear=True))
         stack.enter_context(mock.patch.dict(module._appends, clear=True))
         hip = "7.0" if target.startswith("gfx") else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import BUDGET, CHUNK, COUNT, END, INFO_SIZE, LATER_END, VARYING
+from .rows import BUDGET, CHUNK, COUNT, END, INFO_SIZE, LATER_END, VARYING, follow_previous
 from .scoring import LOG2E, load_group, soften
 from .selection import normalisers
 
@@ -283,6 +283,7 @@ def gather(
     HAS_SOFTCAP: tl.constexpr,
     MEAN_VALUE: tl.constexpr,
     LAST_MERGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (N, PARTS): each program attends an equal share of the row's budget.
 
@@ -290,6 +291,7 @@ def gather(
     not wait for the stores of other waves, so that an atomic after it says nothing of them (LLVM issues 160501 and
     161638).
     """
+    follow_previous(PDL)
     n = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     b, i, h = n // (Hkv * Q), n // Hkv % Q, n % Hkv
@@ -392,8 +394,10 @@ def merge(
     PARTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     MEAN_VALUE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (N,), behind a `gather` whose last program does not merge."""
+    follow_previous(PDL)
     merge_parts(
         tl.program_id(0).to(tl.int64),
         value,

@@ -101,6 +101,8 @@ class Launch:
         self.kernel = kernel
         self.grid: tuple[int, ...] = (*grid, 1, 1)[:3]
         self.options = options | OPTIONS
+        if "PDL" in names and values["PDL"]:  # never for a kernel that does not wait
+            self.options["launch_pdl"] = True
         self.arguments = [None if name in pointers else values[name] for name in names]
         self.places = [(place, pointers[name][0]) for place, name in enumerate(names) if name in pointers]
         self.changing = names.index(changing) if changing in names else None
@@ -271,6 +273,7 @@ def _plan(call: Arguments, cached: int, forced: Mapping[str, Any]) -> Plan:
         "HAS_SOFTCAP": call.softcap is not None,
         "MEAN_VALUE": call.mean_value,
         "LAST_MERGES": not amd,
+        "PDL": has_pdl(query.device),
     }
 
     N, f32, i32 = sizes.N, torch.float32, torch.int32
@@ -340,6 +343,14 @@ def _sizes(call: Arguments, cached: int) -> Sizes:
         parts=min(MAX_SPLITS, max(1, programs // 2)),
         warps=4 if num_heads // num_kv_heads <= 32 else 8,
     )
+
+
+@functools.cache
+def has_pdl(device: torch.device) -> bool:
+    """Whether a kernel may be started while the one before it still runs, and wait for it by itself."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache
@@ -550,6 +561,7 @@ def _held(
     """A launch for every row and head of a storage [B, Hkv, capacity, d], kept for calls of that layout."""
     batch, heads, capacity, head_dim = storage.shape
     sizes = {"capacity": capacity, "Hkv": heads, "D": head_dim, "DP": triton.next_power_of_2(head_dim), "offset": 0}
+    sizes["PDL"] = has_pdl(storage.device)
     values = _strides(names, tensors) | sizes
     pointers = {
         name: (place, torch.uint8 if x.dtype == torch.bool else x.dtype)

@@ -6,7 +6,21 @@ import triton
 import triton.language as tl
 
 from ..layout import BLOCK
-from .rows import BEGIN, BUDGET, CHUNK, COUNT, END, INFO_SIZE, LATER_END, VARYING, WINDOW, bounds, is_valid, row_info
+from .rows import (
+    BEGIN,
+    BUDGET,
+    CHUNK,
+    COUNT,
+    END,
+    INFO_SIZE,
+    LATER_END,
+    VARYING,
+    WINDOW,
+    bounds,
+    follow_previous,
+    is_valid,
+    row_info,
+)
 from .topk import NAN_BITS, NEVER
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -123,7 +137,7 @@ def score_tiles(
             x = tl.zeros([TILE], tl.float32)
             for next_j in range(0, RP, COMPONENTS_AT_ONCE):
                 those = tl.gather(component, next_j + some, 0) * BLOCK_SIZE
-                # Never masked by position: storage is padded to whole blocks, and a mask would make 2-byte loads of these.
+                # Never masked by position: storage is padded to whole blocks, and a mask would make these 2-byte loads.
                 k_c = tl.load(runs[None, :] + those[:, None]).to(tl.float32)
                 if RP > R:  # padded ones read the first component, which may be infinite
                     k_c = tl.where((next_j + some < R)[:, None], k_c, 0.0)
@@ -208,8 +222,10 @@ def score(
     HAS_START: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (N = B * Q * Hkv, SPLITS): each program scores an equal share of the row's tiles."""
+    follow_previous(PDL)
     n = tl.program_id(0)
     split = tl.program_id(1)
     bi = n // Hkv
