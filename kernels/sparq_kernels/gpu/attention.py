@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .rows import BUDGET, CHUNK, COUNT, END, INFO_SIZE, LATER_END, VARYING, follow_previous
-from .scoring import LOG2E, load_group, soften
+from .scoring import LOG2E, LOWEST_LOGIT, load_group, soften
 from .selection import normalisers
 
 MERGED = tl.constexpr(8192)  # values that a program merges at once
@@ -42,9 +42,14 @@ def attend(
     """Over positions[first:last], all below `end`: the maximum logit, the sum of exponentials and of approximate
     scores, [GP] each, and the weighted sum of values [GP, DP]."""
     g, d, i = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, ROWS)
-    highest = tl.full([GP], float("-inf"), tl.float32)
-    total, alpha = tl.zeros([GP], tl.float32), tl.zeros([GP], tl.float32)
-    y = tl.zeros([GP, DP], tl.float32)
+    # Of one query each of the rows read at once has its own maximum and sums, brought together behind the loop: within
+    # it, warps need not wait for each other.
+    LANES: tl.constexpr = ROWS if GP == 1 else GP
+    highest = tl.full([LANES], LOWEST_LOGIT, tl.float32)
+    total, alpha = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+    y = tl.zeros([LANES, DP], tl.float32)
+    if GP == 1:  # as scalars: what is spread over threads another way would impose that on the loop
+        M, inverse = tl.max(M, 0), tl.max(inverse, 0)
     # Slots behind the last read a row that is valid: other rows may hold NaN, and 0 * NaN is NaN.
     spare = tl.load(positions + first, mask=first < last, other=0)
     for slot in tl.range(first, last, ROWS, num_stages=STAGES):
@@ -61,29 +66,36 @@ def attend(
             k = tl.load(key + row * key_stride + d[None, :], mask=(d < D)[None, :], other=0.0)
             v = tl.load(value + row * value_stride + d[None, :], mask=(d < D)[None, :], other=0.0)
         if GP == 1:
-            x = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)[None, :]
+            x = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+            x = tl.where(used, soften(x * scale, softcap, HAS_SOFTCAP), float("-inf"))
+            new = tl.maximum(highest, x)
+            correction, weight = tl.exp2(highest - new), tl.exp2(x - new)
+            total = total * correction + weight
+            y = y * correction[:, None] + weight[:, None] * v.to(tl.float32)
+            alpha += tl.exp2(tl.load(logits + s, mask=used, other=float("-inf")) - M) * inverse
         else:
             x = tl.dot(q.to(DOT), tl.trans(k.to(DOT)), input_precision="ieee")
-        x = tl.where(used[None, :], soften(x * scale, softcap, HAS_SOFTCAP), float("-inf"))
-        new = tl.maximum(highest, tl.max(x, 1))
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        correction = tl.exp2(highest - safe)
-        weight = tl.exp2(x - safe[:, None])
-        total = total * correction + tl.sum(weight, 1)
-        y = y * correction[:, None]
-        if GP == 1:
-            y += tl.sum(tl.trans(weight) * v.to(tl.float32), 0)[None, :]
-        elif DOT == tl.float32:
-            y += tl.dot(weight, v.to(tl.float32), input_precision="ieee")
-        else:  # in two halves, so that weights keep twice the digits of the values' dtype
-            upper = weight.to(DOT)
-            y += tl.dot(upper, v) + tl.dot((weight - upper.to(tl.float32)).to(DOT), v)
+            x = tl.where(used[None, :], soften(x * scale, softcap, HAS_SOFTCAP), float("-inf"))
+            new = tl.maximum(highest, tl.max(x, 1))
+            correction = tl.exp2(highest - new)
+            weight = tl.exp2(x - new[:, None])
+            total = total * correction + tl.sum(weight, 1)
+            y = y * correction[:, None]
+            if DOT == tl.float32:
+                y += tl.dot(weight, v.to(tl.float32), input_precision="ieee")
+            else:  # in two halves, so that weights keep twice the digits of the values' dtype
+                upper = weight.to(DOT)
+                y += tl.dot(upper, v) + tl.dot((weight - upper.to(tl.float32)).to(DOT), v)
+            of_group = logits + g[:, None] * logits_stride + s[None, :]
+            x_hat = tl.load(of_group, mask=(g < G)[:, None] & used[None, :], other=float("-inf"))
+            alpha += tl.sum(tl.exp2(x_hat - M[:, None]), 1) * inverse
         highest = new
-        x_hat = tl.load(
-            logits + g[:, None] * logits_stride + s[None, :], mask=(g < G)[:, None] & used[None, :], other=float("-inf")
-        )
-        alpha += tl.sum(tl.exp2(x_hat - M[:, None]), 1) * inverse
-    return highest, total, alpha, y
+    if GP == 1:
+        M_all = tl.max(highest, 0, keep_dims=True)
+        factor = tl.exp2(highest - M_all)
+        total, alpha = tl.sum(total * factor, 0, keep_dims=True), tl.sum(alpha, 0, keep_dims=True)
+        y, highest = tl.sum(y * factor[:, None], 0, keep_dims=True), M_all
+    return tl.where(highest > LOWEST_LOGIT, highest, float("-inf")), total, alpha, y
 
 
 @triton.jit

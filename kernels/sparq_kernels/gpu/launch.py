@@ -44,12 +44,15 @@ from .scoring import score
 from .selection import BINS, candidates, choose, histogram, select
 from .topk import MAX_KEYS
 
-PROGRAMS_PER_MULTIPROCESSOR = 4  # of `score`: enough loads in flight; `gather` has half, its merge reads all parts
+# On each multiprocessor. Of `score` all must fit at once, or the last ones come alone; and each chooses the components
+# for itself.
+SCORE_PROGRAMS, GATHER_PROGRAMS = 2, 2
 MAX_SPLITS = 64
 TILE_BYTES = 16384  # of components per stage
 MAX_LOGITS = 4096  # of a tile, of all queries of the group
+STAGES = 3  # of 16-bit loads on NVIDIA
 LOAD_BYTES = 16  # of one thread
-ROW_BYTES = 8192  # of K, and of V, per stage
+ROW_BYTES, MAX_ROWS = 8192, 32  # of K, and of V, per stage
 FUSED_WIDTH = 4096  # longest row of the fused kernel: with 8192 keys one program would fill a multiprocessor
 SELECT_WIDTHS = (4096, 8192)  # longest rows of `select`: with 16384 keys a program had to spill
 LONG_ROW = 1 << 18  # from here on parts of the distributed selection are 8192 positions, not 4096
@@ -260,10 +263,10 @@ def _plan(call: Arguments, cached: int, forced: Mapping[str, Any]) -> Plan:
         "DP": DP,
         "RP": RP,
         "TILE": _tile(GP, RP, itemsize, _warps(width) if sizes.fused else sizes.warps),
-        "ROWS": min(32, max(16, ROW_BYTES // (DP * itemsize))),
+        "ROWS": min(MAX_ROWS, max(16, ROW_BYTES // (DP * itemsize))),
         "SPLITS": sizes.splits,
         "PARTS": sizes.parts,
-        "STAGES": 3 if itemsize == 2 and not amd else 2,
+        "STAGES": STAGES if itemsize == 2 and not amd else 2,
         "WIDTH": width,
         "PARTS_AT_ONCE": HISTOGRAM_PARTS,
         "COUNT_TILE": COUNT_TILE,
@@ -329,7 +332,7 @@ def _sizes(call: Arguments, cached: int) -> Sizes:
     num_kv_heads = call.key.shape[1]
     N = batch * query_length * num_kv_heads
     units = multiprocessors(call.query.device)
-    programs = _power_of_2_up_to(PROGRAMS_PER_MULTIPROCESSOR * units // N)
+    splits, parts = (_power_of_2_up_to(x * units // N) for x in (SCORE_PROGRAMS, GATHER_PROGRAMS))
     fused = N >= 2 * units and cached <= FUSED_WIDTH
     fitting = [FUSED_WIDTH] if fused else [width for width in SELECT_WIDTHS if cached <= width]
     return Sizes(
@@ -339,8 +342,8 @@ def _sizes(call: Arguments, cached: int) -> Sizes:
         fused=fused,
         select_width=fitting[0] if fitting else 0,
         part_width=4096 if cached < LONG_ROW else 8192,
-        splits=min(MAX_SPLITS, programs),
-        parts=min(MAX_SPLITS, max(1, programs // 2)),
+        splits=min(MAX_SPLITS, splits),
+        parts=min(MAX_SPLITS, parts),
         warps=4 if num_heads // num_kv_heads <= 32 else 8,
     )
 
