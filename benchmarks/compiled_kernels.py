@@ -206,8 +206,6 @@ def record(
             if isinstance(kernel, JITFunction):
                 stack.enter_context(mock.patch.object(module, name, _Recorder(kernel, launches)))
         stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: MULTIPROCESSORS[target]))
-        has_pdl = target.startswith("sm_") and int(target[3:]) >= 90
-        stack.enter_context(mock.patch.object(module, "has_pdl", lambda device: has_pdl))
         stack.enter_context(mock.patch.dict(module._plans, clear=True))
         stack.enter_context(mock.patch.dict(module._appends, clear=True))
         hip = "7.0" if target.startswith("gfx") else None
@@ -329,8 +327,8 @@ def _is_load_of(node: ast.AST, pointer: str) -> bool:
     if not isinstance(node, ast.Call) or ast.unparse(node.func) != "tl.load":
         return False
     expression = node.args[0]
-    while isinstance(expression, ast.BinOp):
-        expression = expression.left
+    while isinstance(expression, (ast.BinOp, ast.Subscript)):
+        expression = expression.left if isinstance(expression, ast.BinOp) else expression.value
     return isinstance(expression, ast.Name) and expression.id == pointer
 
 

@@ -57,7 +57,7 @@ STAGES = (
     Stage("tests", "kernels and models against references", 110, "gpu_tests.py", 10),  # importing counts
     Stage("races", "replays compared bit for bit", 15, "gpu_races.py", dry_environment=REFERENCE),
     Stage("attention", "one decode step, all opponents", 120, "attention_gpu.py", dry_environment=REFERENCE),
-    Stage("generation", "whole models, stock and SparQ", 90, "generation.py", 14, ("--gpu",), ("--tiny",)),
+    Stage("generation", "whole models, stock and SparQ", 160, "generation.py", 14, ("--gpu",), ("--tiny",)),
 )
 
 

@@ -308,9 +308,9 @@ def test_min_length_none_is_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> No
     assert sparq.report(model).layers[0].sparse_steps == 7
 
 
-@pytest.mark.parametrize(("device", "positions"), [("cpu", 1024), ("cuda", 25600), ("mps", 0)])
+@pytest.mark.parametrize(("device", "positions"), [("cpu", 1024), ("cuda", 16384), ("mps", 0)])
 def test_where_it_pays_depends_on_the_device(device: str, positions: int) -> None:
-    """Llama-3-8B's heads in 16 bits take 4,096 bytes a position: 4 MiB on a CPU, 100 MiB on a GPU."""
+    """Llama-3-8B's heads in 16 bits take 4,096 bytes a position: 4 MiB on a CPU, 64 MiB on a GPU."""
     step = Step(None, sparq.SparqConfig(), Stats())
     key = SimpleNamespace(shape=(1, 8, 5000, 128), element_size=lambda: 2, device=torch.device(device))
     assert sparq.attention._min_length(step, key) == positions

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..layout import BLOCK
-from .rows import VARYING, follow_previous
+from .rows import VARYING
 
 BLOCK_SIZE = tl.constexpr(BLOCK)
 
@@ -43,10 +43,8 @@ def append(
     DP: tl.constexpr,
     HAS_POSITION: tl.constexpr,
     HAS_SUM: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid (B * Hkv,).  A position outside the storage writes nothing."""
-    follow_previous(PDL)
     n = tl.program_id(0).to(tl.int64)
     b, h = n // Hkv, n % Hkv
     s = n * 0 + offset
@@ -84,10 +82,8 @@ def extend_sum(
     Hkv,
     D: tl.constexpr,
     DP: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid (B * Hkv,).  A row whose newest position lies outside the storage is left alone."""
-    follow_previous(PDL)
     n = tl.program_id(0).to(tl.int64)
     b, h = n // Hkv, n % Hkv
     s = tl.load(length + b * length_stride) - 1

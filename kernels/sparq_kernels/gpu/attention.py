@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import BUDGET, CHUNK, COUNT, END, INFO_SIZE, LATER_END, VARYING, follow_previous
+from .rows import BUDGET, CHUNK, COUNT, END, INFO_SIZE, LATER_END, VARYING
 from .scoring import LOG2E, LOWEST_LOGIT, load_group, soften
 from .selection import normalisers
 
-MERGED = tl.constexpr(8192)  # values that a program merges at once
+MERGED = tl.constexpr(4096)  # values that a program merges at once
 
 
 @triton.jit
@@ -48,8 +48,10 @@ def attend(
     highest = tl.full([LANES], LOWEST_LOGIT, tl.float32)
     total, alpha = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
     y = tl.zeros([LANES, DP], tl.float32)
-    if GP == 1:  # as scalars: what is spread over threads another way would impose that on the loop
+    # The same numbers, but held as the loop wants them: the places they come in would rule it.
+    if GP == 1:
         M, inverse = tl.max(M, 0), tl.max(inverse, 0)
+        q = tl.gather(tl.sum(q.to(tl.float32), 0), d, 0)[None, :]
     # Slots behind the last read a row that is valid: other rows may hold NaN, and 0 * NaN is NaN.
     spare = tl.load(positions + first, mask=first < last, other=0)
     for slot in tl.range(first, last, ROWS, num_stages=STAGES):
@@ -66,7 +68,7 @@ def attend(
             k = tl.load(key + row * key_stride + d[None, :], mask=(d < D)[None, :], other=0.0)
             v = tl.load(value + row * value_stride + d[None, :], mask=(d < D)[None, :], other=0.0)
         if GP == 1:
-            x = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+            x = tl.sum(q * k.to(tl.float32), 1)
             x = tl.where(used, soften(x * scale, softcap, HAS_SOFTCAP), float("-inf"))
             new = tl.maximum(highest, x)
             correction, weight = tl.exp2(highest - new), tl.exp2(x - new)
@@ -295,7 +297,6 @@ def gather(
     HAS_SOFTCAP: tl.constexpr,
     MEAN_VALUE: tl.constexpr,
     LAST_MERGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid (N, PARTS): each program attends an equal share of the row's budget.
 
@@ -303,7 +304,6 @@ def gather(
     not wait for the stores of other waves, so that an atomic after it says nothing of them (LLVM issues 160501 and
     161638).
     """
-    follow_previous(PDL)
     n = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     b, i, h = n // (Hkv * Q), n // Hkv % Q, n % Hkv
@@ -406,10 +406,8 @@ def merge(
     PARTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     MEAN_VALUE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid (N,), behind a `gather` whose last program does not merge."""
-    follow_previous(PDL)
     merge_parts(
         tl.program_id(0).to(tl.int64),
         value,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .attention import attend, mean_value, store_results
-from .rows import CHUNK, VARYING, bounds, follow_previous, row_info
+from .rows import CHUNK, VARYING, bounds, row_info
 from .scoring import load_group, score_tiles
 from .selection import keys_of, store_top
 
@@ -73,10 +73,8 @@ def fused(
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MEAN_VALUE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid (N = B * Q * Hkv,): rows of at most WIDTH positions."""
-    follow_previous(PDL)
     n = tl.program_id(0).to(tl.int64)
     b, i, h = n // (Hkv * Q), n // Hkv % Q, n % Hkv
     begin, end, later_end = bounds(b, i, length, length_stride, start, start_stride, Q, S, HAS_START)

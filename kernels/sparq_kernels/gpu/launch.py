@@ -6,7 +6,8 @@ autotuning.  What is compiled into a kernel (`tl.constexpr`) does not change whi
 outgrows `FUSED_WIDTH`, `SELECT_WIDTHS` or `LONG_ROW`.
 
 The numbers below follow from registers, shared memory and bytes in flight, as the compiler reports them
-(tests/kernels/test_gpu_compiled.py).  None of them has been measured on a GPU yet.
+(tests/kernels/test_gpu_compiled.py), and from one profile on an NVIDIA H200.  Tried there and no faster: programmatic
+dependent launch, 64 rows at once in `gather`, two stages instead of three, rows of 16,384 in `select`.
 
 A plan holds each kernel's arguments but for the addresses, and the compiled kernel once there is one: what a step costs
 in Python is the allocation of its results and of one piece of scratch memory, and one call for each kernel
@@ -40,7 +41,7 @@ from .append import extend_sum as extend_sum_kernel
 from .attention import gather, merge
 from .fused import fused as fused_kernel
 from .rows import CHUNK, INFO, VARYING, count_masked
-from .scoring import score
+from .scoring import LANES, score
 from .selection import BINS, candidates, choose, histogram, select
 from .topk import MAX_KEYS
 
@@ -58,8 +59,8 @@ SELECT_WIDTHS = (4096, 8192)  # longest rows of `select`: with 16384 keys a prog
 LONG_ROW = 1 << 18  # from here on parts of the distributed selection are 8192 positions, not 4096
 HISTOGRAM_PARTS = 16  # that `candidates` reads at once
 COUNT_TILE = 4096
-# Of `score`, so that as many programs fit on a multiprocessor as are launched, and of `fused`, which would otherwise
-# have a few values elsewhere though registers are left. In float32 a limit makes ptxas put hundreds of bytes elsewhere.
+# Of `fused` in 16 bits, so that two programs fit on a multiprocessor. In float32 a limit makes ptxas put hundreds of
+# bytes elsewhere.
 REGISTERS = 128
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 OPTIONS = {"enable_fp_fusion": True}  # as it has always been: the default is going to change
@@ -104,8 +105,6 @@ class Launch:
         self.kernel = kernel
         self.grid: tuple[int, ...] = (*grid, 1, 1)[:3]
         self.options = options | OPTIONS
-        if "PDL" in names and values["PDL"]:  # never for a kernel that does not wait
-            self.options["launch_pdl"] = True
         self.arguments = [None if name in pointers else values[name] for name in names]
         self.places = [(place, pointers[name][0]) for place, name in enumerate(names) if name in pointers]
         self.changing = names.index(changing) if changing in names else None
@@ -276,7 +275,6 @@ def _plan(call: Arguments, cached: int, forced: Mapping[str, Any]) -> Plan:
         "HAS_SOFTCAP": call.softcap is not None,
         "MEAN_VALUE": call.mean_value,
         "LAST_MERGES": not amd,
-        "PDL": has_pdl(query.device),
     }
 
     N, f32, i32 = sizes.N, torch.float32, torch.int32
@@ -308,13 +306,13 @@ def _plan(call: Arguments, cached: int, forced: Mapping[str, Any]) -> Plan:
         launches.append(Launch(kernel, grid, values, pointers, query.device, "S", **options))
 
     launches: list[Launch] = []
-    few_registers = {"maxnreg": REGISTERS} if itemsize == 2 and GP <= 32 and not amd else {}
     if counts_rows:
         launch(count_masked, batch * query_length, num_warps=8)
     if sizes.fused:
+        few_registers = {"maxnreg": REGISTERS} if itemsize == 2 and GP <= 32 and not amd else {}
         launch(fused_kernel, N, num_warps=_warps(width), **few_registers)
         return Plan(sizes, launches, pieces, end, cached)
-    launch(score, N, sizes.splits, num_warps=sizes.warps, **few_registers)
+    launch(score, N, sizes.splits, num_warps=sizes.warps)
     if sizes.select_width:
         launch(select, N, num_warps=_warps(width))
     else:
@@ -349,14 +347,6 @@ def _sizes(call: Arguments, cached: int) -> Sizes:
 
 
 @functools.cache
-def has_pdl(device: torch.device) -> bool:
-    """Whether a kernel may be started while the one before it still runs, and wait for it by itself."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
@@ -369,7 +359,9 @@ def _tile(GP: int, RP: int, itemsize: int, warps: int) -> int:
     """Positions that a program scores at once."""
     if GP == 1:  # one load for each thread and component
         return min(BLOCK, LOAD_BYTES // itemsize * 32 * warps)
-    return min(CHUNK.value, max(64, min(TILE_BYTES // (RP * itemsize), MAX_LOGITS // GP)))
+    if itemsize == 4:  # multiplied without matrix instructions, from registers
+        return LANES.value
+    return min(CHUNK.value, max(LANES.value, min(TILE_BYTES // (RP * itemsize), MAX_LOGITS // GP)))
 
 
 def _warps(width: int) -> int:
@@ -564,7 +556,6 @@ def _held(
     """A launch for every row and head of a storage [B, Hkv, capacity, d], kept for calls of that layout."""
     batch, heads, capacity, head_dim = storage.shape
     sizes = {"capacity": capacity, "Hkv": heads, "D": head_dim, "DP": triton.next_power_of_2(head_dim), "offset": 0}
-    sizes["PDL"] = has_pdl(storage.device)
     values = _strides(names, tensors) | sizes
     pointers = {
         name: (place, torch.uint8 if x.dtype == torch.bool else x.dtype)

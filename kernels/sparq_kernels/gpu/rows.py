@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INFO = 9  # int32 values that `score` leaves for the kernels behind it, per KV head
 BEGIN, END, LATER_END, COUNT, BUDGET, WINDOW = (tl.constexpr(i) for i in range(6))
@@ -20,15 +19,6 @@ INFO_SIZE = tl.constexpr(INFO)
 VARYING = ["length_stride", "start_stride", "mask_stride", "position_stride", "offset", "capacity"]
 VARYING += ["Q", "S", "k", "k_divisor", "local", "k_max", "parts", "logits_chunks"]
 CHUNK = tl.constexpr(256)  # logits and keys are stored in multiples of this many positions
-
-
-@triton.jit
-def follow_previous(PDL: tl.constexpr):
-    """Before anything is read or written, in a kernel that was started while the one before it still ran (NVIDIA's
-    programmatic dependent launch): wait for all that it writes. The next kernel may be started from here on."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit

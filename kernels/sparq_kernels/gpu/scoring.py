@@ -17,7 +17,6 @@ from .rows import (
     VARYING,
     WINDOW,
     bounds,
-    follow_previous,
     is_valid,
     row_info,
 )
@@ -26,6 +25,7 @@ from .topk import NAN_BITS, NEVER
 LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK_SIZE = tl.constexpr(BLOCK)
 LOWEST_LOGIT = tl.constexpr(-3.0e38)  # stands for -inf where differences are formed
+COMPARED = tl.constexpr(4096)  # pairs of components at once
 COMPONENTS_AT_ONCE = tl.constexpr(8)  # of a single query: loads in flight
 LANE_LOGITS = tl.constexpr(4)  # that a thread has side by side, or more, of a single query
 LANES = tl.constexpr(64)  # rows of the smallest product of four warps
@@ -42,18 +42,22 @@ def load_group(query, head_stride, G: tl.constexpr, D: tl.constexpr, GP: tl.cons
 def choose_components(q, D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DP: tl.constexpr):
     """The r components with the largest sum of magnitudes, largest first [RP] (0 where padded), and tau [GP].
 
-    Each one is compared with all others at once: a search would be a chain of reductions, and every program of `score`
-    waits for it before it can read anything.
+    Each one is compared with all others: a search would be a chain of reductions, and every program of `score` waits
+    for it before it can read anything.
     """
     magnitude = tl.abs(q.to(tl.float32))
-    d, other = tl.arange(0, DP), tl.arange(0, DP)
+    d, some = tl.arange(0, DP), tl.arange(0, COMPARED // DP)
     total = tl.sum(magnitude, 0)
     key = tl.where(total == total, total.to(tl.int32, bitcast=True), NAN_BITS)
     key = tl.where(d < D, key, NEVER - d)
-    rank = tl.sum((key[:, None] > key[None, :]).to(tl.int32), 0)
+    rank = tl.zeros([DP], tl.int32)
+    for first in range(0, DP, COMPARED // DP):
+        rank += tl.sum((tl.gather(key, first + some, 0)[:, None] > key[None, :]).to(tl.int32), 0)
     if tl.sum(rank, 0) != DP * (DP - 1) // 2:  # some are equal: the earlier goes before
-        tied = (key[:, None] == key[None, :]) & (other[:, None] < d[None, :])
-        rank += tl.sum(tied.to(tl.int32), 0)
+        for first in range(0, DP, COMPARED // DP):
+            other = first + some
+            before = (tl.gather(key, other, 0)[:, None] == key[None, :]) & (other[:, None] < d[None, :])
+            rank += tl.sum(before.to(tl.int32), 0)
     slot = tl.arange(0, RP)
     chosen = (rank[None, :] == slot[:, None]) & (slot < R)[:, None]
     component = tl.sum(tl.where(chosen, d[None, :], 0), 1)
@@ -222,10 +226,8 @@ def score(
     HAS_START: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid (N = B * Q * Hkv, SPLITS): each program scores an equal share of the row's tiles."""
-    follow_previous(PDL)
     n = tl.program_id(0)
     split = tl.program_id(1)
     bi = n // Hkv

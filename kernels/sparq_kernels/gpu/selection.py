@@ -13,20 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import (
-    ABOVE,
-    BEGIN,
-    BUDGET,
-    CANDIDATES,
-    CHUNK,
-    END,
-    INFO_SIZE,
-    PREFIX,
-    VARYING,
-    WINDOW,
-    follow_previous,
-    is_valid,
-)
+from .rows import ABOVE, BEGIN, BUDGET, CANDIDATES, CHUNK, END, INFO_SIZE, PREFIX, VARYING, WINDOW, is_valid
 from .topk import ALWAYS, NEVER, split_by, threshold, top
 
 BINS = 256
@@ -111,10 +98,8 @@ def select(
     SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid (N,): rows of at most WIDTH positions."""
-    follow_previous(PDL)
     n = tl.program_id(0).to(tl.int64)
     row = info + n * INFO_SIZE
     logits_stride = logits_chunks * CHUNK
@@ -160,10 +145,8 @@ def histogram(
     SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid (N, parts of WIDTH positions)."""
-    follow_previous(PDL)
     n = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     row = info + n * INFO_SIZE
@@ -204,10 +187,8 @@ def candidates(
     logits_chunks,
     WIDTH: tl.constexpr,
     PARTS_AT_ONCE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid (N, parts)."""
-    follow_previous(PDL)
     n = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     row = info + n * INFO_SIZE
@@ -251,10 +232,8 @@ def choose(
     k_max,
     logits_chunks,
     WIDTH: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid (N, parts): every program finds the threshold for itself, then writes its own part's positions."""
-    follow_previous(PDL)
     n = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     row = info + n * INFO_SIZE
