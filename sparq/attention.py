@@ -20,10 +20,10 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from sparq import reasons, sinks
 from sparq.cache import SparqLayer
+from sparq.plan import Plan
 from sparq.static_cache import SparqStaticLayer
-from sparq.static_plan import StaticPlan
 from sparq.stats import SparseStep
-from sparq.step import Plan, Step
+from sparq.step import Step
 
 # Where sparsity begins to pay: bytes of K and V that a dense step of one layer reads, by device. Below it the fixed
 # cost of a sparse step may be larger than what it saves (on CPUs measured with benchmarks/crossover.py).
@@ -70,13 +70,14 @@ def sparq_attention(
     step.attention_calls += 1
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
     layer = step.layer(layer_idx, key, value)
-    call = _Call(base, module, step, layer_idx, layer, query, key, value, attention_mask, kwargs)
+    is_fixed = isinstance(layer, SparqStaticLayer)
+    call = _Call(base, module, step, layer_idx, layer, query, key, value, attention_mask, kwargs, is_fixed=is_fixed)
     if not query_length:
         return call.dense()
     if step.is_static or torch.compiler.is_compiling():
         step.stats.prepare(layer_idx, key.device, key.dtype)
     prompt = step.prompt_length(query_length)
-    if isinstance(layer, SparqStaticLayer) and (prompt or query_length > MAX_QUERY_LENGTH):
+    if is_fixed and (prompt or query_length > MAX_QUERY_LENGTH):
         # Looked at as if it were its last token: what is valid is known now, and the next step, which goes on from the
         # index, may be a compiled one.
         _prepare(call.part(query_length - 1, query_length))
@@ -107,6 +108,7 @@ class _Call(NamedTuple):
     attention_mask: Tensor | None  # of the whole call
     kwargs: dict[str, Any]
     later: int = 0  # new tokens that come after these queries, and are among the keys
+    is_fixed: bool = False  # storage of a fixed size, of which the device knows how much is filled
 
     def part(self, begin: int, end: int) -> _Call:
         """The same for the queries [begin, end)."""
@@ -117,7 +119,7 @@ class _Call(NamedTuple):
         queries = query.shape[2]
         if mask is not None and mask.dim() == 4 and mask.shape[2] > queries:
             mask = mask[:, :, mask.shape[2] - later - queries : mask.shape[2] - later]
-        if later and not isinstance(self.layer, SparqStaticLayer):
+        if later and not self.is_fixed:
             key, value = (x[:, :, : x.shape[2] - later] for x in (key, value))
             mask = None if mask is None else mask[..., : key.shape[2]]
         if mask is None:
@@ -135,7 +137,7 @@ class _Call(NamedTuple):
         causal = self.kwargs["is_causal"]
         if queries == keys or not (getattr(self.module, "is_causal", True) if causal is None else causal):
             return None
-        if isinstance(self.layer, SparqStaticLayer):
+        if self.is_fixed:
             if queries > 1 and self.step.is_prompt and queries + self.later == self.step.tokens:
                 return None
             first: Any = self.layer.cumulative_length - self.later - queries
@@ -155,7 +157,7 @@ def causal_mask(queries: int, keys: int, first: int | Tensor, device: torch.devi
 class _Ready(NamedTuple):
     """What a sparse step reads besides K and V."""
 
-    plan: Plan | StaticPlan
+    plan: Plan
     components: Tensor
     value_sum: Tensor
     mean_is_stale: Tensor | None  # of a static layer: whether the sum is of other positions
@@ -184,38 +186,26 @@ def _prepare(call: _Call) -> _Ready | str:
     reason = _dense_reason(call)
     if reason is not None:
         return reason
-    step, layer, key, later = call.step, call.layer, call.key, call.later
-    queries = call.query.shape[2]
-    if isinstance(layer, SparqStaticLayer):
-        static = step.static_plan(call.attention_mask, layer.cumulative_length, key, queries, later)
-        if static.dense_reason is not None:
-            return static.dense_reason
-        seen = (step.static_plan(call.attention_mask, layer.cumulative_length, key) if later else static).mask
-        assert seen is not None
-        components, value_sum, mean_is_stale = layer.index(seen)
-        if later:
-            value_sum = layer.sum_before(later, seen)
-        return _Ready(static, components, value_sum, mean_is_stale)
-    if torch.compiler.is_compiling():  # drafts are not noted there, so nothing is later
-        length = torch.ones(key.shape[2], dtype=torch.int64, device=key.device).sum()
-        static = step.static_plan(call.attention_mask, length, key, queries, is_full=True)
-        return static.dense_reason or _Ready(static, *layer.index(static.start, static.mask))
-    plan = step.plan(call.attention_mask, key.shape[2] - later, key.shape[0], key.device, queries, later)
+    step, layer, key, mask, later = call.step, call.layer, call.key, call.attention_mask, call.later
+    length = layer.cumulative_length if call.is_fixed else key.shape[2]
+    plan = step.plan(mask, length, key, call.query.shape[2], later)
     if plan.dense_reason is not None:
         return plan.dense_reason
-    newest = step.plan(call.attention_mask, key.shape[2], key.shape[0], key.device) if later else plan
-    components, value_sum, _ = layer.index(newest.start, newest.mask)
-    return _Ready(plan, components, layer.sum_before(later) if later else value_sum, None)
+    newest = step.plan(mask, length, key) if later else plan
+    components, value_sum, mean_is_stale = layer.index(newest.start, newest.mask)
+    if later:
+        value_sum = layer.sum_before(later, newest.mask)
+    return _Ready(plan, components, value_sum, mean_is_stale)
 
 
 def _decode(call: _Call, ready: _Ready) -> Tensor:
     """The sparse step itself, counted: [B, Hq, Q, d]."""
     step, plan, key, value = call.step, ready.plan, call.key, call.value
     config = step.config
-    if call.later and isinstance(plan, Plan):
+    if call.later and not call.is_fixed:
         key, value = (x[:, :, : x.shape[2] - call.later] for x in (key, value))
-    batch, kv_heads, _, head_dim = key.shape
-    queries, r = call.query.shape[2], step.components(head_dim)
+    _, kv_heads, _, head_dim = key.shape
+    r = step.components(head_dim)
     output, alpha, _, lse = sparq_kernels.decode(
         call.query,
         key,
@@ -237,15 +227,8 @@ def _decode(call: _Call, ready: _Ready) -> Tensor:
     )
     if call.kwargs.get("s_aux") is not None:  # attention sinks, [Hq]
         output = sinks.attenuate(output, alpha, lse, call.kwargs["s_aux"])
-    per_position = kv_heads * key.element_size()
-    if isinstance(plan, StaticPlan):
-        counts = step.static_counts(plan, per_position, r, head_dim, alpha.numel())
-        made = SparseStep(call.layer_idx, key.dtype, alpha, counts, ready.mean_is_stale, plan.ignored_bias)
-    else:
-        bytes_read = per_position * (plan.valid * r + 2 * plan.read * head_dim + 4 * batch * queries * head_dim)
-        bytes_dense = per_position * 2 * plan.valid_once * head_dim
-        numbers = (1, plan.valid, plan.read, bytes_read, bytes_dense, alpha.numel())
-        made = SparseStep(call.layer_idx, key.dtype, alpha, numbers)
+    counts = step.counts(plan, kv_heads * key.element_size(), r, head_dim, alpha.numel())
+    made = SparseStep(call.layer_idx, key.dtype, alpha, counts, ready.mean_is_stale, plan.ignored_bias)
     step.sparse.append(made)
     return output
 
@@ -277,7 +260,7 @@ def _dense_reason(call: _Call) -> str | None:
         return reasons.SHAPES_DIFFER
     if not step.has_kernel(key.device.type, key.dtype):
         return reasons.NO_KERNEL
-    if isinstance(layer, SparqStaticLayer) and layer.components is None:
+    if call.is_fixed and layer.components is None:
         return reasons.MADE_IN_GRAPH
     if kwargs["dropout"]:
         return reasons.DROPOUT

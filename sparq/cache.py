@@ -325,7 +325,7 @@ class SparqLayer(DynamicLayer):
         self._note_contents()
         return components, self.value_sum, mean_is_stale
 
-    def sum_before(self, later: int) -> Tensor:
+    def sum_before(self, later: int, mask: Tensor | None = None) -> Tensor:
         """The sum of V over the valid positions but the newest `later`, [B, Hkv, d] float32, right after `index`."""
         assert self.value_sum is not None
         with torch.no_grad():

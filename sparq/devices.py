@@ -22,6 +22,11 @@ def has_kernel(device_type: str, dtype: torch.dtype) -> bool:
     )
 
 
+def can_read(device: torch.device) -> bool:
+    """Whether Python may look at a tensor there: anywhere else it would wait for all work that has been queued."""
+    return device.type == "cpu"
+
+
 @torch.compiler.assume_constant_result
 def _counts_apart(device_type: str) -> bool:
     return sparq_kernels.backend(device_type) == "triton"

@@ -30,29 +30,6 @@ MASK_SHAPE = "attention mask that is not [batch, 1, queries, length]"
 MASK_BIAS = "attention mask with a bias"
 MASK_ORDER = "attention mask that is not causal"
 
-REASONS = (
-    OTHER_REASON,
-    SLIDING,
-    TOO_MANY,
-    FIRST_LAYERS,
-    DTYPES_DIFFER,
-    SHAPES_DIFFER,
-    DROPOUT,
-    POSITION_BIAS,
-    WEIGHTS_WANTED,
-    TOO_SHORT,
-    COVERED,
-    FOREIGN_CACHE,
-    NO_CACHE,
-    EMPTY_CACHE,
-    NO_KERNEL,
-    UNSEEN,
-    MADE_IN_GRAPH,
-    OFFLOADED,
-    OTHER_KEYS,
-    MASK_SHAPE,
-    MASK_BIAS,
-    MASK_ORDER,
-)
+REASONS = tuple(reason for name, reason in list(globals().items()) if name.isupper() and isinstance(reason, str))
 # Of some layers or some passes only, and nothing to warn of.
 EXPECTED = {SLIDING, TOO_MANY, FIRST_LAYERS, UNSEEN}

@@ -159,7 +159,7 @@ class SparqStaticLayer(StaticLayer):
         held = (self.keys, self.values, self.components, self.value_sum, self.summed)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
-    def index(self, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def index(self, start: None, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Bring the index up to the current length and return it. The layer must have one (`components`).
 
         Args:

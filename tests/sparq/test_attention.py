@@ -338,8 +338,7 @@ def test_a_mask_is_counted_once_for_all_layers(is_static: bool, monkeypatch: pyt
         given.append(kwargs["counts"])
         return decode(*args, **kwargs)
 
-    for module in (sparq.step, sparq.static_plan):
-        monkeypatch.setattr(module, "count_once", count)
+    monkeypatch.setattr(sparq.plan, "count_once", count)
     monkeypatch.setattr(sparq_kernels, "decode", noted)
     model = sparq.patch(build(), **SPARSE)
     inputs = prompt()

@@ -54,7 +54,7 @@ def check(layer: SparqStaticLayer, plain: StaticLayer, valid: Tensor) -> None:
     assert int(layer.get_seq_length()) == length and layer.get_mask_sizes(1) == plain.get_mask_sizes(1)
     torch.testing.assert_close(layer.keys, plain.keys, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(layer.values, plain.values, rtol=0, atol=0, equal_nan=True)
-    components, value_sum, doubt = layer.index(valid)
+    components, value_sum, doubt = layer.index(None, valid)
     torch.testing.assert_close(
         read_components(components, length), plain.keys[:, :, :length], rtol=0, atol=0, equal_nan=True
     )
@@ -92,7 +92,7 @@ def test_operation(operation: str, indexed: bool) -> None:
     layer, plain = pair()
     start = torch.tensor([0, 5])
     if indexed:
-        layer.index(seen(20, start))
+        layer.index(None, seen(20, start))
     for one in (layer, plain):
         OPERATIONS[operation](one)
     start = torch.tensor([5, 5]) if operation == "reorder" else start
@@ -107,16 +107,16 @@ def test_operation(operation: str, indexed: bool) -> None:
 
 def test_single_tokens_extend_the_index_and_many_make_it_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _ = pair()
-    layer.index(seen(20))
+    layer.index(None, seen(20))
     anew, real = [], SparqStaticLayer._sum_anew
     monkeypatch.setattr(SparqStaticLayer, "_sum_anew", lambda self, valid: anew.append(1) or real(self, valid))
     held = [layer.keys, layer.values, layer.components, layer.value_sum, layer.summed, layer.cumulative_length]
     for length in range(21, 30):
         layer.update(*states(1, seed=length))
-        layer.index(seen(length))
+        layer.index(None, seen(length))
     assert not anew
     layer.update(*states(2))
-    layer.index(seen(31))
+    layer.index(None, seen(31))
     assert anew == [1]
     layer.reset()
     # a captured graph knows these by their address
@@ -127,7 +127,7 @@ def test_single_tokens_extend_the_index_and_many_make_it_anew(monkeypatch: pytes
 @pytest.mark.parametrize("rows", [[1], [0, 1, 1]], ids=["fewer", "more"])
 def test_another_batch_may_be_assigned(rows: list[int]) -> None:
     layer, plain = pair()
-    layer.index(seen(20))
+    layer.index(None, seen(20))
     for one in (layer, plain):
         assign(one, lambda t: t[rows])
     for length in (20, 21, 22):
@@ -153,7 +153,7 @@ def test_cropped_to_nothing_it_begins_with_a_prompt_again() -> None:
 def test_crop(removed: int, indexed: bool) -> None:
     layer, plain = pair()
     if indexed:
-        layer.index(seen(20))
+        layer.index(None, seen(20))
     for one in (layer, plain):
         one.crop(-removed)
     for seed in range(3):
@@ -220,14 +220,14 @@ def test_memory() -> None:
 
 def test_a_full_cache_says_so() -> None:
     layer, _ = pair(SIZE)
-    layer.index(seen(SIZE))
+    layer.index(None, seen(SIZE))
     with pytest.raises((ValueError, IndexError, RuntimeError), match=r"position|range|bounds"):
         layer.update(*states(1))
 
 
 def test_offload_and_prefetch_move_all_that_is_held() -> None:
     layer, plain = pair()
-    layer.index(seen(20))
+    layer.index(None, seen(20))
     held = ("keys", "values", "components", "value_sum", "summed")
     layer.device = torch.device("cuda:0")
     for name in held:
@@ -279,7 +279,7 @@ def test_upgrade_takes_over_the_tensors(filled: bool) -> None:
 
 def test_copies_stand_alone() -> None:
     layer, plain = pair()
-    layer.index(seen(20))
+    layer.index(None, seen(20))
     other, other_plain = copy.deepcopy(layer), copy.deepcopy(plain)
     layer.update(*states(1, seed=3)), plain.update(*states(1, seed=3))
     other.update(*states(1, seed=4)), other_plain.update(*states(1, seed=4))

@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 
 from sparq.config import SparqConfig
+from sparq.plan import Plan
 from sparq.stats import Stats
-from sparq.step import Plan, Step
-
-CPU = torch.device("cpu")
+from sparq.step import Step
 
 
 def plan(mask: Tensor | None, length: int = 6, batch: int = 2, **knobs) -> Plan:
-    return Step(None, SparqConfig(**({"k": 2} | knobs)), Stats()).plan(mask, length, batch, CPU)
+    return Step(None, SparqConfig(**({"k": 2} | knobs)), Stats()).plan(mask, length, keys(length, batch))
+
+
+def keys(length: int, batch: int = 2) -> Tensor:
+    return torch.empty(batch, 1, length, 4)
 
 
 def rows(*texts: str) -> Tensor:
@@ -98,11 +101,11 @@ def test_other_masks_are_dense(mask: Tensor) -> None:
 def test_made_once_for_all_layers_that_share_a_mask() -> None:
     step = Step(None, SparqConfig(k=2), Stats())
     one, other = rows("111111", "000111"), rows("111111", "011111")
-    first = step.plan(one, 6, 2, CPU)
-    assert step.plan(one, 6, 2, CPU) is first
-    second = step.plan(other, 6, 2, CPU)
+    first = step.plan(one, 6, keys(6))
+    assert step.plan(one, 6, keys(6)) is first
+    second = step.plan(other, 6, keys(6))
     assert second.start is not None and second.start.tolist() == [0, 1]
-    assert step.plan(other, 5, 2, CPU).length.tolist() == [5, 5]
+    assert step.plan(other, 5, keys(5)).length.tolist() == [5, 5]
 
 
 def test_does_not_hold_on_to_the_mask_of_the_caller() -> None:
@@ -110,3 +113,28 @@ def test_does_not_hold_on_to_the_mask_of_the_caller() -> None:
     result = plan(mask)
     mask[:] = False
     assert result.mask is not None and result.mask.tolist() == rows("111111", "010111")[:, 0, 0].tolist()
+
+
+@pytest.mark.parametrize("texts", [("111111", "000111"), ("111111", "111111"), ("110111", "011101")])
+def test_a_mask_on_a_gpu_is_not_read_back(texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = plan(rows(*texts))
+    monkeypatch.setattr("sparq.plan.can_read", lambda device: False)
+    for name in ("__bool__", "__int__", "item", "tolist"):
+        monkeypatch.setattr(Tensor, name, lambda *args: pytest.fail("read back"))
+    found = plan(rows(*texts))
+    monkeypatch.undo()
+    assert found.start is None and found.mask is not None and found.ignored_bias is None
+    for name in ("valid", "read", "valid_once"):
+        assert int(getattr(found, name)) == getattr(expected, name)
+    position = torch.arange(6)
+    start = 0 if expected.start is None else expected.start[:, None]
+    valid = (position >= start) & (True if expected.mask is None else expected.mask)
+    assert torch.equal(found.mask, valid & (position < expected.length[:, None]))
+
+
+def test_what_could_be_strange_is_read_back_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparq.plan.can_read", lambda device: False)
+    mask = as_bias(rows("111111", "000111"), -torch.inf)
+    assert isinstance(plan(mask).valid, int)
+    mask[0, 0, 0, 2] = -1.0
+    assert plan(mask).dense_reason is not None
