@@ -60,41 +60,22 @@ def sparq_attention(
     Returns:
         The output [B, Q, Hq, d], and the attention weights where `base` gives them.
     """
-    step, query_length = sparq_step, query.shape[2]
+    step = sparq_step
     kwargs |= dict(dropout=dropout, scaling=scaling, is_causal=is_causal, position_bias=position_bias)
     if step is None:
         _warn_if_bypassed(module)
         return dense_attention(base, module, query, key, value, attention_mask, **kwargs)
     if not step.attention_calls:
-        step.begin(query_length, key.shape[2])
+        step.begin(query.shape[2], key.shape[2])
     step.attention_calls += 1
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
     layer = step.layer(layer_idx, key, value)
     is_fixed = isinstance(layer, SparqStaticLayer)
-    call = _Call(base, module, step, layer_idx, layer, query, key, value, attention_mask, kwargs, is_fixed=is_fixed)
-    if not query_length:
-        return call.dense()
-    if step.is_static or torch.compiler.is_compiling():
-        step.stats.prepare(layer_idx, key.device, key.dtype)
-    prompt = step.prompt_length(query_length)
-    if is_fixed and (prompt or query_length > MAX_QUERY_LENGTH):
-        # Looked at as if it were its last token: what is valid is known now, and the next step, which goes on from the
-        # index, may be a compiled one.
-        _prepare(call.part(query_length - 1, query_length))
-    if prompt == query_length:
-        step.prompts[layer_idx] = 2 * key.numel() * key.element_size()
-        return call.dense()
-    is_one_step = prompt == 0 and (step.drafting is None or query_length <= MAX_QUERY_LENGTH)
-    if is_one_step or kwargs.get("output_attentions"):  # whoever wants weights wants those of all queries together
-        return _decode_or_dense(call)
-    # A draft, perhaps with the prompt before it. Each of its tokens is a step, as many at once as the kernel takes.
-    outputs = [call.part(0, prompt).dense()[0]] if prompt else []
-    for begin in range(prompt, query_length, MAX_QUERY_LENGTH):
-        outputs.append(_decode_or_dense(call.part(begin, min(begin + MAX_QUERY_LENGTH, query_length)))[0])
-    return torch.cat(outputs, 1), None
+    call = Call(base, module, step, layer_idx, layer, query, key, value, attention_mask, kwargs, is_fixed=is_fixed)
+    return attend(call) if step.method is None else step.method.attend(call)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """One call of the attention function, or the part of it that is about some of its queries."""
 
     base: str
@@ -110,7 +91,7 @@ class _Call(NamedTuple):
     later: int = 0  # new tokens that come after these queries, and are among the keys
     is_fixed: bool = False  # storage of a fixed size, of which the device knows how much is filled
 
-    def part(self, begin: int, end: int) -> _Call:
+    def part(self, begin: int, end: int) -> Call:
         """The same for the queries [begin, end)."""
         return self._replace(query=self.query[:, :, begin:end], later=self.query.shape[2] - end)
 
@@ -154,6 +135,31 @@ def causal_mask(queries: int, keys: int, first: int | Tensor, device: torch.devi
     return (torch.arange(keys, device=device) <= own)[None, None]
 
 
+def attend(call: Call) -> tuple[Tensor, Tensor | None]:
+    """SparQ's steps where there are any to be made, and dense attention elsewhere, counted."""
+    step, layer_idx, key, query_length = call.step, call.layer_idx, call.key, call.query.shape[2]
+    if not query_length:
+        return call.dense()
+    if step.is_static or torch.compiler.is_compiling():
+        step.stats.prepare(layer_idx, key.device, key.dtype)
+    prompt = step.prompt_length(query_length)
+    if call.is_fixed and (prompt or query_length > MAX_QUERY_LENGTH):
+        # Looked at as if it were its last token: what is valid is known now, and the next step, which goes on from the
+        # index, may be a compiled one.
+        _prepare(call.part(query_length - 1, query_length))
+    if prompt == query_length:
+        step.prompts[layer_idx] = 2 * key.numel() * key.element_size()
+        return call.dense()
+    is_one_step = prompt == 0 and (step.drafting is None or query_length <= MAX_QUERY_LENGTH)
+    if is_one_step or call.kwargs.get("output_attentions"):  # whoever wants weights wants those of all queries together
+        return _decode_or_dense(call)
+    # A draft, perhaps with the prompt before it. Each of its tokens is a step, as many at once as the kernel takes.
+    outputs = [call.part(0, prompt).dense()[0]] if prompt else []
+    for begin in range(prompt, query_length, MAX_QUERY_LENGTH):
+        outputs.append(_decode_or_dense(call.part(begin, min(begin + MAX_QUERY_LENGTH, query_length)))[0])
+    return torch.cat(outputs, 1), None
+
+
 class _Ready(NamedTuple):
     """What a sparse step reads besides K and V."""
 
@@ -163,7 +169,7 @@ class _Ready(NamedTuple):
     mean_is_stale: Tensor | None  # of a static layer: whether the sum is of other positions
 
 
-def _decode_or_dense(call: _Call) -> tuple[Tensor, Tensor | None]:
+def _decode_or_dense(call: Call) -> tuple[Tensor, Tensor | None]:
     """A decode step of one to `MAX_QUERY_LENGTH` tokens, counted."""
     ready = _prepare(call)
     if not isinstance(ready, str):
@@ -181,7 +187,7 @@ def _decode_or_dense(call: _Call) -> tuple[Tensor, Tensor | None]:
     return call.dense()
 
 
-def _prepare(call: _Call) -> _Ready | str:
+def _prepare(call: Call) -> _Ready | str:
     """The plan of the step and the layer's index, brought up to date; or why the step must be dense."""
     reason = _dense_reason(call)
     if reason is not None:
@@ -198,7 +204,7 @@ def _prepare(call: _Call) -> _Ready | str:
     return _Ready(plan, components, value_sum, mean_is_stale)
 
 
-def _decode(call: _Call, ready: _Ready) -> Tensor:
+def _decode(call: Call, ready: _Ready) -> Tensor:
     """The sparse step itself, counted: [B, Hq, Q, d]."""
     step, plan, key, value = call.step, ready.plan, call.key, call.value
     config = step.config
@@ -233,7 +239,7 @@ def _decode(call: _Call, ready: _Ready) -> Tensor:
     return output
 
 
-def _dense_reason(call: _Call) -> str | None:
+def _dense_reason(call: Call) -> str | None:
     """Why this layer's step has to be dense, as far as its mask does not decide it; None: it can be sparse."""
     step, layer, query, key, value, kwargs = call.step, call.layer, call.query, call.key, call.value, call.kwargs
     if kwargs.get("sliding_window") is not None or getattr(layer, "is_sliding", False):

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sparq import attention, reasons
-from sparq.cache import allocated_bytes, begin_pass, end_pass, refuse_quantized, take_remade, upgrade
+from sparq import attention
 from sparq.cache_argument import find_cache
 from sparq.config import SparqConfig
 from sparq.generating import GenerateNotes
+from sparq.method import Method, Sparq
 from sparq.reporting import Report
 from sparq.served import (
     NAME,
@@ -33,7 +33,7 @@ from sparq.served import (
     unwrap,
 )
 from sparq.stats import Stats
-from sparq.step import Step, holds_tokens
+from sparq.step import Step
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,9 +44,9 @@ _lock = threading.RLock()  # of all changes of what is patched
 
 @dataclasses.dataclass(eq=False)
 class Use:
-    """Knobs and stats: of `patch`, or of one `with patched(...)` block."""
+    """Method and stats: of `patch`, or of one `with patched(...)` block."""
 
-    config: SparqConfig
+    method: Method
     stats: Stats = dataclasses.field(default_factory=Stats)
 
 
@@ -142,11 +142,8 @@ class Patch:
             self._layer_count = len(layers)
             attention.patched_layers.update(layers)
         cache = find_cache((*kwargs.values(), *args))
-        if cache is not None:
-            refuse_quantized(cache)
-            upgrade(cache)
-            begin_pass(cache, self._layer_count)
-        return args, {**kwargs, "sparq_step": Step(cache, use.config, use.stats)}
+        cache, args, kwargs = use.method.prepare(module, cache, self._layer_count, args, kwargs)
+        return args, {**kwargs, "sparq_step": Step(cache, use.method.config, use.stats, use.method)}
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         step: Step | None = kwargs.get("sparq_step")
@@ -157,15 +154,8 @@ class Patch:
                 f"sparq: {type(module).__name__} did not hand its keyword arguments to the attention function, so no "
                 "step was sparse; sparq.unpatch(model) undoes the patch. Please report this model."
             )
-        if step.cache is not None:
-            end_pass(step.cache)
         step.stats.sparse(step.sparse)
-        if not torch.compiler.is_compiling():
-            if step.drafting is not None:
-                step.drafting.prompt_left = max(0, step.drafting.prompt_left - step.tokens)
-            if step.cache is not None:
-                step.stats.cache(allocated_bytes(step.cache), take_remade(step.cache))
-            _count_uncached(step, output)
+        step.method.finish(step, output)
 
 
 def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Model:
@@ -191,7 +181,7 @@ def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Mode
         current = patch_of(candidate._decoder)
         block = None if current is None else current.own_block()
         if block is not None:
-            block.config, block.stats = use.config, use.stats
+            block.method, block.stats = use.method, use.stats
             return model
         _installed(candidate).base = use
     return model
@@ -226,7 +216,7 @@ def patched(model: Model, config: SparqConfig | None = None, **knobs: Any) -> It
         patches_itself = NAME in implementation_names(candidate._decoder.config)
         current = _installed(candidate)
         if patches_itself and current.base is None:
-            current.base = Use(configured(unwrap(model)))
+            current.base = Use(Sparq(configured(unwrap(model))))
         current.blocks += (use,)
     _blocks.set((*_blocks.get(), use))
     try:
@@ -257,10 +247,7 @@ def report(model: nn.Module) -> Report:
     if use is None:
         yet = " yet: it has not run" if decoder.config._attn_implementation == NAME else ""
         raise ValueError(f"model must be patched to have a report, this {type(model).__name__} is not{yet}")
-    # The layers may lie on several devices, and the parameters, where accelerate offloads them, on none.
-    used = use.stats.used() or {(decoder.device, decoder.dtype)}
-    names = {"none yet" if device.type == "meta" else sparq_kernels.backend(device, dtype) for device, dtype in used}
-    return Report.of(use.stats, use.config, ", ".join(sorted(names)))
+    return Report.of(use.stats, use.method.settings, use.method.implementation(use.stats, decoder))
 
 
 def _prepared(model: nn.Module, config: SparqConfig | None, knobs: dict[str, Any]) -> tuple[Use, Patch]:
@@ -273,7 +260,7 @@ def _prepared(model: nn.Module, config: SparqConfig | None, knobs: dict[str, Any
     check_served(served, decoder, config)
     if decoder.device.type != "meta":  # where accelerate offloads the parameters, nobody knows yet
         sparq_kernels.backend(decoder.device)  # compiles the CPU kernel: not inside the first `generate`
-    return Use(config), Patch(served, decoder)
+    return Use(Sparq(config)), Patch(served, decoder)
 
 
 def _installed(candidate: Patch) -> Patch:
@@ -284,26 +271,6 @@ def _installed(candidate: Patch) -> Patch:
         return candidate
     current.join(candidate)
     return current
-
-
-def _count_uncached(step: Step, output: Any) -> None:
-    """Count a decode step that `generate` has computed without a cache, the whole text again: one more token than in
-    the pass before. (A model that leaves its cache empty is fed the new token alone.)"""
-    cache = step.cache
-    if cache is None:  # the model may have made one, which the caller is going to use
-        cache = find_cache(output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ())
-    stats, before = step.stats, step.stats.uncached_tokens
-    stats.uncached_tokens = 0
-    if cache is not None and holds_tokens(cache):
-        return
-    is_step = before and step.tokens == (before + 1 if step.cache is None else 1)
-    if step.is_prefill or is_step:  # of nothing else: whoever scores texts of growing length decodes nothing
-        stats.uncached_tokens = step.tokens
-    if is_step:
-        reason = reasons.NO_CACHE if step.cache is None else reasons.EMPTY_CACHE
-        for layer_idx, bytes_dense in step.prompts.items():
-            stats.dense(layer_idx, reason, bytes_dense)
-        stats.warn_once(f"sparq: decoding stays dense and gains nothing: {reason}")
 
 
 def patch_of(decoder: PreTrainedModel) -> Patch | None:

@@ -20,10 +20,12 @@ from sparq.stats import SparseStep, Stats
 class Step:
     """One forward pass: the cache, the knobs, and the plans that all full-attention layers share."""
 
-    def __init__(self, cache: Cache | None, config: SparqConfig, stats: Stats) -> None:
+    def __init__(self, cache: Cache | None, config: SparqConfig, stats: Stats, method: Any = None) -> None:
+        """method: a `method.Method`, which makes the steps of this pass; None: SparQ."""
         self.cache = cache
         self.config = config
         self.stats = stats
+        self.method = method
         self.attention_calls = 0
         self.tokens = 0  # new ones; known from the first attention layer on
         self.prompts: dict[int, int] = {}  # of each layer that has computed nothing but a prompt: its bytes of K and V

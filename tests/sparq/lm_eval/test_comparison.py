@@ -423,7 +423,7 @@ def test_float_masks_are_read() -> None:
     inputs, tokens = prompt(), next_tokens()
     expected = teacher_forced(compared(Quest(k=12, page=4))[0], inputs, tokens)
     eager = compared(Quest(k=12, page=4), attn_implementation="eager")[0]
-    assert eager.config._attn_implementation == "sparq_comparison_eager"
+    assert eager.config._attn_implementation == "sparq_eager"
     torch.testing.assert_close(teacher_forced(eager, inputs, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -462,9 +462,12 @@ def test_one_at_a_time() -> None:
     comparison = Comparison(model, Oracle(k=12))
     with pytest.raises(ValueError, match=r"comparison method already: remove\(\) it first"):
         Comparison(model, Window())
+    with sparq.patched(model, min_length=0, k=12):  # SparQ inside the block alone
+        teacher_forced(model, prompt(), next_tokens(2, 1))
+        assert sparq.report(model).layers[0].sparse_steps == 1
+    teacher_forced(model, prompt(), next_tokens(2, 1))
+    assert comparison.report().layers[0].sparse_steps == 1 and "Oracle" in str(sparq.report(model))
     sparq.patch(model)
-    with pytest.raises(RuntimeError, match="has been changed to 'sparq_sdpa'"):
-        model(**prompt())
     with pytest.raises(ValueError, match="patched since the comparison began"):
         comparison.remove()
     sparq.unpatch(model)
