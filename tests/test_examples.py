@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "examples" / "notebook.ipynb"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 KEYS = {"amber": "48213", "basalt": "70956", "cobalt": "31487"}  # of evals/demo.txt
 
@@ -26,6 +27,20 @@ def test_example(path: Path, tmp_path: Path) -> None:
     else:
         assert sum(KEYS["amber"] in line for line in lines) == 5  # dense, and at four ratios
         assert "1/8.0" in run.stdout
+
+
+def test_notebook() -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "outputs are made by whoever runs it"
+    folder = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert printed.count(KEYS["amber"]) >= 5  # stock, SparQ, and most of the ratios
+    shown = [output["data"] for output in outputs if "data" in output]
+    assert any("<table>" in data.get("text/html", "") for data in shown)
+    assert any("image/png" in data for data in shown)
 
 
 def test_all_examples_are_here() -> None:
