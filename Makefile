@@ -9,7 +9,7 @@ NEWEST := .venv-newest
 INTERPRETED := tests/kernels/test_gpu_interpreted.py || [ $$? -eq 5 ]
 QUESTIONS := $(foreach name,amber basalt cobalt dahlia ember,--question "The pass key of $(name) is")
 
-.PHONY: demo test test-oldest test-newest lint format bench gpu eval sanitize fuzz clean
+.PHONY: demo test test-fast test-oldest test-newest lint format bench gpu eval sanitize fuzz clean
 
 demo: $(STAMP)
 	@echo "== A model that comes with the repository answers five questions about a text of 7,700 bytes =="
@@ -21,6 +21,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
+
+# For whoever changes one thing: all but compilers, other processes and whole programs.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow'
 
 # The suite on the oldest versions supported, in a virtual environment of its own. (On Linux PyPI's torch 2.11 brings
 # CUDA along, 3 GB.)

@@ -10,6 +10,7 @@ import sparq
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_example_generates_and_its_steps_are_sparse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

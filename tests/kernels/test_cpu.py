@@ -47,6 +47,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     return out, err
 
 
+@pytest.mark.slow
 def test_two_processes_compile_once(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     results = [finish(process) for process in [start(environment(cache)), start(environment(cache))]]
@@ -73,6 +74,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
     assert out.startswith("reference [") and "disk is full" in out
 
 
+@pytest.mark.slow
 def test_a_compiler_without_openmp_or_native_still_serves(tmp_path: Path) -> None:
     compiler = tmp_path / "c++"
     compiler.write_text(
@@ -83,6 +85,7 @@ def test_a_compiler_without_openmp_or_native_still_serves(tmp_path: Path) -> Non
     assert out.startswith("cpp [") and out.count("the CPU kernel runs on one thread") == 1
 
 
+@pytest.mark.slow
 def test_a_runtime_that_lacks_what_the_compiler_calls_is_not_linked(tmp_path: Path) -> None:
     """Clang's OpenMP beside a torch that brings GCC's: the compiler's own is taken then."""
     compiler = tmp_path / "c++"
@@ -102,11 +105,13 @@ def test_clang_serves_with_threads(tmp_path: Path) -> None:
     assert out == "cpp []\n"
 
 
+@pytest.mark.slow
 def test_the_reference_can_be_chosen(tmp_path: Path) -> None:
     out, err = finish(start(environment(tmp_path, SPARQ_BACKEND="reference")))
     assert out == "reference []\n" and "compiling" not in err
 
 
+@pytest.mark.slow
 def test_without_a_home_that_can_be_written_processes_share_a_folder(tmp_path: Path) -> None:
     (tmp_path / "home").touch()  # not a folder: root, too, cannot write into it
     temporary = tmp_path / "tmp"

@@ -15,6 +15,8 @@ from sparq_kernels import operator
 from tests.kernels.fuzz import batch_command, run_batch
 from tests.kernels.fuzzing import RECIPES, Append, Change, Decode
 
+pytestmark = pytest.mark.slow
+
 CASES = int(os.environ.get("SPARQ_FUZZ_CASES", "250"))  # of each operator
 
 RIGHT = Decode(

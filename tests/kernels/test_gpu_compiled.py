@@ -31,6 +31,8 @@ from compiled_kernels import (
 )
 from sparq_kernels.gpu import launch
 
+pytestmark = pytest.mark.slow
+
 WAYS = {
     "fused": {"fused"},
     "select": {"score", "select", "gather"},

@@ -34,7 +34,7 @@ from tests.kernels.cases import (  # noqa: E402
 from tests.kernels.test_value_sum import LENGTHS, arguments, check  # noqa: E402
 
 # Kernels divide by 0, and throw the result away, where nothing is valid; numpy has a word to say about it.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MULTIPROCESSORS = 6  # 24 programs share the scoring of all heads
 # The ways through the kernels, as changes to what shapes this small would get.

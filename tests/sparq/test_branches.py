@@ -39,6 +39,7 @@ def alone(model: PreTrainedModel, shared: list[int], prompt: list[int]) -> list[
     return new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [0, 12, 50], ids=lambda shared: f"{shared} shared")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sparse", [False, True], ids=["stock", "SparQ"])

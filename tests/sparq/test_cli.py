@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from sparq_command import main
 from tests.sparq.test_versions import TOO_OLD
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "".join(f"line {i} has the number {i * i}.\n" for i in range(20))
 
 

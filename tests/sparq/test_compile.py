@@ -17,6 +17,8 @@ import sparq
 from tests.sparq.test_static import same_report
 from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_forced
 
+pytestmark = pytest.mark.slow
+
 SPARSE = dict(r=4, k=12, min_length=0)
 SIZE = 64
 

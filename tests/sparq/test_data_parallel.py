@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 import sparq
 from tests.sparq.data_parallel import PROMPTS
 from tests.sparq.launch import launch
 from tests.sparq.tiny import build, generate
+
+pytestmark = pytest.mark.slow
 
 
 def test_gathered_results_are_those_of_one_process(tmp_path: Path) -> None:

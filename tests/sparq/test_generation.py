@@ -69,6 +69,7 @@ def test_full_budget_is_the_stock_model(way: str) -> None:
     assert seeded(sparq.patch(build(), **COVERING, min_length=0), **WAYS[way]) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_sparse_steps_equal_the_definition(way: str) -> None:
     expected = seeded(Slow(**SPARSE, several=False).install(build()), **WAYS[way])

@@ -103,6 +103,7 @@ def test_before_it_has_run_the_report_says_so() -> None:
         sparq.report(model)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_model_that_is_compiled_before_it_has_run() -> None:
     model = build()

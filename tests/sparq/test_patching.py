@@ -252,6 +252,7 @@ def test_deepcopy_of_a_patched_model_stands_alone() -> None:
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.slow
 def test_pickle_of_a_patched_model_in_a_fresh_process(tmp_path: Path) -> None:
     model = sparq.patch(build(), **SPARSE)
     torch.save(model, tmp_path / "model.pt")

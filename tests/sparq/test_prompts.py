@@ -64,6 +64,7 @@ MODELS: dict[str, Callable[..., PreTrainedModel]] = {"llama": build, "gemma4": s
 CACHES = [(family, make) for family in MODELS for make in (dynamic, lazy, static, used_and_reset)]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(("family", "make_cache"), [*CACHES, ("llama", used_and_emptied)])
 def test_the_last_logits_of_a_prompt(family: str, make_cache: Callable) -> None:

@@ -252,6 +252,7 @@ def test_float64_needs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sparq.report(model).total.sparse_steps == 3 and not messages
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler(tmp_path: Path) -> None:
     code = (
         "import warnings, sparq\n"

@@ -20,6 +20,8 @@ import sparq
 from sparq.cache import SparqLayer
 from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_forced
 
+pytestmark = pytest.mark.slow
+
 SPARSE = dict(r=4, k=12, min_length=0)
 
 

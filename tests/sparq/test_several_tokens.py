@@ -106,6 +106,7 @@ DRAFTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 @pytest.mark.parametrize("name", DRAFTS)
 def test_assisted_decoding_gives_the_tokens_of_greedy_decoding(family: str, name: str) -> None:

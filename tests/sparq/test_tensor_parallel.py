@@ -13,6 +13,8 @@ from tests.sparq.launch import launch
 from tests.sparq.tensor_parallel import observe
 from tests.sparq.tiny import build
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = 2
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": dict(num_attention_heads=8, num_key_value_heads=4),

@@ -26,6 +26,8 @@ from sparq.lm_eval.prefill import Prefills
 from tests.sparq.snapshot import snapshot
 from tests.sparq.tiny import build
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 SPARSE = {
     "sparq": dict(r=4, k=12),
