@@ -158,7 +158,7 @@ class _Ready(NamedTuple):
     plan: Plan | StaticPlan
     components: Tensor
     value_sum: Tensor
-    mean_is_stale: Tensor | None  # of a static layer: whether the sum is of other positions
+    mean_is_stale: Tensor | None  # whether the sum is of other positions, which the device alone knows
 
 
 def _decode_or_dense(call: _Call) -> tuple[Tensor, Tensor | None]:
@@ -192,10 +192,10 @@ def _prepare(call: _Call) -> _Ready | str:
             return static.dense_reason
         seen = (step.static_plan(call.attention_mask, layer.cumulative_length, key) if later else static).mask
         assert seen is not None
-        components, value_sum, mean_is_stale = layer.index(seen)
+        indexed = layer.index(None, seen)
         if later:
-            value_sum = layer.sum_before(later, seen)
-        return _Ready(static, components, value_sum, mean_is_stale)
+            indexed = indexed._replace(value_sum=layer.sum_before(later))
+        return _Ready(static, *indexed)
     if torch.compiler.is_compiling():  # drafts are not noted there, so nothing is later
         length = torch.ones(key.shape[2], dtype=torch.int64, device=key.device).sum()
         static = step.static_plan(call.attention_mask, length, key, queries, is_full=True)
@@ -204,8 +204,10 @@ def _prepare(call: _Call) -> _Ready | str:
     if plan.dense_reason is not None:
         return plan.dense_reason
     newest = step.plan(call.attention_mask, key.shape[2], key.shape[0], key.device) if later else plan
-    components, value_sum, _ = layer.index(newest.start, newest.mask)
-    return _Ready(plan, components, layer.sum_before(later) if later else value_sum, None)
+    indexed = layer.index(newest.start, newest.mask)
+    if later:
+        indexed = indexed._replace(value_sum=layer.sum_before(later))
+    return _Ready(plan, *indexed)
 
 
 def _decode(call: _Call, ready: _Ready) -> Tensor:
@@ -277,7 +279,7 @@ def _dense_reason(call: _Call) -> str | None:
         return reasons.SHAPES_DIFFER
     if not step.has_kernel(key.device.type, key.dtype):
         return reasons.NO_KERNEL
-    if isinstance(layer, SparqStaticLayer) and layer.components is None:
+    if isinstance(layer, SparqStaticLayer) and not layer.has_index:
         return reasons.MADE_IN_GRAPH
     if kwargs["dropout"]:
         return reasons.DROPOUT

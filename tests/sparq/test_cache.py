@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+import sparq.index
 from sparq.cache import CAPACITY_STEP, SparqLayer, room_to_grow, upgrade
 from tests.sparq.tiny import build, prompt
 
@@ -347,7 +348,7 @@ def test_after_a_growth_tokens_go_into_both_copies_at_once(tokens: int, monkeypa
     layer.index()
     for _ in range(3 * BLOCK):
         layer.update(*states(1))
-        late += layer._unindexed
+        late += layer._index.unindexed
         grown, capacity = grown + (layer._key_storage.shape[2] != capacity), layer._key_storage.shape[2]
         layer.index()
     assert late <= grown <= 4
@@ -365,25 +366,25 @@ def test_a_long_prompt_takes_no_more_than_it_needs() -> None:
 
 def test_index_reads_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     written, summed = [], []
-    write, sum_values = layout.write_components, SparqLayer._sum_values
+    write, sum_values = layout.write_components, sparq.index._sum
 
     def watched_write(components: Tensor, key: Tensor, position: int) -> None:
         written.append((position, position + key.shape[2]))
         write(components, key, position)
 
-    def watched_sum(self, begin: int, end: int, *args) -> Tensor:
+    def watched_sum(values: Tensor, begin: int, end: int, *args) -> Tensor:
         summed.append((begin, end))
-        return sum_values(self, begin, end, *args)
+        return sum_values(values, begin, end, *args)
 
     monkeypatch.setattr(layout, "write_components", watched_write)
-    monkeypatch.setattr(SparqLayer, "_sum_values", watched_sum)
+    monkeypatch.setattr(sparq.index, "_sum", watched_sum)
     layer, start = filled(500), torch.tensor([0, 7])
     assert not written and not summed
     layer.index(start)
     layer.index(start)
     assert written == summed == [(0, 500)]
     layer.update(*states(1))
-    assert layer.indexed == layer.summed == 501  # one token is appended to everything at once
+    assert layer._index.unindexed == layer._index.unsummed == 0  # one token is appended to everything at once
     layer.index(start)
     assert written == summed == [(0, 500)]
     layer.reorder_cache(torch.tensor([1, 0]))
@@ -609,7 +610,16 @@ class Placed(torch.Tensor):
         return moved
 
 
-HELD = ("_key_storage", "_value_storage", "components", "value_sum", "summed_start", "summed_mask")
+def held_by(layer) -> list[tuple[object, str]]:
+    """All tensors of a layer of either kind: whose attribute, and its name."""
+    names = ("keys", "values") if hasattr(layer, "cumulative_length") else ("_key_storage", "_value_storage")
+    own = [(layer, name) for name in names]
+    index = [(layer._index, name) for name in ("value_sum", "start", "mask")]
+    return [
+        (owner, name)
+        for owner, name in (*own, *index, (layer._index.components, "blocks"))
+        if getattr(owner, name) is not None
+    ]
 
 
 def test_offload_and_prefetch_move_all_that_is_held() -> None:
@@ -617,13 +627,14 @@ def test_offload_and_prefetch_move_all_that_is_held() -> None:
     start, mask = torch.tensor([0, 7]), torch.ones(2, 300, dtype=torch.bool)
     layer.index(start, mask)
     layer.device = torch.device("cuda:0")
-    for name in HELD:
-        placed = getattr(layer, name).as_subclass(Placed)
-        setattr(layer, name, placed.to("cuda:0"))
+    held = held_by(layer)
+    assert len(held) == 6
+    for owner, name in held:
+        setattr(owner, name, getattr(owner, name).as_subclass(Placed).to("cuda:0"))
     layer._note_contents()
 
     def places() -> set[str]:
-        return {str(getattr(layer, name).device) for name in HELD}
+        return {str(getattr(owner, name).device) for owner, name in held}
 
     layer.offload()
     assert places() == {"cpu"}
@@ -633,8 +644,8 @@ def test_offload_and_prefetch_move_all_that_is_held() -> None:
     layer.prefetch()
     assert layer._key_storage is there  # it is where it belongs
 
-    for name in HELD:
-        setattr(layer, name, getattr(layer, name).as_subclass(torch.Tensor))
+    for owner, name in held:
+        setattr(owner, name, getattr(owner, name).as_subclass(torch.Tensor))
     layer._note_contents()
     check(layer, plain, start, mask)
 
