@@ -207,6 +207,8 @@ def _prepare(call: _Call) -> _Ready | str:
     indexed = layer.index(newest.start, newest.mask)
     if later:
         indexed = indexed._replace(value_sum=layer.sum_before(later))
+    if indexed.mean_is_stale is not None:
+        step.stats.prepare(call.layer_idx, key.device, key.dtype)
     return _Ready(plan, *indexed)
 
 
@@ -247,7 +249,7 @@ def _decode(call: _Call, ready: _Ready) -> Tensor:
         bytes_read = per_position * (plan.valid * r + 2 * plan.read * head_dim + 4 * batch * queries * head_dim)
         bytes_dense = per_position * 2 * plan.valid_once * head_dim
         numbers = (1, plan.valid, plan.read, bytes_read, bytes_dense, alpha.numel())
-        made = SparseStep(call.layer_idx, key.dtype, alpha, numbers)
+        made = SparseStep(call.layer_idx, key.dtype, alpha, numbers, ready.mean_is_stale)
     step.sparse.append(made)
     return output
 

@@ -472,6 +472,74 @@ def test_validity_that_changes_between_steps() -> None:
         check(layer, plain, start, mask)
 
 
+def refuse_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer takes its tensors for a GPU's, from which nothing may be read back."""
+
+    def refused(*args) -> None:
+        raise AssertionError("read back from the device")
+
+    monkeypatch.setattr(sparq.index, "can_read", lambda tensor: False)
+    monkeypatch.setattr(torch, "equal", refused)
+    for name in ("__bool__", "item", "tolist", "__int__", "__float__", "__index__", "numpy"):
+        monkeypatch.setattr(Tensor, name, refused)
+
+
+def holes(length: int) -> Tensor:
+    """[2, length] bool: some padding, a hole, and a new token that is invalid in one row."""
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[0, :5] = mask[1, 9] = mask[1, 21:22] = False
+    return mask
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_elsewhere_nothing_is_read_back(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tokens are in the sum as their mask says, and as a layer has them that may look."""
+    layer, looking = filled(20), filled(20)
+    results: list[list] = [[], []]
+    for own, answers in ((looking, results[0]), (layer, results[1])):
+        with monkeypatch.context() as patched:
+            if own is layer:
+                refuse_reading(patched)
+            for step in range(6):
+                length = 20 + step * tokens
+                if step:
+                    own.update(*states(tokens, seed=step))
+                answers.append(own.index(None, holes(length)))
+            assert torch.is_tensor(own.sum_before(1))
+    for known, blind in zip(*results, strict=True):
+        assert known.mean_is_stale is None and (blind.mean_is_stale is None or not blind.mean_is_stale)
+        torch.testing.assert_close(blind.value_sum, known.value_sum, rtol=0, atol=0)
+    assert all(answer.mean_is_stale is not None for answer in results[1][1:])
+    assert torch.equal(layer.sum_before(1), looking.sum_before(1))
+    length = layer.get_seq_length()
+    assert torch.equal(read_components(layer.index(None, holes(length)).components, length), layer.keys)
+
+
+@pytest.mark.parametrize("before", ["nothing", "start", "mask"])
+@pytest.mark.parametrize("now", ["nothing", "start", "mask"])
+def test_elsewhere_a_mask_that_changes_is_noted_until_the_sum_is_made_anew(
+    before: str, now: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def validity(which: str, length: int) -> tuple[Tensor | None, Tensor | None]:
+        return torch.tensor([0, 7]) if which == "start" else None, holes(length) if which == "mask" else None
+
+    layer, doubts = filled(20), []
+    with monkeypatch.context() as patched:
+        refuse_reading(patched)
+        layer.index(*validity(before, 20))
+        for length in (21, 22):
+            layer.update(*states(1))
+            doubts.append(layer.index(*validity(now, length)).mean_is_stale)
+        layer.reorder_cache(torch.tensor([1, 0]))
+    if before == now:
+        assert all(doubt is None or not doubt for doubt in doubts)
+    else:
+        assert all(bool(doubt) for doubt in doubts)
+        assert layer._index.stale.tolist() == [True, "mask" in (before, now)]
+    assign(layer, lambda t: t)
+    assert layer.index(*validity(now, 22)).mean_is_stale is None
+
+
 def test_adopted_tensors_are_read_and_never_written() -> None:
     plain = filled(300, cls=DynamicLayer)
     keys, values = plain.keys, plain.values
