@@ -49,8 +49,8 @@ class Step:
         layers: list[Any] = self.cache.layers
         for layer in layers:
             held.append(layer.cumulative_length)
-            if isinstance(layer, SparqStaticLayer) and layer.value_sum is not None and layer.summed is not None:
-                held += [layer.value_sum, layer.summed]
+            if isinstance(layer, SparqStaticLayer) and layer.has_index:
+                held += [layer._index.value_sum, layer._index.mask]
         return held
 
 

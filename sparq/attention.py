@@ -166,7 +166,7 @@ class _Ready(NamedTuple):
     plan: Plan
     components: Tensor
     value_sum: Tensor
-    mean_is_stale: Tensor | None  # of a static layer: whether the sum is of other positions
+    mean_is_stale: Tensor | None  # whether the sum is of other positions, which the device alone knows
 
 
 def _decode_or_dense(call: Call) -> tuple[Tensor, Tensor | None]:
@@ -198,10 +198,12 @@ def _prepare(call: Call) -> _Ready | str:
     if plan.dense_reason is not None:
         return plan.dense_reason
     newest = step.plan(mask, length, key) if later else plan
-    components, value_sum, mean_is_stale = layer.index(newest.start, newest.mask)
+    indexed = layer.index(newest.start, newest.mask)
     if later:
-        value_sum = layer.sum_before(later, newest.mask)
-    return _Ready(plan, components, value_sum, mean_is_stale)
+        indexed = indexed._replace(value_sum=layer.sum_before(later))
+    if isinstance(plan.valid, Tensor) or indexed.mean_is_stale is not None:
+        step.stats.prepare(call.layer_idx, key.device, key.dtype)
+    return _Ready(plan, *indexed)
 
 
 def _decode(call: Call, ready: _Ready) -> Tensor:
@@ -266,7 +268,7 @@ def _dense_reason(call: Call) -> str | None:
         return reasons.SHAPES_DIFFER
     if not step.has_kernel(key.device.type, key.dtype):
         return reasons.NO_KERNEL
-    if call.is_fixed and layer.components is None:
+    if isinstance(layer, SparqStaticLayer) and not layer.has_index:
         return reasons.MADE_IN_GRAPH
     if kwargs["dropout"]:
         return reasons.DROPOUT

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import sparq_kernels
 import torch
 from sparq_kernels import BLOCK, layout
 from torch import Tensor
@@ -13,6 +12,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from sparq.contents import is_held_elsewhere, outside_inference_mode, versions
+from sparq.index import Index, Indexed
 from sparq.static_cache import SparqStaticLayer
 
 CAPACITY_STEP = 256  # positions: storage is made for a multiple of this
@@ -21,10 +21,9 @@ CAPACITY_STEP = 256  # positions: storage is made for a multiple of this
 class SparqLayer(DynamicLayer):
     """One attention layer's cache: a `DynamicLayer` whose storage has room to grow, with an index for SparQ.
 
-    The index is the component copy of K (`layout.py` of sparq_kernels) and the sum of V over the valid positions. Both
-    are extended to the current length when a sparse step asks for them (`index`), so a prompt, a chunk of tokens or an
-    ordinary cache that was already filled costs nothing extra until then, and a dense model can use the layer as it
-    is.
+    The index is extended to the current length when a sparse step asks for it (`index`), so a prompt, a chunk of tokens
+    or an ordinary cache that was already filled costs nothing extra until then, and a dense model can use the layer as
+    it is.
 
     `keys` and `values` are views [B, Hkv, length, d] of the storage [B, Hkv, capacity, d]. Code that knows only
     `DynamicLayer` stays right: a tensor assigned to one of them, of whatever length, is adopted as its storage; what
@@ -39,7 +38,6 @@ class SparqLayer(DynamicLayer):
     _values_ahead: int  # what the values hold more; 0 but between two assignments from outside
 
     def __init__(self, **kwargs: Any) -> None:
-        self.remade = 0  # times that the index was made anew, because others had changed what it was of
         self._drop_storage()
         super().__init__(**kwargs)
 
@@ -87,29 +85,14 @@ class SparqLayer(DynamicLayer):
     def _drop_storage(self) -> None:
         self._key_storage = self._value_storage = None
         self._owned = False  # an adopted tensor may be in use elsewhere: it is read, never written
-        self._had_index = False
         self._length = self._values_ahead = 0
+        self._index = Index()
         self._drop_index()
 
     def _drop_index(self) -> None:
-        self.components: Tensor | None = None  # [B, Hkv, capacity / BLOCK, d, BLOCK], of the first `indexed` positions
-        self.value_sum: Tensor | None = None  # [B, Hkv, d] float32, over the valid ones of the first `summed` positions
-        self._unindexed = self._unsummed = self._length  # the newest positions, which the index does not cover
-        self.summed_start: Tensor | None = None  # [B] int64, the first valid position of each row; None: 0
-        self.summed_mask: Tensor | None = None  # [B, >= summed] bool, further invalid positions; None: there are none
+        self._index.drop(self._length)
         self._versions: tuple[int, ...] | None = None  # of the storage, when the index was last known to be right
         self._given: tuple[Tensor, Tensor] | None = None  # what `update` has returned
-
-    # Each number is kept as what it lacks to the length: 0 in most steps, so that a compiled graph knows it, and
-    # depends on one number of a layer only, which grows.
-
-    @property
-    def indexed(self) -> int:
-        return self._length - self._unindexed
-
-    @property
-    def summed(self) -> int:
-        return self._length - self._unsummed
 
     def _note_contents(self) -> None:
         """Call after every write of our own: what the storage holds now is what the index is of."""
@@ -120,8 +103,7 @@ class SparqLayer(DynamicLayer):
         """Call before an index is used or extended: drop it if anybody else has written into the storage."""
         if torch.compiler.is_compiling():
             return  # a graph cannot look; after it the counters differ, and the index is made anew
-        is_there = self.components is not None or self.value_sum is not None
-        if is_there and self._versions != versions(self._key_storage, self._value_storage):
+        if self._versions != versions(self._key_storage, self._value_storage):
             self._drop_index()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -198,39 +180,20 @@ class SparqLayer(DynamicLayer):
         else:
             self._drop_index()
         self._key_storage, self._value_storage, self._owned = key_states, value_states, False
-        self._grow(new, 0, 0)
+        self._length += new
+        self._index.grow(new)
 
     def _write(self, key_states: Tensor, value_states: Tensor) -> None:
         new = key_states.shape[2]
         start, end = self._length, self._length + new
         keys, values = self._make_room(key_states, value_states, end)
-        if self._index_can_follow(key_states):
-            assert self.components is not None
-            # Where a mask says what is valid, it is not known yet what it says of this token.
-            value_sum = self.value_sum if self.summed_mask is None else None
-            sparq_kernels.append(keys, values, self.components, value_sum, key_states, value_states, position=start)
-            self._grow(new, new, 0 if value_sum is None else new)
+        if new == 1 and self._index.can_append(keys.shape[2]):
+            self._index.append(keys, values, key_states, value_states, position=start)
         else:
             keys[:, :, start:end] = key_states
             values[:, :, start:end] = value_states
-            self._grow(new, 0, 0)
-
-    def _grow(self, new: int, indexed: int, summed: int) -> None:
-        """Count `new` tokens, so many of which are in the index already."""
-        self._length += new
-        self._unindexed += new - indexed
-        self._unsummed += new - summed
-
-    def _index_can_follow(self, key_states: Tensor) -> bool:
-        """One new token, and an index that is complete and roomy: all of it is extended in one go."""
-        return (
-            key_states.shape[2] == 1
-            and self.components is not None
-            and self.value_sum is not None
-            and self._unindexed == self._unsummed == 0
-            and self._key_storage is not None
-            and self._key_storage.shape[2] <= self.components.shape[2] * BLOCK
-        )
+            self._index.grow(new)
+        self._length = end
 
     def _make_room(self, key_states: Tensor, value_states: Tensor, needed: int) -> tuple[Tensor, Tensor]:
         """Storage that can be written up to position `needed`; when it grows, it does so for many tokens to come."""
@@ -254,125 +217,30 @@ class SparqLayer(DynamicLayer):
         """For a copy or a file: the tokens held, without slack to grow and without the index, which is made again when
         a sparse step asks for it."""
         state = self.__dict__.copy()
-        for name in ("components", "value_sum", "summed_start", "summed_mask", "_versions", "_given"):
-            state[name] = None
-        state["_unindexed"] = state["_unsummed"] = self._length
         for name, held in (("_key_storage", self.keys), ("_value_storage", self.values)):
             if held is not None:
                 # a view would take all of its storage along
                 state[name] = held.clone(memory_format=torch.contiguous_format)
-        state["_owned"], state["_had_index"], state["remade"] = True, False, 0
-        return state
+        return state | dict(_index=Index(self._length), _owned=True, _versions=None, _given=None)
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of storage held: K, V, the component copy of K and the sum of V, growth slack included."""
-        held = (self._key_storage, self._value_storage, self.components, self.value_sum)
-        return sum([t.nbytes for t in held if t is not None])
+        """Bytes of storage held: K, V and the index, growth slack included."""
+        held = (self._key_storage, self._value_storage)
+        return sum([t.nbytes for t in held if t is not None]) + self._index.nbytes
 
-    def index(self, start: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Bring the index up to the current length and return it.
-
-        Args:
-            start: [B] int64, first valid position of each row (left padding), never behind the newest. None: 0.
-            mask: [B, length] bool, further invalid positions. None: there are none.
-
-        Returns:
-            The component copy of K, [B, Hkv, blocks, d, BLOCK]; the sum of V over the valid positions, [B, Hkv, d]
-            float32; and None, or in a compiled graph bool [], whether that sum is of other positions. Only positions
-            added since the last call are read, unless the validity of older ones has changed: then V is summed anew,
-            but not in a compiled graph, which cannot ask.
-        """
-        self._check_contents()
-        if not torch.compiler.is_compiling():
-            is_complete = self._unindexed == self._unsummed == 0 and self.components is not None
-            if is_complete and self.value_sum is not None and start is self.summed_start and mask is self.summed_mask:
-                return self.components, self.value_sum, None  # type: ignore[return-value]
-        with outside_inference_mode(), torch.no_grad():
-            return self._index(start, mask)
-
-    def _index(self, start: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def index(self, start: Tensor | None = None, mask: Tensor | None = None) -> Indexed:
+        """Bring the index up to the current length and return it; the arguments as `Index.extend` has them."""
         assert self._key_storage is not None and self._value_storage is not None
-        batch, heads, capacity, head_dim = self._key_storage.shape
-        components = self.components
-        # As roomy as the keys' storage: until then no token goes into both at once. A graph does not look that far.
-        needed = self._length if torch.compiler.is_compiling() else capacity
-        if components is None or components.shape[2] * BLOCK < needed:
-            grown = layout.allocate_components(
-                batch, heads, capacity, head_dim, self._key_storage.dtype, self._key_storage.device
-            )
-            if components is not None:
-                used = -(-self.indexed // BLOCK)
-                grown[:, :, :used] = components[:, :, :used]
-            elif self._had_index:
-                self.remade += 1
-            self.components = components = grown
-            self._had_index = True
-        if self._unindexed:
-            layout.write_components(components, self._key_storage[:, :, self.indexed : self._length], self.indexed)
-            self._unindexed = 0
-
-        mean_is_stale = None
-        if self.value_sum is not None and torch.compiler.is_compiling():
-            mean_is_stale = self._has_other_validity(start, mask)
-        elif self.value_sum is None or not self._same_validity(start, mask):
-            self.value_sum = self._value_storage.new_zeros((batch, heads, head_dim), dtype=torch.float32)
-            self._unsummed = self._length
-        if self._unsummed:
-            self.value_sum = self.value_sum + self._sum_values(self.summed, self._length, start, mask)
-            self._unsummed = 0
-        self.summed_start, self.summed_mask = start, mask
+        self._check_contents()
+        indexed = self._index.extend(self._key_storage, self._value_storage, self._length, start, mask)
         self._note_contents()
-        return components, self.value_sum, mean_is_stale
+        return indexed
 
-    def sum_before(self, later: int, mask: Tensor | None = None) -> Tensor:
+    def sum_before(self, later: int) -> Tensor:
         """The sum of V over the valid positions but the newest `later`, [B, Hkv, d] float32, right after `index`."""
-        assert self.value_sum is not None
-        with torch.no_grad():
-            rest = self._sum_values(self._length - later, self._length, self.summed_start, self.summed_mask)
-            return self.value_sum - rest
-
-    def _same_validity(self, start: Tensor | None, mask: Tensor | None) -> bool:
-        return _equal(self.summed_start, start) and (
-            self.summed_mask is mask
-            or (
-                self.summed_mask is not None
-                and mask is not None
-                and torch.equal(self.summed_mask[:, : self.summed], mask[:, : self.summed])
-            )
-        )
-
-    def _has_other_validity(self, start: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """As the contrary of `_same_validity`, bool [], not read back; None where it surely is the same."""
-        before = self._valid(0, self.summed, self.summed_start, self.summed_mask)
-        now = self._valid(0, self.summed, start, mask)
-        if before is None or now is None:
-            known = now if before is None else before
-            return None if known is None else (~known).any()
-        return (before != now).any()
-
-    def _valid(self, begin: int, end: int, start: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """Which positions in [begin, end) are valid, bool [B, end - begin]; None: all."""
-        if start is None and mask is None:
-            return None
-        given = start if mask is None else mask
-        assert given is not None
-        valid = torch.ones(given.shape[0], end - begin, dtype=torch.bool, device=given.device)
-        if start is not None:
-            valid &= torch.arange(begin, end, device=start.device) >= start[:, None]
-        if mask is not None:
-            valid &= mask[:, begin:end]
-        return valid
-
-    def _sum_values(self, begin: int, end: int, start: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Sum of V over the valid positions in [begin, end), [B, Hkv, d] float32."""
         assert self._value_storage is not None
-        values = self._value_storage[:, :, begin:end]
-        valid = self._valid(begin, end, start, mask)
-        if valid is not None:
-            # masked_fill, not a product: padding may hold anything, NaN included
-            values = values.masked_fill(~valid[:, None, :, None], 0)
-        return values.sum(2, dtype=torch.float32)
+        return self._index.sum_before(later, self._value_storage, self._length)
 
     def crop(self, tokens_to_remove: int) -> None:
         if self._key_storage is None:
@@ -390,17 +258,8 @@ class SparqLayer(DynamicLayer):
         ):
             self._owned = False  # what is cut off is still somebody's
         cut, self._length = self._length - length, length
-        self._unindexed = max(0, self._unindexed - cut)
-        cut_from_sum, self._unsummed = max(0, cut - self._unsummed), max(0, self._unsummed - cut)
-        if cut_from_sum:
-            # A few tokens (a rejected draft) are taken back from the sum; after a longer cut it is made anew.
-            if self.value_sum is not None and cut_from_sum < length:
-                with outside_inference_mode(), torch.no_grad():
-                    cut_off = self._sum_values(length, length + cut_from_sum, self.summed_start, self.summed_mask)
-                    rest = self.value_sum - cut_off
-                self.value_sum = rest if bool(rest.isfinite().all()) else None
-            else:
-                self.value_sum = None
+        if self._value_storage is not None:
+            self._index.truncate(cut, self._value_storage, length)
 
     def reset(self) -> None:
         self._drop_storage()
@@ -429,11 +288,9 @@ class SparqLayer(DynamicLayer):
             return
         self._check_contents()
         self._given = None
-        index = (self.components, self.value_sum, self.summed_start, self.summed_mask)
         with outside_inference_mode():
             self._key_storage, self._value_storage = f(keys), f(values)
-            mapped = (None if t is None else f(t) for t in index)
-            self.components, self.value_sum, self.summed_start, self.summed_mask = mapped
+            self._index.map(f)
         # `f` may give back what it was given (a move to where it is): an adopted tensor stays an adopted one
         self._owned = self._owned or (self._key_storage is not keys and self._value_storage is not values)
         self._note_contents()
@@ -509,8 +366,8 @@ def take_remade(cache: Cache) -> int:
     """How often an index was made anew since the last call, because others had changed the layer."""
     remade = 0
     for layer in cache.layers:
-        if isinstance(layer, SparqLayer) and layer.remade:
-            remade, layer.remade = remade + layer.remade, 0
+        if isinstance(layer, SparqLayer):
+            remade, layer._index.remade = remade + layer._index.remade, 0
     return remade
 
 
@@ -537,7 +394,3 @@ def _grown(storage: Tensor | None, states: Tensor, used: int, capacity: int) -> 
 def _tokens(tensor: Tensor | None) -> Tensor | None:
     """[B, Hkv, n, d]; None for the empty tensor that a `DynamicLayer` begins with."""
     return None if tensor is None or tensor.dim() < 4 else tensor
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))

@@ -23,8 +23,9 @@ def has_kernel(device_type: str, dtype: torch.dtype) -> bool:
 
 
 def can_read(device: torch.device) -> bool:
-    """Whether Python may look at a tensor there: anywhere else it would wait for all work that has been queued."""
-    return device.type == "cpu"
+    """Whether Python may look at a tensor there. On a GPU it would wait for all work that has been queued, and a graph
+    cannot."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 @torch.compiler.assume_constant_result

@@ -167,7 +167,7 @@ def _device_plan(
             if queries > 1 or later:
                 strange = (rows[:, :queries] != (rows[:, -1:] & before)).any()
                 doubts.append((reasons.MASK_ORDER, strange))
-            if can_read(device) and not torch.compiler.is_compiling():
+            if can_read(device):
                 reason = next((why for why, doubt in doubts if bool(doubt)), None)
             elif doubts:
                 ignored_bias = torch.stack([doubt for _, doubt in doubts]).any()

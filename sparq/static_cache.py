@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import sparq_kernels
 import torch
-from sparq_kernels import layout
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from sparq.contents import outside_inference_mode, versions
 from sparq.devices import has_kernel
+from sparq.index import FixedIndex, Indexed
 
 # What `StaticLayer.lazy_initialization` sets (`dtype` before transformers 5.24 only).
 TAKEN_OVER = (
@@ -30,24 +29,16 @@ TAKEN_OVER = (
 class SparqStaticLayer(StaticLayer):
     """One attention layer's static cache: a `StaticLayer` with an index for SparQ, all of it of a fixed size.
 
-    The index is the component copy of K, and the sum of V over the valid positions. How many positions are filled is
-    known to the device alone (`cumulative_length`), and so is what the index covers: nothing here reads a value back,
-    so that a decode step can be compiled and captured. What Python does know is how far the index is behind: one new
-    token (`sum_pending`) or anything at all (`stale`). Both are as before when a decode step is over, so no step is
-    compiled twice.
+    How many positions are filled is known to the device alone (`cumulative_length`), and so is what the index covers:
+    nothing here reads a value back, so that a decode step can be compiled and captured.
     """
 
     keys: Tensor  # [B, Hkv, max_cache_len, d]; None before initialisation, like `values`
     values: Tensor
-    components: Tensor | None  # [B, Hkv, blocks, d, BLOCK], for all positions
-    value_sum: Tensor | None  # [B, Hkv, d] float32
-    summed: Tensor | None  # [B, max_cache_len] bool, the positions that `value_sum` is the sum of
 
     def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
         super().__init__(max_cache_len, **kwargs)
-        self.components = self.value_sum = self.summed = None
-        self.stale = True  # K and V were written without the index
-        self.sum_pending = False  # the newest token is among the components, and not in the sum
+        self._index = FixedIndex(max_cache_len)
         self.is_filled = False
         self._indexed: tuple[Tensor, Tensor, tuple[int, ...]] | None = None  # K, V and their versions
 
@@ -64,7 +55,8 @@ class SparqStaticLayer(StaticLayer):
             # In a compiled graph nobody can ask the device.
             new.is_filled = torch.compiler.is_compiling() or bool(layer.cumulative_length > 0)
             new._allocate_index()
-            new.stale = new.is_filled
+            if new.is_filled:
+                new._drop_index()
         return new
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -96,27 +88,18 @@ class SparqStaticLayer(StaticLayer):
         keys, values, seen = self._indexed
         if self.keys is not keys or self.values is not values or versions(keys, values) != seen:
             if (self.keys.shape, self.keys.dtype, self.keys.device) != (keys.shape, keys.dtype, keys.device):
-                self.components = self.value_sum = self.summed = None
+                self._index = FixedIndex()
                 self._allocate_index()
-            self.stale, self.sum_pending = True, False
+            self._drop_index()
+
+    def _drop_index(self) -> None:
+        self._index.drop(self.keys.shape[2])
 
     def _allocate_index(self) -> None:
-        compiling = torch.compiler.is_compiling()
-        if self.keys.shape != self.values.shape or (compiling and self.keys.device.type != "cpu"):
+        if self.keys.shape != self.values.shape or (torch.compiler.is_compiling() and self.keys.device.type != "cpu"):
             return  # what is allocated inside a CUDA graph is gone after it
-        if not has_kernel(self.keys.device.type, self.keys.dtype):
-            return  # steps stay dense
-        batch, heads, capacity, head_dim = self.keys.shape
-        with outside_inference_mode():
-            self.components = layout.allocate_components(
-                batch, heads, capacity, head_dim, self.keys.dtype, self.device
-            ).zero_()
-            self.value_sum = torch.zeros((batch, heads, head_dim), dtype=torch.float32, device=self.keys.device)
-            self.summed = torch.zeros((batch, capacity), dtype=torch.bool, device=self.keys.device)
-        self.stale = False
-        if not compiling:  # as StaticLayer does with K and V
-            for tensor in (self.components, self.value_sum, self.summed):
-                torch._dynamo.mark_static_address(tensor)
+        if has_kernel(self.keys.device.type, self.keys.dtype):  # or else steps stay dense
+            self._index.allocate(self.keys)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [B, Hkv, n, d] new keys and values; returns the whole storage, [B, Hkv, max_cache_len, d]."""
@@ -124,28 +107,22 @@ class SparqStaticLayer(StaticLayer):
             self.lazy_initialization(key_states, value_states)
         self.is_filled = True
         self._check_contents()
-        if (
-            key_states.shape[2] != 1
-            or self.stale
-            or self.sum_pending
-            or (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad))
-        ):
-            self.stale, self.sum_pending = True, False
+        is_recorded = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        if key_states.shape[2] == 1 and self._index.can_append(self.keys.shape[2]) and not is_recorded:
+            position = self.cumulative_length.expand(key_states.shape[0])
+            self._index.append(self.keys, self.values, key_states, value_states, position=position)
+            self.cumulative_length.add_(1)
+        else:
+            self._drop_index()
             super().update(key_states, value_states, *args, **kwargs)
-            self._note_contents()
-            return self.keys, self.values
-        assert self.components is not None
-        position = self.cumulative_length.expand(key_states.shape[0])
-        sparq_kernels.append(self.keys, self.values, self.components, None, key_states, value_states, position=position)
-        self.cumulative_length.add_(1)
-        self.sum_pending = True
         self._note_contents()
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)  # there since transformers 5.24
         if tokens_to_remove:
-            self.stale, self.sum_pending = True, False
+            if self.is_initialized:
+                self._drop_index()
             self.is_filled = bool(self.cumulative_length > 0)
 
     @property
@@ -155,71 +132,36 @@ class SparqStaticLayer(StaticLayer):
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of storage held: K, V, the component copy of K, the sum of V and the positions in it."""
-        held = (self.keys, self.values, self.components, self.value_sum, self.summed)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        """Bytes of storage held: K, V and the index."""
+        return sum(t.nbytes for t in (self.keys, self.values) if t is not None) + self._index.nbytes
 
-    def index(self, start: None, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Bring the index up to the current length and return it. The layer must have one (`components`).
+    @property
+    def has_index(self) -> bool:
+        return self._index.value_sum is not None
 
-        Args:
-            valid: [B, max_cache_len] bool, the positions that may be seen, none of them beyond the current length.
+    def index(self, start: None, mask: Tensor) -> Indexed:
+        """Bring the index up to the current length and return it. The layer must have one (`has_index`).
 
-        Returns:
-            The component copy of K [B, Hkv, blocks, d, BLOCK]; the sum of V over the valid positions [B, Hkv, d]
-            float32; and bool [], whether that sum is of other positions, or None where it surely is not. On a GPU and
-            in a compiled graph nobody can wait for that answer: there the validity of a position must not change
-            after the step (of one or many tokens) that wrote it. Elsewhere V is summed anew where it has.
+        mask: [B, max_cache_len] bool, the positions that may be seen, none of them beyond the current length.
         """
-        with torch.no_grad():  # not as a decorator: Dynamo cannot look through one on a layer made inside a graph
-            return self._index(valid)
-
-    def _index(self, valid: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        assert self.components is not None and self.value_sum is not None and self.summed is not None
         self._check_contents()
-        if self.stale:
-            layout.write_components(self.components, self.keys, 0)
-            self._sum_anew(valid)
-            self.stale = self.sum_pending = False
-            self._note_contents()
-            return self.components, self.value_sum, None
-        if self.sum_pending:
-            length = self.cumulative_length.expand(valid.shape[0])
-            sparq_kernels.extend_sum(self.value_sum, self.summed, self.values, valid, length=length)
-            self.sum_pending = False
-        if torch.compiler.is_compiling() or valid.device.type != "cpu":
-            return self.components, self.value_sum, (self.summed != valid).any()
-        if not torch.equal(self.summed, valid):
-            self._sum_anew(valid)
-        return self.components, self.value_sum, None
+        indexed = self._index.extend(self.keys, self.values, self.cumulative_length, start, mask)
+        self._note_contents()
+        return indexed
 
     def holds(self, key: Tensor, value: Tensor) -> bool:
         return key is self.keys and value is self.values
 
-    def sum_before(self, later: int, valid: Tensor) -> Tensor:
+    def sum_before(self, later: int) -> Tensor:
         """The sum of V over the valid positions but the newest `later`, [B, Hkv, d] float32, right after `index`."""
-        assert self.value_sum is not None
-        with torch.no_grad():
-            newest = self.cumulative_length - later + torch.arange(later, device=self.cumulative_length.device)
-            values = self.values.index_select(2, newest)
-            rest = values.masked_fill(~valid.index_select(1, newest)[:, None, :, None], 0).sum(2, dtype=torch.float32)
-            return self.value_sum - rest
-
-    def _sum_anew(self, valid: Tensor) -> None:
-        assert self.value_sum is not None and self.summed is not None
-        values = self.values.masked_fill(~valid[:, None, :, None], 0)
-        self.value_sum.copy_(values.sum(2, dtype=torch.float32))
-        self.summed.copy_(valid)
+        return self._index.sum_before(later, self.values, self.cumulative_length)
 
     def reset(self) -> None:
         if self.is_initialized:
             self._check_contents()
         super().reset()
-        self.is_filled = self.sum_pending = False
-        if self.value_sum is not None and self.summed is not None:
-            self.value_sum.zero_()
-            self.summed.zero_()
-            self.stale = False  # an index of nothing; what the components still hold is never read
+        self.is_filled = False
+        self._index.clear()
         if self.is_initialized:
             self._note_contents()
 
@@ -236,11 +178,10 @@ class SparqStaticLayer(StaticLayer):
     def prefetch(self) -> None:
         self._check_contents()
         super().prefetch()
-        if self.summed is not None and self.summed.device != self.device:
+        if self._index.value_sum is not None and self._index.value_sum.device != self.device:
             self._map_index(lambda t: t.to(self.device, non_blocking=True))
 
     def _map_index(self, f: Any) -> None:
-        if self.components is not None and self.value_sum is not None and self.summed is not None:
-            self.components, self.value_sum, self.summed = f(self.components), f(self.value_sum), f(self.summed)
+        self._index.map(f)
         if self.is_initialized:
             self._note_contents()

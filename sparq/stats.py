@@ -180,6 +180,8 @@ class Stats:
             self.sparse_on.add((step.alpha.device, step.dtype))
             assert isinstance(step.counts, tuple)
             self._layer(step.layer).add(step.counts)
+            if step.mean_is_stale is not None:
+                _add_doubts([self.on_device[step.layer]], [step.mean_is_stale], SLOTS.index("other_sums"))
         layers = tuple([step.layer for step in steps])
         # detached: with its graph, every step of a model run without no_grad would stay alive
         sums = torch.stack([step.alpha.detach() for step in steps]).flatten(1).sum(1)

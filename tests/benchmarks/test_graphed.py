@@ -97,7 +97,7 @@ def test_a_step_never_waits_for_its_device(family: str, patched: bool) -> None:
         for _ in range(2):
             assert step().shape == (2, 300)
     if patched:
-        assert all(not layer.stale and not layer.sum_pending for layer in cache.layers)
+        assert all(layer._index.unindexed == layer._index.unsummed == 0 for layer in cache.layers)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_replay_of_an_index_that_lags_is_found() -> None:
 
     def replay() -> Tensor:
         for layer in cache.layers:
-            layer.value_sum.mul_(0)
+            layer._index.value_sum.mul_(0)
         return step()
 
     assert graphed.replay_error(step, replay, 1e-4) is not None

@@ -514,3 +514,24 @@ def test_padding_is_read_back_once_in_a_step_and_compared_in_no_layer(monkeypatc
     monkeypatch.setattr(torch, "equal", lambda a, b: waits.append("equal") or equal(a, b))
     teacher_forced(model, inputs, next_tokens(steps=5))
     assert waits == ["tolist"] * 5
+
+
+@pytest.mark.parametrize("hole", [None, slice(20, 23)], ids=["padding", "hole"])
+def test_a_mask_is_not_read_back_while_decoding_on_a_gpu(hole: slice | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried on the CPU, where the same code is told that it may not look."""
+    inputs, tokens = prompt(), next_tokens()
+    if hole is not None:
+        inputs["attention_mask"][0, hole] = 0
+    readable = sparq.patch(build(), **SPARSE)
+    expected = teacher_forced(readable, inputs, tokens)
+    for module in (sparq.plan, sparq.index):
+        monkeypatch.setattr(module, "can_read", lambda device: False)
+    model = sparq.patch(build(), **SPARSE)
+    torch.testing.assert_close(teacher_forced(model, inputs, tokens), expected, rtol=1e-4, atol=1e-5)
+    ours, theirs = sparq.report(model).total, sparq.report(readable).total
+    assert (ours.sparse_steps, ours.bytes_read, ours.bytes_dense) == (
+        theirs.sparse_steps,
+        theirs.bytes_read,
+        theirs.bytes_dense,
+    )
+    assert ours.other_sums == 0 and ours.mean_alpha == pytest.approx(theirs.mean_alpha)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+import sparq.index
 from sparq.cache import CAPACITY_STEP, SparqLayer, room_to_grow, upgrade
 from tests.sparq.tiny import build, prompt
 
@@ -347,7 +348,7 @@ def test_after_a_growth_tokens_go_into_both_copies_at_once(tokens: int, monkeypa
     layer.index()
     for _ in range(3 * BLOCK):
         layer.update(*states(1))
-        late += layer._unindexed
+        late += layer._index.unindexed
         grown, capacity = grown + (layer._key_storage.shape[2] != capacity), layer._key_storage.shape[2]
         layer.index()
     assert late <= grown <= 4
@@ -365,25 +366,25 @@ def test_a_long_prompt_takes_no_more_than_it_needs() -> None:
 
 def test_index_reads_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     written, summed = [], []
-    write, sum_values = layout.write_components, SparqLayer._sum_values
+    write, sum_values = layout.write_components, sparq.index._sum
 
     def watched_write(components: Tensor, key: Tensor, position: int) -> None:
         written.append((position, position + key.shape[2]))
         write(components, key, position)
 
-    def watched_sum(self, begin: int, end: int, *args) -> Tensor:
+    def watched_sum(values: Tensor, begin: int, end: int, *args) -> Tensor:
         summed.append((begin, end))
-        return sum_values(self, begin, end, *args)
+        return sum_values(values, begin, end, *args)
 
     monkeypatch.setattr(layout, "write_components", watched_write)
-    monkeypatch.setattr(SparqLayer, "_sum_values", watched_sum)
+    monkeypatch.setattr(sparq.index, "_sum", watched_sum)
     layer, start = filled(500), torch.tensor([0, 7])
     assert not written and not summed
     layer.index(start)
     layer.index(start)
     assert written == summed == [(0, 500)]
     layer.update(*states(1))
-    assert layer.indexed == layer.summed == 501  # one token is appended to everything at once
+    assert layer._index.unindexed == layer._index.unsummed == 0  # one token is appended to everything at once
     layer.index(start)
     assert written == summed == [(0, 500)]
     layer.reorder_cache(torch.tensor([1, 0]))
@@ -469,6 +470,74 @@ def test_validity_that_changes_between_steps() -> None:
         (None, None),
     ):
         check(layer, plain, start, mask)
+
+
+def refuse_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer takes its tensors for a GPU's, from which nothing may be read back."""
+
+    def refused(*args) -> None:
+        raise AssertionError("read back from the device")
+
+    monkeypatch.setattr(sparq.index, "can_read", lambda tensor: False)
+    monkeypatch.setattr(torch, "equal", refused)
+    for name in ("__bool__", "item", "tolist", "__int__", "__float__", "__index__", "numpy"):
+        monkeypatch.setattr(Tensor, name, refused)
+
+
+def holes(length: int) -> Tensor:
+    """[2, length] bool: some padding, a hole, and a new token that is invalid in one row."""
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[0, :5] = mask[1, 9] = mask[1, 21:22] = False
+    return mask
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_elsewhere_nothing_is_read_back(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tokens are in the sum as their mask says, and as a layer has them that may look."""
+    layer, looking = filled(20), filled(20)
+    results: list[list] = [[], []]
+    for own, answers in ((looking, results[0]), (layer, results[1])):
+        with monkeypatch.context() as patched:
+            if own is layer:
+                refuse_reading(patched)
+            for step in range(6):
+                length = 20 + step * tokens
+                if step:
+                    own.update(*states(tokens, seed=step))
+                answers.append(own.index(None, holes(length)))
+            assert torch.is_tensor(own.sum_before(1))
+    for known, blind in zip(*results, strict=True):
+        assert known.mean_is_stale is None and (blind.mean_is_stale is None or not blind.mean_is_stale)
+        torch.testing.assert_close(blind.value_sum, known.value_sum, rtol=0, atol=0)
+    assert all(answer.mean_is_stale is not None for answer in results[1][1:])
+    assert torch.equal(layer.sum_before(1), looking.sum_before(1))
+    length = layer.get_seq_length()
+    assert torch.equal(read_components(layer.index(None, holes(length)).components, length), layer.keys)
+
+
+@pytest.mark.parametrize("before", ["nothing", "start", "mask"])
+@pytest.mark.parametrize("now", ["nothing", "start", "mask"])
+def test_elsewhere_a_mask_that_changes_is_noted_until_the_sum_is_made_anew(
+    before: str, now: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def validity(which: str, length: int) -> tuple[Tensor | None, Tensor | None]:
+        return torch.tensor([0, 7]) if which == "start" else None, holes(length) if which == "mask" else None
+
+    layer, doubts = filled(20), []
+    with monkeypatch.context() as patched:
+        refuse_reading(patched)
+        layer.index(*validity(before, 20))
+        for length in (21, 22):
+            layer.update(*states(1))
+            doubts.append(layer.index(*validity(now, length)).mean_is_stale)
+        layer.reorder_cache(torch.tensor([1, 0]))
+    if before == now:
+        assert all(doubt is None or not doubt for doubt in doubts)
+    else:
+        assert all(bool(doubt) for doubt in doubts)
+        assert layer._index.stale.tolist() == [True, "mask" in (before, now)]
+    assign(layer, lambda t: t)
+    assert layer.index(*validity(now, 22)).mean_is_stale is None
 
 
 def test_adopted_tensors_are_read_and_never_written() -> None:
@@ -609,7 +678,16 @@ class Placed(torch.Tensor):
         return moved
 
 
-HELD = ("_key_storage", "_value_storage", "components", "value_sum", "summed_start", "summed_mask")
+def held_by(layer) -> list[tuple[object, str]]:
+    """All tensors of a layer of either kind: whose attribute, and its name."""
+    names = ("keys", "values") if hasattr(layer, "cumulative_length") else ("_key_storage", "_value_storage")
+    own = [(layer, name) for name in names]
+    index = [(layer._index, name) for name in ("value_sum", "start", "mask")]
+    return [
+        (owner, name)
+        for owner, name in (*own, *index, (layer._index.components, "blocks"))
+        if getattr(owner, name) is not None
+    ]
 
 
 def test_offload_and_prefetch_move_all_that_is_held() -> None:
@@ -617,13 +695,14 @@ def test_offload_and_prefetch_move_all_that_is_held() -> None:
     start, mask = torch.tensor([0, 7]), torch.ones(2, 300, dtype=torch.bool)
     layer.index(start, mask)
     layer.device = torch.device("cuda:0")
-    for name in HELD:
-        placed = getattr(layer, name).as_subclass(Placed)
-        setattr(layer, name, placed.to("cuda:0"))
+    held = held_by(layer)
+    assert len(held) == 6
+    for owner, name in held:
+        setattr(owner, name, getattr(owner, name).as_subclass(Placed).to("cuda:0"))
     layer._note_contents()
 
     def places() -> set[str]:
-        return {str(getattr(layer, name).device) for name in HELD}
+        return {str(getattr(owner, name).device) for owner, name in held}
 
     layer.offload()
     assert places() == {"cpu"}
@@ -633,8 +712,8 @@ def test_offload_and_prefetch_move_all_that_is_held() -> None:
     layer.prefetch()
     assert layer._key_storage is there  # it is where it belongs
 
-    for name in HELD:
-        setattr(layer, name, getattr(layer, name).as_subclass(torch.Tensor))
+    for owner, name in held:
+        setattr(owner, name, getattr(owner, name).as_subclass(torch.Tensor))
     layer._note_contents()
     check(layer, plain, start, mask)
 

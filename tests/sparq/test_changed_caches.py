@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import sparq
 import sparq.cache
+import sparq.index
 from sparq.cache import SparqLayer, upgrade
 from tests.sparq import test_cache
 from tests.sparq.slow import Slow
@@ -214,3 +215,19 @@ def test_the_report_says_how_often_an_index_was_made_anew() -> None:
             layer.keys, layer.values = layer.keys[:, :, 1:], layer.values[:, :, 1:]
     report = sparq.report(model)
     assert report.remade == 3 * 3 and "9 times a layer was changed from outside" in str(report)
+
+
+@torch.no_grad()
+def test_a_mask_that_changes_where_nothing_is_read_back_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the sum is of the positions that were valid when they came, and the report says how often."""
+    monkeypatch.setattr(sparq.index, "can_read", lambda tensor: False)
+    model, tokens = sparq.patch(build(), **SPARSE), next_tokens(2, 5)
+    cache = DynamicCache(config=model.config)
+    model(**prompt(padding=0), past_key_values=cache)
+    for step in range(5):
+        mask = torch.ones(2, 41 + step, dtype=torch.int64)
+        mask[0, 3] = 0
+        mask[:, :20] *= step < 3
+        model(tokens[:, step : step + 1], attention_mask=mask, past_key_values=cache)
+    report = sparq.report(model)
+    assert report.total.sparse_steps == 3 * 5 and report.total.other_sums == 3 * 2

@@ -151,6 +151,6 @@ def test_layers_on_two_gpus(saved: Path) -> None:
     with torch.no_grad():
         cache = model(**inputs).past_key_values
         model(next_tokens(2, 1).cuda(), past_key_values=cache)
-    assert [layer.components.device.index for layer in cache.layers] == [0, 1, 1]
+    assert [layer._index.components.blocks.device.index for layer in cache.layers] == [0, 1, 1]
     sparq.patch(model, **SPARSE)
     check(model, inputs, "triton")

@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 import sparq
+import sparq.index
 from sparq.attention import sparq_attention
 from sparq.cache import upgrade
 from sparq.config import SparqConfig
@@ -23,7 +24,7 @@ from sparq.stats import Stats
 from sparq.step import Step
 from tests.sparq.slow import Slow
 from tests.sparq.test_attention import causal_mask, decode_with_masks
-from tests.sparq.test_cache import Placed, assign, states
+from tests.sparq.test_cache import Placed, assign, held_by, states
 from tests.sparq.tiny import attention_module, build, generate, next_tokens, prompt, teacher_forced
 
 SPARSE = dict(r=4, k=12, min_length=0)
@@ -108,9 +109,13 @@ def test_operation(operation: str, indexed: bool) -> None:
 def test_single_tokens_extend_the_index_and_many_make_it_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _ = pair()
     layer.index(None, seen(20))
-    anew, real = [], SparqStaticLayer._sum_anew
-    monkeypatch.setattr(SparqStaticLayer, "_sum_anew", lambda self, valid: anew.append(1) or real(self, valid))
-    held = [layer.keys, layer.values, layer.components, layer.value_sum, layer.summed, layer.cumulative_length]
+    anew, real = [], sparq.index._sum
+    monkeypatch.setattr(sparq.index, "_sum", lambda *args: anew.append(1) or real(*args))
+
+    def tensors() -> list[Tensor]:
+        return [layer.cumulative_length, *(getattr(owner, name) for owner, name in held_by(layer))]
+
+    held = tensors()
     for length in range(21, 30):
         layer.update(*states(1, seed=length))
         layer.index(None, seen(length))
@@ -120,8 +125,7 @@ def test_single_tokens_extend_the_index_and_many_make_it_anew(monkeypatch: pytes
     assert anew == [1]
     layer.reset()
     # a captured graph knows these by their address
-    now = [layer.keys, layer.values, layer.components, layer.value_sum, layer.summed, layer.cumulative_length]
-    assert all(a is b for a, b in zip(held, now, strict=True))
+    assert len(held) == 6 and all(a is b for a, b in zip(held, tensors(), strict=True))
 
 
 @pytest.mark.parametrize("rows", [[1], [0, 1, 1]], ids=["fewer", "more"])
@@ -215,7 +219,7 @@ def test_memory() -> None:
     heads, head_dim = layer.keys.shape[1], layer.keys.shape[3]
     rows, components = 2 * SIZE * head_dim * 4, BLOCK * head_dim * 4
     assert layer.allocated_bytes == 2 * heads * (rows + components + head_dim * 4) + 2 * SIZE
-    assert not layer.components.any()  # what was never written is no NaN
+    assert not layer._index.components.blocks.any()  # what was never written is no NaN
 
 
 def test_a_full_cache_says_so() -> None:
@@ -228,24 +232,25 @@ def test_a_full_cache_says_so() -> None:
 def test_offload_and_prefetch_move_all_that_is_held() -> None:
     layer, plain = pair()
     layer.index(None, seen(20))
-    held = ("keys", "values", "components", "value_sum", "summed")
+    held = held_by(layer)
+    assert len(held) == 5
     layer.device = torch.device("cuda:0")
-    for name in held:
-        setattr(layer, name, getattr(layer, name).as_subclass(Placed).to("cuda:0"))
+    for owner, name in held:
+        setattr(owner, name, getattr(owner, name).as_subclass(Placed).to("cuda:0"))
     layer._note_contents()
 
     def places() -> set[str]:
-        return {str(getattr(layer, name).device) for name in held}
+        return {str(getattr(owner, name).device) for owner, name in held}
 
     layer.offload()
     assert places() == {"cpu"}
     layer.prefetch()
     assert places() == {"cuda:0"}
-    there = layer.components
+    there = layer._index.components.blocks
     layer.prefetch()
-    assert layer.components is there
-    for name in held:
-        setattr(layer, name, getattr(layer, name).as_subclass(torch.Tensor))
+    assert layer._index.components.blocks is there
+    for owner, name in held:
+        setattr(owner, name, getattr(owner, name).as_subclass(torch.Tensor))
     layer._note_contents()
     check(layer, plain, seen(20))
 
@@ -274,7 +279,7 @@ def test_upgrade_takes_over_the_tensors(filled: bool) -> None:
         assert type(layer) is SparqStaticLayer and layer.keys is other.keys and layer.values is other.values
         assert layer.cumulative_length is other.cumulative_length and layer.is_filled == filled
         assert (layer.device, layer.max_cache_len) == (other.device, SIZE)
-        assert layer.components is not None and vars(other).keys() <= vars(layer).keys()
+        assert layer.has_index and vars(other).keys() <= vars(layer).keys()
 
 
 def test_copies_stand_alone() -> None:
@@ -560,7 +565,7 @@ def test_steps_outside_of_no_grad_leave_no_graph_behind() -> None:
     actual = model(token, past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(actual, expected[:, 0])
     totals = model.base_model._sparq_patch.current().stats.on_device[0]
-    assert not totals.alpha.requires_grad and not cache.layers[0].value_sum.requires_grad
+    assert not totals.alpha.requires_grad and not cache.layers[0]._index.value_sum.requires_grad
 
 
 def test_inference_mode_may_be_left_between_calls() -> None:
@@ -646,7 +651,7 @@ def test_a_cache_that_stock_has_filled_in_inference_mode_is_followed() -> None:
         layer.keys[:, :, 3:20] = layer.keys[:, :, 4:21].clone()
     fresh = copy.deepcopy(cache)
     for layer in fresh.layers:
-        layer.stale = True
+        layer._drop_index()
     torch.testing.assert_close(model(token, past_key_values=cache).logits, model(token, past_key_values=fresh).logits)
 
 
