@@ -208,7 +208,8 @@ class SparqLayer(DynamicLayer):
             assert self.components is not None
             # Where a mask says what is valid, it is not known yet what it says of this token.
             value_sum = self.value_sum if self.summed_mask is None else None
-            sparq_kernels.append(keys, values, self.components, value_sum, key_states, value_states, position=start)
+            cached = sparq_kernels.Cached(keys, self.components, values, value_sum)
+            sparq_kernels.append(cached, key_states, value_states, start)
             self._grow(new, new, 0 if value_sum is None else new)
         else:
             keys[:, :, start:end] = key_states

@@ -136,7 +136,8 @@ class SparqStaticLayer(StaticLayer):
             return self.keys, self.values
         assert self.components is not None
         position = self.cumulative_length.expand(key_states.shape[0])
-        sparq_kernels.append(self.keys, self.values, self.components, None, key_states, value_states, position=position)
+        cached = sparq_kernels.Cached(self.keys, self.components, self.values, None)
+        sparq_kernels.append(cached, key_states, value_states, position)
         self.cumulative_length.add_(1)
         self.sum_pending = True
         self._note_contents()

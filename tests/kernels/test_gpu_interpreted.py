@@ -27,6 +27,7 @@ from tests.kernels.cases import (  # noqa: E402
     check_same,
     make_case,
     new_token,
+    rows_of,
     run_reference,
     small_integers,
     storage_of,
@@ -186,9 +187,9 @@ def test_the_search_ends_as_soon_as_the_threshold_is_known(
 def test_counts_of_a_mask(queries: int, way: str) -> None:
     """Counted once for all layers: the kernel against plain PyTorch, and a step that takes what it has counted."""
     case = make_case(3, 4, 2, 300, 16, query_length=queries, lengths=[300, 2, 77], holes=0.3, r=4, k=20, k_divisor=4)
-    knobs = dict(length=case.length, queries=queries, k=20, k_divisor=4)
     counts = launch.count(CountArguments(case.mask, case.length, None, queries, 20, 4, None))
-    assert torch.equal(counts, sparq_kernels.count_valid(case.mask, **knobs))
+    call = call_of(case)
+    assert torch.equal(counts, sparq_kernels.count_valid(call.visible, call.budget, queries=queries))
     for a, b in zip(run_kernels(case, way, counts), run_kernels(case, way), strict=True):
         assert torch.equal(a, b)
 
@@ -295,12 +296,13 @@ def test_append(dtype: torch.dtype, position: int | list[int], with_sum: bool) -
     ours, theirs = (storage_of(3, 2, BLOCK + 8, 20, dtype) for _ in range(2))
     tokens = new_token(3, 2, 20, dtype)
     rows = [position] * 3 if isinstance(position, int) else position
+    written = theirs if with_sum else theirs._replace(value_sum=None)
     for b, row in enumerate(rows):
         if 0 <= row < BLOCK + 8:
-            at = [x[b : b + 1] for x in theirs]
-            sparq_kernels.append(*at[:3], at[3] if with_sum else None, *(x[b : b + 1] for x in tokens), position=row)
+            sparq_kernels.append(rows_of(written, b), *(x[b : b + 1] for x in tokens), position=row)
     where = (None, position) if isinstance(position, int) else (torch.tensor(position), 0)
-    call = AppendArguments(*ours[:3], ours[3] if with_sum else None, *tokens, *where)
+    value_sum = ours.value_sum if with_sum else None
+    call = AppendArguments(ours.key, ours.value, ours.key_components, value_sum, *tokens, *where)
     launch.append(call, check_append(call))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

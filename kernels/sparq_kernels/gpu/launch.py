@@ -23,6 +23,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..append import AppendArguments
-from ..arguments import Arguments, check_memory
+from ..arguments import Arguments, check_memory, options_of, tensors_of
 from ..counting import CountArguments
 from ..layout import BLOCK
 from ..reference import max_positions
@@ -203,8 +204,8 @@ class Plan(NamedTuple):
 
 
 # A call's tensors, in the order of `run`; those of the scratch memory come behind them.
-TENSORS: tuple[str, ...] = ("query", "key", "components", "value", "value_sum", "length", "start", "mask", "counts")
-TENSORS += ("positions", "output", "alpha_out", "lse_out")
+POINTERS: tuple[str, ...] = ("query", "key", "components", "value", "value_sum", "length", "start", "mask", "counts")
+POINTERS += ("positions", "output", "alpha_out", "lse_out")
 
 
 def plan(call: Arguments, **forced: Any) -> Plan:
@@ -219,8 +220,8 @@ def plan(call: Arguments, **forced: Any) -> Plan:
     end = cached if call.return_positions else triton.cdiv(cached, CHUNK.value) * CHUNK.value
     if forced:
         return _plan(call, end, forced)._replace(cached=cached)
-    described = [None if x is None else (x.stride(), x.dtype) for x in call[:9]]
-    layout = (end, call.query.shape, call.key.shape[1], call.query.device, *described, *call[9:])
+    described = [None if x is None else (x.stride(), x.dtype) for x in tensors_of(call)]
+    layout = (end, call.query.shape, call.key.shape[1], call.query.device, *described, *options_of(call))
     found = _plans.get(layout)
     if found is None:
         if len(_plans) >= MAX_HELD:
@@ -295,9 +296,9 @@ def _plan(call: Arguments, cached: int, forced: Mapping[str, Any]) -> Plan:
     dtypes = [query.dtype] * 4 + [call.value_sum.dtype, torch.int64, torch.int64]
     dtypes += [torch.int64 if call.mask is None else torch.uint8, torch.int64 if call.counts is None else i32, i32]
     dtypes += [query.dtype, f32, f32]
-    pointers = {name: (place, dtype) for place, (name, dtype) in enumerate(zip(TENSORS, dtypes, strict=True))}
+    pointers = {name: (place, dtype) for place, (name, dtype) in enumerate(zip(POINTERS, dtypes, strict=True))}
     pieces, end = [], 0
-    for place, (name, (dtype, elements)) in enumerate(scratch.items(), len(TENSORS)):
+    for place, (name, (dtype, elements)) in enumerate(scratch.items(), len(POINTERS)):
         pointers[name] = (place, dtype)
         pieces.append((end, dtype, elements))
         end += triton.cdiv(elements * dtype.itemsize, SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
@@ -390,7 +391,7 @@ def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query, key, key_components, value, value_sum, length, start, mask, counts = call[:9]
+    query, key, key_components, value, value_sum, length, start, mask, counts = tensors_of(call)
     batch, _, query_length, _ = shape = query.shape
     device, k_max, num_kv_heads = query.device, plan.sizes.k_max, key.shape[1]
     output = torch.empty(shape, dtype=query.dtype, device=device)
@@ -421,7 +422,7 @@ def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     first = scratch.data_ptr()
     kind = kind_of([*addresses, first], [*tensors, scratch])
     if kind is None or 0 in addresses:
-        check_memory(call._fields, call[:9])
+        check_memory(call, tensors_of)
     addresses += [first + offset for offset, _, _ in plan.scratch]
 
     def tensor(place: int) -> Tensor:
@@ -572,7 +573,7 @@ def _start(launch: Launch, call: Any, tensors: Sequence[Tensor], changed: int) -
     addresses = [x.data_ptr() for x in tensors]
     kind = kind_of(addresses, tensors)
     if kind is None or 0 in addresses:
-        check_memory(call._fields, call[: len(tensors)])
+        check_memory(call, itemgetter(slice(len(tensors))))
 
     def tensor(place: int) -> Tensor:
         return _as_bytes(tensors[place])
