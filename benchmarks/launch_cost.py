@@ -30,7 +30,7 @@ from report import Grid
 from rich.console import Console
 from sparq_kernels import Budget, Cached, Visible, allocate_components, operator
 from sparq_kernels.declaration import implementations
-from sparq_kernels.gpu import launch
+from sparq_kernels.gpu import fused, launch, split
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -79,7 +79,7 @@ def without_a_gpu(launched: Callable[..., None] | None = None, target: GPUTarget
     """Tensors of the CPU go the way of a GPU's. launched: gets the source and the arguments of each launch."""
     library = torch.library.Library("sparq_kernels", "IMPL")
     with ExitStack() as stack:
-        for kernel in vars(launch).values():
+        for kernel in [kernel for module in (launch, fused, split) for kernel in vars(module).values()]:
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.clear()  # made for another driver's target
                 stack.callback(kernel.device_caches.clear)

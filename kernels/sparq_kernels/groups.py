@@ -1,6 +1,7 @@
 """The operators' arguments that belong together, as the public functions take them.
 
-A field that is added to a group is added to `arguments.Arguments` in the same place: that is the group's fields in a row.
+A field that is added to a group is added to `arguments.Arguments` in the same place: there are the groups' fields in a
+row.
 """
 
 from __future__ import annotations

@@ -38,9 +38,9 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_a_gpu])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WAYS: dict[str, dict[str, Any]] = {
-    "select": {"fused": False, "select_width": 4096},
-    "distributed": {"fused": False, "select_width": 0},
-    "fused": {"fused": True, "select_width": 4096},
+    "select": {"variant": "split", "distributed": False, "width": 4096},
+    "distributed": {"variant": "split", "distributed": True, "width": 4096},
+    "fused": {"variant": "fused", "width": 4096},
 }
 
 
@@ -121,8 +121,7 @@ def test_a_row_grows_across_an_edge(edge: int, batch: int, device: str) -> None:
         if device == "cuda":
             from sparq_kernels.gpu import launch
 
-            plan = launch.plan(call_of(now))
-            plans.add((plan.sizes.fused, plan.sizes.select_width))
+            plans.add(launch.plan(call_of(now)).sizes)
     assert device == "cpu" or len(plans) == 2
 
 

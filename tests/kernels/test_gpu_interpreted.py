@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", reason="Triton has no build for this syst
 
 from sparq_kernels.append import AppendArguments, check_append  # noqa: E402
 from sparq_kernels.counting import CountArguments  # noqa: E402
-from sparq_kernels.gpu import launch, topk  # noqa: E402
+from sparq_kernels.gpu import launch, split, topk  # noqa: E402
 from sparq_kernels.value_sum import check_extending  # noqa: E402
 
 from tests.kernels.cases import (  # noqa: E402
@@ -40,9 +40,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MULTIPROCESSORS = 6  # 24 programs share the scoring of all heads
 # The ways through the kernels, as changes to what shapes this small would get.
 WAYS: dict[str, dict[str, Any]] = {
-    "select": {"fused": False, "select_width": 1024},
-    "distributed": {"fused": False, "select_width": 0, "part_width": 128},
-    "fused": {"fused": True, "select_width": 1024},
+    "select": {"variant": "split", "distributed": False, "width": 1024},
+    "distributed": {"variant": "split", "distributed": True, "width": 128},
+    "fused": {"variant": "fused", "width": 1024},
 }
 
 
@@ -70,7 +70,7 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_kernels(case: Case, way: str, counts: torch.Tensor | None = None, **changes: Any) -> sparq_kernels.DecodeOutput:
     call = call_of(case, counts=counts)
     plan = launch.plan(call, **{**WAYS[way], **changes})
-    assert way == "distributed" or case.key.shape[2] <= plan.sizes.select_width
+    assert way == "distributed" or case.key.shape[2] <= plan.sizes.width
     return sparq_kernels.DecodeOutput(*launch.run(plan, call))
 
 
@@ -112,7 +112,7 @@ def test_head_dims(head_dim: int, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_long_row(way: str) -> None:
     case = make_case(1, 4, 1, 4096, 128, torch.float16, starts=[100], r=32, k=256)
-    result = run_kernels(case, way, **({"part_width": 1024} if way == "distributed" else {"select_width": 4096}))
+    result = run_kernels(case, way, width=1024 if way == "distributed" else 4096)
     reference = run_reference(case)
     torch.testing.assert_close(result.output, reference.output, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(result.alpha, reference.alpha, rtol=1e-4, atol=1e-5)
@@ -178,7 +178,7 @@ def test_the_search_ends_as_soon_as_the_threshold_is_known(
 
     monkeypatch.setattr(topk, "_reached", counted)
     case = make_case(1, 4, 1, 1000, 64, r=16, k=100)
-    run_kernels(case, way, **({"part_width": 1024} if way == "distributed" else {}))
+    run_kernels(case, way, width=1024)
     assert 1 <= len(rounds) <= most
 
 
@@ -210,7 +210,7 @@ def test_a_kernel_of_its_own_merges_on_amd(group: int, way: str, monkeypatch: py
     expected = run_kernels(case, way)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     kernels = [one.kernel for one in launch.plan(call_of(case), **WAYS[way]).launches]
-    assert kernels[-2:] == [launch.gather, launch.merge]
+    assert kernels[-2:] == [split.gather, split.merge]
     for a, b in zip(run_kernels(case, way), expected, strict=True):
         assert torch.equal(a, b)
 
