@@ -71,15 +71,17 @@ def wrong_operator(model: PreTrainedModel, context: int, batch: int, config: spa
     components = sparq_kernels.allocate_components(*shape, dtype, device)
     sparq_kernels.write_components(components, key, 0)
     value_sum = value.sum(2, dtype=torch.float32)
-    knobs = dict(r=config.components(heads.head_dim), k=config.min_k, k_divisor=config.k_divisor, local=config.local)
+    budget = sparq_kernels.Budget(config.components(heads.head_dim), config.min_k, config.k_divisor, config.local)
     inputs = (query, key, components, value, value_sum)
 
     def output(row: int, dtype: torch.dtype) -> Tensor:
-        one = (tensor[row : row + 1].to(dtype) for tensor in inputs)
-        return sparq_kernels.decode(*one, length=torch.tensor([context], device=device), **knobs).output
+        return attended(torch.tensor([context], device=device), *(tensor[row : row + 1].to(dtype) for tensor in inputs))
+
+    def attended(length: Tensor, query: Tensor, *cached: Tensor) -> Tensor:
+        return sparq_kernels.decode(query, sparq_kernels.Cached(*cached), sparq_kernels.Visible(length), budget).output
 
     lengths = torch.full((batch,), context, device=device)
-    fast = sparq_kernels.decode(*inputs, length=lengths, **knobs).output
+    fast = attended(lengths, *inputs)
     slow = torch.cat([output(row, torch.float64) for row in range(batch)])  # in float64 a row takes enough memory
     error = relative_error(fast, slow)
     if not error < tolerance(dtype):

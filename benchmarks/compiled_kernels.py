@@ -199,12 +199,15 @@ def record(
 ) -> list[Launch]:
     """The launches of `module` (`sparq_kernels.gpu.launch` or a copy of it) for one call on that device.
 
-    forced: sizes of `decode`'s plan."""
+    forced: the variant and the sizes of `decode`'s plan."""
     launches: list[Launch] = []
     with ExitStack() as stack:
-        for name, kernel in list(vars(module).items()):
-            if isinstance(kernel, JITFunction):
-                stack.enter_context(mock.patch.object(module, name, _Recorder(kernel, launches)))
+        real = module.Launch
+
+        def recorded(kernel: JITFunction, *arguments: Any, **options: Any) -> Any:
+            return real(_Recorder(kernel, launches), *arguments, **options)
+
+        stack.enter_context(mock.patch.object(module, "Launch", recorded))
         stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: MULTIPROCESSORS[target]))
         stack.enter_context(mock.patch.dict(module._plans, clear=True))
         stack.enter_context(mock.patch.dict(module._appends, clear=True))

@@ -28,11 +28,9 @@ import torch
 import triton
 from report import Grid
 from rich.console import Console
-from sparq_kernels import allocate_components, operator
-from sparq_kernels.append import append_cuda
-from sparq_kernels.counting import count_cuda
-from sparq_kernels.gpu import launch
-from sparq_kernels.value_sum import extend_cuda
+from sparq_kernels import Budget, Cached, Visible, allocate_components, operator
+from sparq_kernels.declaration import implementations
+from sparq_kernels.gpu import fused, launch, split
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -81,7 +79,7 @@ def without_a_gpu(launched: Callable[..., None] | None = None, target: GPUTarget
     """Tensors of the CPU go the way of a GPU's. launched: gets the source and the arguments of each launch."""
     library = torch.library.Library("sparq_kernels", "IMPL")
     with ExitStack() as stack:
-        for kernel in vars(launch).values():
+        for kernel in [kernel for module in (launch, fused, split) for kernel in vars(module).values()]:
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.clear()  # made for another driver's target
                 stack.callback(kernel.device_caches.clear)
@@ -90,10 +88,8 @@ def without_a_gpu(launched: Callable[..., None] | None = None, target: GPUTarget
         triton.runtime.driver.set_active(Driver(launched, target))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # of what is registered twice
-        library.impl("decode", operator.decode_cuda, "CPU", allow_override=True)
-        library.impl("append", append_cuda, "CPU", allow_override=True)
-        library.impl("extend_sum", extend_cuda, "CPU", allow_override=True)
-        library.impl("count_valid", count_cuda, "CPU", allow_override=True)
+        for name, implementation in implementations("cuda").items():
+            library.impl(name, implementation, "CPU", allow_override=True)
         stack.enter_context(mock.patch.object(launch, "multiprocessors", lambda device: MULTIPROCESSORS))
         stack.enter_context(mock.patch.object(step, "has_kernel", lambda *_: True))
         stack.enter_context(mock.patch.dict(attention.PAYS_FROM_BYTES, cpu=0))
@@ -166,9 +162,11 @@ def measure_operators(cached: int, layers: int, steps: int) -> float:
         times = []
         for _ in range(2 * steps):
             started = time.perf_counter()
+            visible, budget = Visible(length), Budget(r=16, k=128, k_divisor=16)
             for key, value, components in storage:
-                sparq_kernels.append(key, value, components, value_sum, new_key, new_value, position=cached - 1)
-                sparq_kernels.decode(query, key, components, value, value_sum, length=length, r=16, k=128, k_divisor=16)
+                layer = Cached(key, components, value, value_sum)
+                sparq_kernels.append(layer, new_key, new_value, cached - 1)
+                sparq_kernels.decode(query, layer, visible, budget)
             times.append(1e6 * (time.perf_counter() - started) / layers)
     return statistics.median(times[steps:])
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import sparq_kernels
 import torch
+from sparq_kernels import Budget, Cached, Visible
 from sparq_kernels.layout import prefer_huge_pages
 from sparq_kernels.reference import decode_reference
 from torch import Tensor
@@ -47,6 +48,11 @@ class Inputs:
     value_sum: Tensor
     length: Tensor
 
+    def groups(self, shape: Shape) -> tuple[Cached, Visible, Budget]:
+        """As the operator and its reference take them."""
+        cached = Cached(self.key, self.components, self.value, self.value_sum)
+        return cached, Visible(self.length), Budget(shape.r, shape.k)
+
     def copy(self) -> Inputs:
         """On pages as large as the plugin's cache asks for, dense and sparse alike."""
         copies = [torch.empty_like(x) for x in vars(self).values()]
@@ -70,9 +76,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs
 
 
 def decode(shape: Shape, x: Inputs, return_positions: bool = False) -> sparq_kernels.DecodeOutput:
-    tensors = (x.query, x.key, x.components, x.value, x.value_sum)
-    knobs = dict(length=x.length, r=shape.r, k=shape.k)
-    return sparq_kernels.decode(*tensors, **knobs, return_positions=return_positions)
+    return sparq_kernels.decode(x.query, *x.groups(shape), return_positions=return_positions)
 
 
 def sparq(shape: Shape, x: Inputs) -> Tensor:
@@ -83,17 +87,7 @@ def reference_results(shape: Shape, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Output, alpha and positions of the plain PyTorch reference."""
     output, alpha, positions, _ = decode_reference(
         x.query,
-        x.key,
-        x.components,
-        x.value,
-        x.value_sum,
-        x.length,
-        None,
-        None,
-        r=shape.r,
-        k=shape.k,
-        k_divisor=None,
-        local=None,
+        *x.groups(shape),
         scale=shape.head_dim**-0.5,
         softcap=None,
         mean_value=True,

@@ -216,18 +216,9 @@ def _decode(call: Call, ready: _Ready) -> Tensor:
     r = step.components(head_dim)
     output, alpha, _, lse = sparq_kernels.decode(
         call.query,
-        key,
-        ready.components,
-        value,
-        ready.value_sum,
-        length=plan.length,
-        start=plan.start,
-        mask=plan.mask,
-        counts=plan.row_counts,
-        r=r,
-        k=config.min_k,
-        k_divisor=config.k_divisor,
-        local=config.local,
+        sparq_kernels.Cached(key, ready.components, value, ready.value_sum),
+        sparq_kernels.Visible(plan.length, plan.start, plan.mask, plan.row_counts),
+        sparq_kernels.Budget(r, config.min_k, config.k_divisor, config.local),
         scale=call.kwargs["scaling"],
         # Under SDPA the model's dense steps know no cap: older versions of transformers allow that, newer refuse it.
         softcap=call.kwargs.get("softcap") if call.base == "eager" else None,

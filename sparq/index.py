@@ -62,7 +62,9 @@ class Components:
     ) -> None:
         """Write a token's K and V, `new`, into the storage `held`, into this, and into the sum if it is given."""
         assert self.blocks is not None
-        sparq_kernels.append(*held, self.blocks, value_sum, *new, position=position)
+        key, value = held
+        new_key, new_value = new
+        sparq_kernels.append(sparq_kernels.Cached(key, self.blocks, value, value_sum), new_key, new_value, position)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> None:
         self.blocks = None if self.blocks is None else f(self.blocks)

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import DTYPES, check_memory, check_once, layout_of
+from .arguments import DTYPES, check_devices, check_memory, check_once, check_required, layout_of
 from .backends import triton_kernels
+from .declaration import define, parts_of, required_tensors
+from .groups import Cached, wrong_group
 from .layout import BLOCK, num_blocks
 
 
@@ -25,29 +27,26 @@ class AppendArguments(NamedTuple):
     offset: int
 
 
-def append(
-    key: Tensor,
-    value: Tensor,
-    key_components: Tensor,
-    value_sum: Tensor | None,
-    new_key: Tensor,
-    new_value: Tensor,
-    *,
-    position: int | Tensor,
-) -> None:
+tensors_of, _ = parts_of(AppendArguments)
+REQUIRED = required_tensors(AppendArguments)
+WRITTEN = ("key", "value", "key_components", "value_sum")
+
+
+def append(cached: Cached, new_key: Tensor, new_value: Tensor, position: int | Tensor) -> None:
     """Write a token's key and value into the storage, in place; on a GPU in one kernel that waits for nothing.
 
-    key, value: [B, Hkv, capacity, d], last axis contiguous.
-    key_components: [B, Hkv, blocks, d, BLOCK], room for at least `capacity` positions.
-    value_sum: [B, Hkv, d] float32 (float64 allowed with a float64 storage), to which the value is added; None leaves
-        the sum alone.
+    cached: the storage.  Its S positions are all that there is room for, the new one among them; key_components must
+        have room for as many.  The value is added to value_sum, unless that is None.
     new_key, new_value: [B, Hkv, 1, d], the storage's dtype.
     position: where it goes: an int, or int64 [B] on the storage's device, one for each row.
     Raises ValueError for a wrong shape, stride, device or position, TypeError for a wrong dtype, RuntimeError for
     memory that cannot be written, before anything is written.  A tensor of positions on a GPU is not looked at: one
     outside the storage writes nothing.
     """
-    per_row = isinstance(position, Tensor)
+    if not isinstance(cached, Cached):
+        raise wrong_group("cached", cached, Cached)
+    key, key_components, value, value_sum = cached
+    is_per_row = isinstance(position, Tensor)
     _append_op(
         key,
         value,
@@ -55,16 +54,15 @@ def append(
         value_sum,
         new_key,
         new_value,
-        position if per_row else None,
-        0 if per_row else position,
+        position if is_per_row else None,
+        0 if is_per_row else position,
     )
 
 
-def append_default(*arguments: Any) -> None:
+def append_default(call: AppendArguments) -> None:
     """Plain PyTorch, for any device."""
-    call = AppendArguments(*arguments)
     check_append(call)
-    check_memory(call._fields, call[:7])
+    check_memory(call, tensors_of)
     new_key, new_value = call.new_key[:, :, 0], call.new_value[:, :, 0]  # [B, Hkv, d]
     if call.position is None:
         s: Any = call.offset
@@ -83,28 +81,15 @@ def append_default(*arguments: Any) -> None:
         call.value_sum.add_(new_value)
 
 
-def append_cuda(*arguments: Any) -> None:
+def append_cuda(call: AppendArguments) -> None:
     gpu = triton_kernels()
     if gpu is None:
-        return append_default(*arguments)
-    call = AppendArguments(*arguments)
+        return append_default(call)
     return gpu.append(call, check_append(call))
 
 
-def append_fake(*arguments: Any) -> None:
-    _check_devices(AppendArguments(*arguments))  # one tensor on `meta` is enough for the dispatcher to come here
-
-
-torch.library.define(
-    "sparq_kernels::append",
-    "(Tensor(a!) key, Tensor(b!) value, Tensor(c!) key_components, Tensor(d!)? value_sum, Tensor new_key, "
-    "Tensor new_value, Tensor? position, SymInt offset) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-torch.library.impl("sparq_kernels::append", "default", append_default)
-torch.library.impl("sparq_kernels::append", "cuda", append_cuda)
-torch.library.register_fake("sparq_kernels::append", append_fake)
-_append_op = torch.ops.sparq_kernels.append.default
+def append_fake(call: AppendArguments) -> None:
+    _check_tensors(call)  # one tensor on `meta` is enough for the dispatcher to come here
 
 
 def check_append(call: AppendArguments) -> tuple[object, ...]:
@@ -112,13 +97,14 @@ def check_append(call: AppendArguments) -> tuple[object, ...]:
 
     Returns the layout, which is equal where all but addresses and position are.
     """
-    layout = layout_of(call[:7])
+    layout = layout_of(tensors_of(call))
     check_once(layout, _check_layout, call)
     # What follows is not of the layout, and PyTorch would find it when some of the tensors were written already.
     in_inference_mode = torch.is_inference_mode_enabled()
-    for tensor in call[:4]:
+    for name in WRITTEN:
+        tensor = getattr(call, name)
         if tensor is not None and (tensor.requires_grad or (not in_inference_mode and tensor.is_inference())):
-            _check_writable(call._fields[[x is tensor for x in call].index(True)], tensor)
+            _check_writable(name, tensor)
     if call.position is None and not 0 <= call.offset < call.key.shape[2]:
         raise ValueError(f"position must be in [0, {call.key.shape[2]}), got {call.offset}")
     return layout
@@ -133,17 +119,13 @@ def _check_writable(name: str, tensor: Tensor) -> None:
             raise RuntimeError(f"{name} is a leaf that requires a gradient and cannot be written")
 
 
-def _check_devices(call: AppendArguments) -> None:
-    for name in ("key", "value", "key_components", "new_key", "new_value"):
-        if getattr(call, name) is None:  # the dispatcher lets that pass
-            raise TypeError(f"{name} must be a tensor, got None")
-    for name, tensor in call._asdict().items():
-        if isinstance(tensor, Tensor) and tensor.device != call.key.device:
-            raise ValueError(f"{name} must be on key's device {call.key.device}, got {tensor.device}")
+def _check_tensors(call: AppendArguments) -> None:
+    check_required(call, REQUIRED)
+    check_devices(call, tensors_of, "key")
 
 
 def _check_layout(call: AppendArguments) -> None:
-    _check_devices(call)
+    _check_tensors(call)
     key = call.key
     if key.dim() != 4:
         raise ValueError(f"key must be [B, Hkv, capacity, d], got {list(key.shape)}")
@@ -180,7 +162,8 @@ def _check_layout(call: AppendArguments) -> None:
             raise ValueError(f"position must be [{batch}], got {list(call.position.shape)}")
         if call.position.dtype != torch.int64:
             raise TypeError(f"position must be int64, got {call.position.dtype}")
-    for name, tensor in zip(call._fields, call[:4], strict=False):
+    for name in WRITTEN:
+        tensor = getattr(call, name)
         if tensor is not None and _overlaps_itself(tensor):
             raise ValueError(f"{name} is written, so its elements must not share memory; got strides {tensor.stride()}")
 
@@ -194,3 +177,14 @@ def _overlaps_itself(tensor: Tensor) -> bool:
                 return True
             span += stride * (size - 1)
     return False
+
+
+_append_op = define(
+    "append",
+    AppendArguments,
+    results=0,
+    written=WRITTEN,
+    default=append_default,
+    cuda=append_cuda,
+    fake=append_fake,
+)

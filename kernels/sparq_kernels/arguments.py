@@ -1,4 +1,4 @@
-"""The operator's arguments as one value, and every mistake in them answered in words."""
+"""A call of the operator as one value, which implementations read, and every mistake in it answered in words."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .declaration import Part, parts_of, required_tensors
+from .groups import Budget, Cached, Visible
 from .layout import BLOCK, num_blocks
 from .reference import max_positions
 
@@ -19,7 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Arguments(NamedTuple):
-    """One call, in the order of the operator's schema; shapes and meaning as in `operator.decode`."""
+    """One call, in the order of the operator's schema: the query, the fields of `Cached`, `Visible` and `Budget`, and
+    the options of `operator.decode`.  Shapes and meaning as there."""
 
     query: Tensor
     key: Tensor
@@ -40,6 +43,18 @@ class Arguments(NamedTuple):
     return_positions: bool
 
     @property
+    def cached(self) -> Cached:
+        return Cached(*(getattr(self, name) for name in Cached._fields))
+
+    @property
+    def visible(self) -> Visible:
+        return Visible(*(getattr(self, name) for name in Visible._fields))
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(*(getattr(self, name) for name in Budget._fields))
+
+    @property
     def softmax_scale(self) -> float:
         return self.query.shape[3] ** -0.5 if self.scale is None else self.scale
 
@@ -50,7 +65,11 @@ class Arguments(NamedTuple):
 
     def layout(self) -> tuple[object, ...]:
         """All that checks and launch choices depend on: equal layouts need them once."""
-        return (*layout_of(self[:9]), *self[9:])
+        return (*layout_of(tensors_of(self)), *options_of(self))
+
+
+tensors_of, options_of = parts_of(Arguments)
+REQUIRED = required_tensors(Arguments)
 
 
 def layout_of(tensors: Iterable[Tensor | None]) -> tuple[object, ...]:
@@ -62,23 +81,34 @@ def check_tensors(call: Arguments) -> None:
     """Raise where a tensor is missing, lies elsewhere, or query and key have no shapes to speak of.  One tensor on
     `meta` is enough for the dispatcher to ask for shapes only, so that is all the checking such a call gets."""
     query, key = call.query, call.key
-    for name in call._fields[:6]:
-        if getattr(call, name) is None:  # the dispatcher lets that pass
-            raise TypeError(f"{name} must be a tensor, got None")
+    check_required(call, REQUIRED)
     if query.dim() != 4:
         raise ValueError(f"query must be [B, Hq, Q, d], got {list(query.shape)}")
     if key.dim() != 4:
         raise ValueError(f"key must be [B, Hkv, S, d], got {list(key.shape)}")
-    for name, tensor in zip(call._fields, call[:9], strict=False):
-        if tensor is not None and tensor.device != query.device:
-            raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+    check_devices(call, tensors_of, "query")
+
+
+def check_required(call: Any, names: Iterable[str]) -> None:
+    """Raise where one of these is None: the dispatcher lets that pass for a tensor."""
+    for name in names:
+        if getattr(call, name) is None:
+            raise TypeError(f"{name} must be a tensor, got None")
+
+
+def check_devices(call: Any, tensors_of: Part, leading: str) -> None:
+    """Raise where a tensor lies elsewhere than the one called `leading`."""
+    device = getattr(call, leading).device
+    for name, tensor in zip(tensors_of(call._fields), tensors_of(call), strict=True):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on {leading}'s device {device}, got {tensor.device}")
 
 
 def check_arguments(call: Arguments) -> None:
     """Raise for a shape, dtype, device, stride or option that an implementation could not survive."""
     check_tensors(call)
-    query, key, key_components, value, value_sum, length, start, mask, counts = call[:9]
-    r, k, k_divisor, local, scale, softcap = call[9:15]
+    query, key, key_components, value, value_sum, length, start, mask, counts = tensors_of(call)
+    r, k, k_divisor, local, scale, softcap, _, _ = options_of(call)
     batch, num_heads, query_length, head_dim = query.shape
     num_kv_heads, cached = key.shape[1], key.shape[2]
     if not 1 <= query_length <= MAX_QUERY_LENGTH:
@@ -178,10 +208,10 @@ def check_budget(k: int, k_divisor: int | None, local: int | None) -> None:
         raise ValueError(f"local must be 0 to k ({k}) or None, got {local}")
 
 
-def check_memory(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
+def check_memory(call: Any, tensors_of: Part) -> None:
     """Raise for a tensor whose storage was freed under it (`storage.resize_(0)`, as FSDP does) or lies askew (a view of
     foreign bytes): whoever reads it may die, PyTorch's own operators too."""
-    for name, tensor in zip(names, tensors, strict=False):
+    for name, tensor in zip(tensors_of(call._fields), tensors_of(call), strict=True):
         if tensor is None:
             continue
         address = tensor.data_ptr()

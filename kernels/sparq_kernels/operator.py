@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .arguments import Arguments, check_arguments, check_memory, check_rows, check_tensors
+from .arguments import Arguments, check_arguments, check_memory, check_rows, check_tensors, tensors_of
 from .backends import triton_kernels
+from .declaration import define
+from .groups import Budget, Cached, Visible, wrong_group
 from .reference import decode_reference
 
 MAX_PLANS = 4096  # a growing cache brings a new layout with every token
@@ -28,19 +30,10 @@ class DecodeOutput(NamedTuple):
 
 def decode(
     query: Tensor,
-    key: Tensor,
-    key_components: Tensor,
-    value: Tensor,
-    value_sum: Tensor,
+    cached: Cached,
+    visible: Visible,
+    budget: Budget,
     *,
-    length: Tensor,
-    start: Tensor | None = None,
-    mask: Tensor | None = None,
-    counts: Tensor | None = None,
-    r: int,
-    k: int,
-    k_divisor: int | None = None,
-    local: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     mean_value: bool = True,
@@ -48,56 +41,37 @@ def decode(
 ) -> DecodeOutput:
     """SparQ attention of new tokens (arXiv 2312.04985, algorithm 1; the group sums the scores, not the logits).
 
-    query: [B, Hq, Q, d], after RoPE.  Hq = G * Hkv; heads of a group are neighbours.  The Q new tokens, 1 to 16, are
-        the last ones before `length`; each sees itself and what is before it, and chooses for itself.
-    key, value: [B, Hkv, S, d], S the cached positions including the new; last axis contiguous, other strides free.
-    key_components: [B, Hkv, blocks, d, BLOCK], the same keys as written by `layout.write_components`.
-    value_sum: [B, Hkv, d] float32 (float64 allowed with float64 inputs), the sum of V over exactly the valid positions.
-    length: int64 [B], one past each row's last cached position, at most S.
-    start: int64 [B], each row's first valid position; None means 0.
-    mask: bool [B, S], False excludes a position; None allows all.
-    counts: int32 [B, Q, 2], what `count_valid` gives for these rows, so that layers share it; None: counted here.
-    r: components of the query used to score, 1 <= r <= d.
-    k: positions attended in full, the local window included.  A query that sees n valid positions attends
-        min(n, max(k, n // k_divisor)); without k_divisor min(n, k).
-    local: newest valid positions that are always attended, at most k; None means a quarter of the query's budget.
+    query: [B, Hq, Q, d], after RoPE, in the dtype of the cached keys.  Hq = G * Hkv; heads of a group are neighbours.
+        The Q new tokens, 1 to 16, are the last ones before `visible.length`; each sees itself and what is before it,
+        and chooses for itself.
+    cached: the keys and values, and what is kept beside them.
+    visible: which rows and positions are valid.
+    budget: how much is read for each query.
     scale: multiplies q.K; None means d ** -0.5.
     softcap: logits x become softcap * tanh(x / softcap), approximate ones too; None means no cap.
     mean_value: blend in the mean of V by the score mass left out (step 5).
     return_positions: also give the chosen positions.
 
-    query, key, key_components and value share a dtype: float32, bfloat16, float16 (float32 arithmetic) or float64.
     Ties, of components and of positions, go to the lower index.  A query that sees nothing gives zeros and alpha 1.
     There is no gradient: a backward pass through the results raises a RuntimeError.
-    Raises ValueError for a wrong shape, stride, device or range, TypeError for a wrong dtype.
+    Raises ValueError for a wrong shape, stride, device or range, TypeError for a wrong dtype or group of arguments.
 
-    >>> from sparq_kernels import allocate_components, decode, write_components
+    >>> from sparq_kernels import Budget, Cached, Visible, allocate_components, decode, write_components
     >>> query, key = torch.ones(1, 2, 1, 4), torch.eye(4).expand(1, 1, 4, 4)
     >>> components = allocate_components(1, 1, 4, 4, torch.float32, "cpu")
     >>> write_components(components, key, 0)
-    >>> length = torch.tensor([4])
-    >>> decode(query, key, components, key, key.sum(2), length=length, r=2, k=1).output.shape
+    >>> cached = Cached(key, components, value=key, value_sum=key.sum(2))
+    >>> decode(query, cached, Visible(length=torch.tensor([4])), Budget(r=2, k=1)).output.shape
     torch.Size([1, 2, 1, 4])
     """
-    arguments = (
-        query,
-        key,
-        key_components,
-        value,
-        value_sum,
-        length,
-        start,
-        mask,
-        counts,
-        r,
-        k,
-        k_divisor,
-        local,
-        scale,
-        softcap,
-        mean_value,
-        return_positions,
-    )
+    if not isinstance(cached, Cached):
+        raise wrong_group("cached", cached, Cached)
+    if not isinstance(visible, Visible):
+        raise wrong_group("visible", visible, Visible)
+    if not isinstance(budget, Budget):
+        raise wrong_group("budget", budget, Budget)
+    arguments = (query, *cached, *visible, *budget, scale, softcap, mean_value, return_positions)
+    key, value = cached.key, cached.value
     if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (query, key, value)):
         with torch.no_grad():
             output, alpha, positions, lse = _decode_op(*arguments)
@@ -122,19 +96,17 @@ class _NoGradient(torch.autograd.Function):
         )
 
 
-def decode_default(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def decode_default(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the dispatcher calls on a device without a kernel of its own: the reference."""
-    call = Arguments(*arguments)
     check_arguments(call)
     if call.query.device.type == "cpu":
-        check_memory(call._fields, call[:9])
+        check_memory(call, tensors_of)
         check_rows(call.length, call.start, call.key)
     return decode_reference(
-        *call[:8],
-        r=call.r,
-        k=call.k,
-        k_divisor=call.k_divisor,
-        local=call.local,
+        call.query,
+        call.cached,
+        call.visible,
+        call.budget,
         scale=call.softmax_scale,
         softcap=call.softcap,
         mean_value=call.mean_value,
@@ -142,14 +114,13 @@ def decode_default(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def decode_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def decode_cpu(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The C++ kernel, or the reference where it does not serve: float64, or no compiler."""
-    call = Arguments(*arguments)
     if call.query is None or call.query.dtype == torch.float64 or cpu.kernel() is None:
-        return decode_default(*arguments)
+        return decode_default(call)
     call = _with_contiguous_rows(call)
     plan = _planned(call, cpu.plan)
-    check_memory(call._fields, call[:9])
+    check_memory(call, tensors_of)
     result = cpu.run(plan, call)
     if result is None:
         check_rows(call.length, call.start, call.key)
@@ -157,12 +128,11 @@ def decode_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return result
 
 
-def decode_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def decode_cuda(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The Triton kernels (NVIDIA and AMD), or the reference where they do not serve: float64, or no Triton."""
-    call = Arguments(*arguments)
     gpu = triton_kernels()
     if call.query is None or call.query.dtype == torch.float64 or gpu is None:
-        return decode_default(*arguments)
+        return decode_default(call)
     call = _with_contiguous_rows(call)
     return gpu.run(_planned(call, gpu.plan), call)
 
@@ -196,8 +166,7 @@ def _with_contiguous_rows(call: Arguments) -> Arguments:
     return call
 
 
-def decode_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = Arguments(*arguments)
+def decode_fake(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_tensors(call)
     query, key = call.query, call.key
     k_max = call.k_max if call.return_positions else 0
@@ -209,16 +178,6 @@ def decode_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-# Registered by hand: `custom_op` wraps every call in 20 us more of Python, and a model calls once per layer and token.
-torch.library.define(
-    "sparq_kernels::decode",
-    "(Tensor query, Tensor key, Tensor key_components, Tensor value, Tensor value_sum, Tensor length, Tensor? start, "
-    "Tensor? mask, Tensor? counts, SymInt r, SymInt k, SymInt? k_divisor, SymInt? local, float? scale, float? softcap, "
-    "bool mean_value, bool return_positions) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_decode_op = define(
+    "decode", Arguments, results=4, default=decode_default, cpu=decode_cpu, cuda=decode_cuda, fake=decode_fake
 )
-torch.library.impl("sparq_kernels::decode", "default", decode_default)
-torch.library.impl("sparq_kernels::decode", "cpu", decode_cpu)
-torch.library.impl("sparq_kernels::decode", "cuda", decode_cuda)
-torch.library.register_fake("sparq_kernels::decode", decode_fake)
-_decode_op = torch.ops.sparq_kernels.decode.default  # the overload itself: resolving it costs as much as the checks

@@ -9,23 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .groups import Budget, Cached, Visible
 from .layout import num_blocks
 
 
 def decode_reference(
     query: Tensor,
-    key: Tensor,
-    key_components: Tensor,
-    value: Tensor,
-    value_sum: Tensor,
-    length: Tensor,
-    start: Tensor | None,
-    mask: Tensor | None,
+    cached: Cached,
+    visible: Visible,
+    budget: Budget,
     *,
-    r: int,
-    k: int,
-    k_divisor: int | None,
-    local: int | None,
     scale: float,
     softcap: float | None,
     mean_value: bool,
@@ -35,33 +28,28 @@ def decode_reference(
 
     float64 inputs are computed in float64, everything else in float32.  `positions` is [B, Hkv, Q, 0] unless asked for.
     """
+    assert cached.value_sum is not None
+    length, start, mask, _ = visible
     results = []
     for i in range(query.shape[2]):
         later = query.shape[2] - 1 - i  # new tokens that this query does not see
         seen = (length - later).clamp(min=0)
-        own_sum = value_sum
+        own_sum = cached.value_sum
         if later:
-            cached = key.shape[2]
-            unseen = valid_positions(length, start, mask, cached) & ~valid_positions(seen, None, None, cached)
-            own_sum = value_sum - value.masked_fill(~unseen[:, None, :, None], 0).sum(2, dtype=value_sum.dtype)
+            size = cached.key.shape[2]
+            unseen = valid_positions(length, start, mask, size) & ~valid_positions(seen, None, None, size)
+            not_summed = cached.value.masked_fill(~unseen[:, None, :, None], 0).sum(2, dtype=own_sum.dtype)
+            own_sum = own_sum - not_summed
         results.append(
             _decode_one(
                 query[:, :, i : i + 1],
-                key,
-                key_components,
-                value,
-                own_sum,
-                seen,
-                start,
-                mask,
-                r=r,
-                k=k,
-                k_divisor=k_divisor,
-                local=local,
-                scale=scale,
-                softcap=softcap,
-                mean_value=mean_value,
-                return_positions=return_positions,
+                cached._replace(value_sum=own_sum),
+                visible._replace(length=seen),
+                budget,
+                scale,
+                softcap,
+                mean_value,
+                return_positions,
             )
         )
     output, alpha, positions, lse = (torch.cat(parts, 2) for parts in zip(*results, strict=True))
@@ -70,24 +58,19 @@ def decode_reference(
 
 def _decode_one(
     query: Tensor,
-    key: Tensor,
-    key_components: Tensor,
-    value: Tensor,
-    value_sum: Tensor,
-    length: Tensor,
-    start: Tensor | None,
-    mask: Tensor | None,
-    *,
-    r: int,
-    k: int,
-    k_divisor: int | None,
-    local: int | None,
+    cache: Cached,
+    visible: Visible,
+    limits: Budget,
     scale: float,
     softcap: float | None,
     mean_value: bool,
     return_positions: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The five steps for one query of each row; `value_sum` is over what it sees."""
+    """The five steps for one query of each row; the sum of V is over what it sees."""
+    key, key_components, value, value_sum = cache
+    length, start, mask, _ = visible
+    r, k, k_divisor, local = limits
+    assert value_sum is not None
     batch, num_heads, _, head_dim = query.shape
     num_kv_heads, cached = key.shape[1], key.shape[2]
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -123,8 +106,8 @@ def _decode_one(
     p_safe = p.clamp(max=cached - 1)
 
     # 4. Attention over the chosen positions.  Rows of unused slots may be uninitialised: they become 0 first.
-    def rows(cache: Tensor) -> Tensor:
-        gathered = cache.gather(2, p_safe[..., None].expand(-1, -1, -1, head_dim)).to(compute)
+    def rows(of: Tensor) -> Tensor:
+        gathered = of.gather(2, p_safe[..., None].expand(-1, -1, -1, head_dim)).to(compute)
         return gathered.masked_fill(~chosen[..., None], 0.0)  # [B, Hkv, k_max, d]
 
     logits = soften(q @ rows(key).transpose(-1, -2) * scale, softcap)  # [B, Hkv, G, k_max]

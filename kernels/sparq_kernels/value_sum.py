@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import check_memory, check_once, layout_of
+from .arguments import check_devices, check_memory, check_once, check_required, layout_of
 from .backends import triton_kernels
+from .declaration import define, parts_of, required_tensors
 
 
 class ExtendArguments(NamedTuple):
@@ -19,6 +20,10 @@ class ExtendArguments(NamedTuple):
     value: Tensor
     valid: Tensor
     length: Tensor
+
+
+tensors_of, _ = parts_of(ExtendArguments)
+REQUIRED = required_tensors(ExtendArguments)
 
 
 def extend_sum(value_sum: Tensor, summed: Tensor, value: Tensor, valid: Tensor, *, length: Tensor) -> None:
@@ -32,9 +37,8 @@ def extend_sum(value_sum: Tensor, summed: Tensor, value: Tensor, valid: Tensor, 
     _extend_op(value_sum, summed, value, valid, length)
 
 
-def extend_default(*arguments: Tensor) -> None:
+def extend_default(call: ExtendArguments) -> None:
     """Plain PyTorch, for any device."""
-    call = ExtendArguments(*arguments)
     check_extending(call)
     value_sum, summed, value, valid, length = call
     newest = length - 1
@@ -47,28 +51,29 @@ def extend_default(*arguments: Tensor) -> None:
     summed.scatter_(1, newest, torch.where(is_inside[:, None], is_valid, summed.gather(1, newest)))
 
 
-def extend_cuda(*arguments: Tensor) -> None:
+def extend_cuda(call: ExtendArguments) -> None:
     gpu = triton_kernels()
     if gpu is None:
-        return extend_default(*arguments)
-    call = ExtendArguments(*arguments)
+        return extend_default(call)
     return gpu.extend_sum(call, check_extending(call))
 
 
-def extend_fake(*arguments: Tensor) -> None:
+def extend_fake(call: ExtendArguments) -> None:
     pass
 
 
 def check_extending(call: ExtendArguments) -> tuple[object, ...]:
     """Raise for what an implementation could not survive.  Returns the layout."""
-    layout = layout_of(call)
+    layout = layout_of(tensors_of(call))
     check_once(layout, _check_layout, call)
     if call.value.device.type == "cpu":
-        check_memory(call._fields, call)
+        check_memory(call, tensors_of)
     return layout
 
 
 def _check_layout(call: ExtendArguments) -> None:
+    check_required(call, REQUIRED)
+    check_devices(call, tensors_of, "value")
     value = call.value
     if value.dim() != 4:
         raise ValueError(f"value must be [B, Hkv, capacity, d], got {list(value.shape)}")
@@ -81,8 +86,6 @@ def _check_layout(call: ExtendArguments) -> None:
     }
     for name, (shape, dtype) in wanted.items():
         tensor = getattr(call, name)
-        if tensor.device != value.device:
-            raise ValueError(f"{name} must be on value's device {value.device}, got {tensor.device}")
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
         if tensor.dtype != dtype:
@@ -93,12 +96,12 @@ def _check_layout(call: ExtendArguments) -> None:
             raise ValueError(f"{name} must be contiguous in its last axis, got strides {tensor.stride()}")
 
 
-torch.library.define(
-    "sparq_kernels::extend_sum",
-    "(Tensor(a!) value_sum, Tensor(b!) summed, Tensor value, Tensor valid, Tensor length) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_extend_op = define(
+    "extend_sum",
+    ExtendArguments,
+    results=0,
+    written=("value_sum", "summed"),
+    default=extend_default,
+    cuda=extend_cuda,
+    fake=extend_fake,
 )
-torch.library.impl("sparq_kernels::extend_sum", "default", extend_default)
-torch.library.impl("sparq_kernels::extend_sum", "cuda", extend_cuda)
-torch.library.register_fake("sparq_kernels::extend_sum", extend_fake)
-_extend_op = torch.ops.sparq_kernels.extend_sum.default

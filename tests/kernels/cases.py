@@ -10,8 +10,9 @@ from typing import Any
 
 import sparq_kernels
 import torch
-from sparq_kernels import BLOCK
-from sparq_kernels.arguments import Arguments
+from sparq_kernels import BLOCK, Cached
+from sparq_kernels.append import AppendArguments
+from sparq_kernels.arguments import Arguments, tensors_of
 from sparq_kernels.reference import decode_reference, valid_positions
 from torch import Tensor
 
@@ -180,15 +181,14 @@ def make_case(
     return Case(query, key, components, value, value_sum, length, start, mask, options)
 
 
-def storage_of(
-    batch: int, heads: int, capacity: int, head_dim: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def storage_of(batch: int, heads: int, capacity: int, head_dim: int, dtype: torch.dtype = torch.float32) -> Cached:
     """Uninitialised keys, values and components, and some sum of values: what `append` writes to."""
     shape = (batch, heads, capacity, head_dim)
     key, value = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
     components = sparq_kernels.allocate_components(*shape, dtype, "cpu").fill_(torch.nan)
     precise = torch.float64 if dtype == torch.float64 else torch.float32
-    return key, value, components, torch.arange(batch * heads * head_dim, dtype=precise).view(batch, heads, head_dim)
+    value_sum = torch.arange(batch * heads * head_dim, dtype=precise).view(batch, heads, head_dim)
+    return Cached(key, components, value, value_sum)
 
 
 def new_token(batch: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -205,30 +205,56 @@ def small_integers(shape: tuple[int, ...], generator: torch.Generator) -> Tensor
 
 def call_of(case: Case, **changes: Any) -> Arguments:
     """The operator's arguments, positions asked for."""
-    tensors = dict(zip(Arguments._fields[:8], case.tensors, strict=True))
-    options = dict.fromkeys(Arguments._fields[8:]) | {"r": 4, "k": 20, "mean_value": True, "return_positions": True}
-    return Arguments(**{**tensors, **options, **case.options, **changes})
+    tensors = {name: getattr(case, name) for name in tensors_of(Arguments._fields) if name != "counts"}
+    options = {"r": 4, "k": 20, "mean_value": True, "return_positions": True}
+    return Arguments(**{**dict.fromkeys(Arguments._fields), **tensors, **options, **case.options, **changes})
 
 
 def run_operator(case: Case) -> sparq_kernels.DecodeOutput:
+    return decode_call(call_of(case))
+
+
+def decode_call(call: Arguments) -> sparq_kernels.DecodeOutput:
+    """By the public function."""
     return sparq_kernels.decode(
-        case.query,
-        case.key,
-        case.key_components,
-        case.value,
-        case.value_sum,
-        length=case.length,
-        start=case.start,
-        mask=case.mask,
-        return_positions=True,
-        **case.options,
+        call.query,
+        call.cached,
+        call.visible,
+        call.budget,
+        scale=call.scale,
+        softcap=call.softcap,
+        mean_value=call.mean_value,
+        return_positions=call.return_positions,
     )
 
 
-def run_reference(case: Case) -> sparq_kernels.DecodeOutput:
-    options = {"k_divisor": None, "local": None, "softcap": None, "mean_value": True, **case.options}
-    options["scale"] = case.query.shape[3] ** -0.5 if options.get("scale") is None else options["scale"]
-    return sparq_kernels.DecodeOutput(*decode_reference(*case.tensors, return_positions=True, **options))
+def append_call(call: AppendArguments) -> None:
+    """By the public function."""
+    cached = Cached(call.key, call.key_components, call.value, call.value_sum)
+    sparq_kernels.append(cached, call.new_key, call.new_value, call.offset if call.position is None else call.position)
+
+
+def rows_of(cached: Cached, b: int) -> Cached:
+    """One row of a storage."""
+    return Cached(*(None if x is None else x[b : b + 1] for x in cached))  # type: ignore[arg-type]
+
+
+def run_reference(case: Case, **changes: Any) -> sparq_kernels.DecodeOutput:
+    return reference_call(call_of(case, **changes))
+
+
+def reference_call(call: Arguments) -> sparq_kernels.DecodeOutput:
+    results = decode_reference(
+        call.query,
+        call.cached,
+        call.visible,
+        call.budget,
+        scale=call.softmax_scale,
+        softcap=call.softcap,
+        mean_value=call.mean_value,
+        return_positions=call.return_positions,
+    )
+    return sparq_kernels.DecodeOutput(*results)
 
 
 def check_against_equations(case: Case, result: sparq_kernels.DecodeOutput) -> None:

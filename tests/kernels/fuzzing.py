@@ -17,14 +17,24 @@ import sparq_kernels
 import torch
 from hypothesis import strategies as st
 from sparq_kernels import BLOCK
-from sparq_kernels.append import AppendArguments
-from sparq_kernels.arguments import MAX_QUERY_LENGTH, Arguments
+from sparq_kernels.append import WRITTEN, AppendArguments
+from sparq_kernels.append import tensors_of as appended_tensors_of
+from sparq_kernels.arguments import MAX_QUERY_LENGTH, Arguments, tensors_of
 from sparq_kernels.layout import num_blocks
 from sparq_kernels.operator import DecodeOutput
-from sparq_kernels.reference import decode_reference
 from torch import Tensor
 
-from tests.kernels.cases import TOLERANCE, call_of, make_case, new_token, small_integers, storage_of
+from tests.kernels.cases import (
+    TOLERANCE,
+    append_call,
+    call_of,
+    decode_call,
+    make_case,
+    new_token,
+    reference_call,
+    small_integers,
+    storage_of,
+)
 
 REFUSALS = (ValueError, TypeError, RuntimeError, MemoryError, OverflowError)
 QUERIES = range(1, MAX_QUERY_LENGTH + 1)  # new tokens per row that the operator serves
@@ -257,17 +267,12 @@ class Decode:
 def with_counts(call: Arguments) -> Arguments:
     """The same, the mask counted beforehand."""
     assert call.mask is not None
-    budget = {"k": call.k, "k_divisor": call.k_divisor, "local": call.local}
-    counts = sparq_kernels.count_valid(
-        call.mask, length=call.length, start=call.start, queries=call.query.shape[2], **budget
-    )
-    return call._replace(counts=counts)
+    return call._replace(counts=sparq_kernels.count_valid(call.visible, call.budget, queries=call.query.shape[2]))
 
 
 def run_decode(call: Arguments, public: bool) -> DecodeOutput:
     if public:
-        names = Arguments._fields
-        return sparq_kernels.decode(*call[:5], **dict(zip(names[5:], call[5:], strict=True)))
+        return decode_call(call)
     return DecodeOutput(*torch.ops.sparq_kernels.decode(*call))
 
 
@@ -304,7 +309,7 @@ def check_positions(call: Arguments, result: DecodeOutput, b: int, h: int) -> No
 
 def check_result(call: Arguments, result: DecodeOutput) -> None:
     """A call that was answered was answered rightly."""
-    tensors = [x for x in call[:9] if x is not None]
+    tensors = [x for x in tensors_of(call) if x is not None]
     assert all(isinstance(x, Tensor) for x in tensors), "answered something that is no tensor"
     assert len({x.device for x in tensors}) == 1, f"answered tensors on several devices: {[x.device for x in tensors]}"
     assert result.output.device == call.query.device and result.output.dtype == call.query.dtype
@@ -313,22 +318,24 @@ def check_result(call: Arguments, result: DecodeOutput) -> None:
     if call.query.device.type == "meta" or call.query.shape[2] not in QUERIES:
         return
     # The reference, on plain copies: strides and the like do not matter there.
-    plain = [
-        None if x is None else x.detach().resolve_neg().clone(memory_format=torch.contiguous_format) for x in call[:8]
-    ]
-    options: dict[str, Any] = dict(zip(Arguments._fields[9:], call[9:], strict=True))
-    options["scale"] = call.softmax_scale
-    options["return_positions"] = True
+    plain = call._replace(
+        return_positions=True,
+        **{
+            name: x.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
+            for name, x in zip(tensors_of(call._fields), tensors_of(call), strict=True)
+            if x is not None
+        },
+    )
     valid = valid_of(call)
-    sound = [*plain[:1], *(x.masked_fill(~valid[:, None, :, None], 0) for x in (plain[1], plain[3]))]
-    rows_read = plain[2].transpose(-1, -2).flatten(2, 3)[:, :, : call.key.shape[2]]
+    sound = [plain.query, *(x.masked_fill(~valid[:, None, :, None], 0) for x in (plain.key, plain.value))]
+    rows_read = plain.key_components.transpose(-1, -2).flatten(2, 3)[:, :, : call.key.shape[2]]
     sound.append(rows_read.masked_fill(~valid[:, None, :, None], 0))
-    sound.append(plain[4].masked_fill(~valid.any(-1)[:, None, None], 0))
+    sound.append(plain.value_sum.masked_fill(~valid.any(-1)[:, None, None], 0))
     # infinite or larger than what float32 holds when multiplied: results are then a matter of rounding
-    if not all(x.isfinite().all() and x.abs().max() < 1e3 for x in sound) or abs(options["scale"]) > 1e3:
+    if not all(x.isfinite().all() and x.abs().max() < 1e3 for x in sound) or abs(call.softmax_scale) > 1e3:
         return
     assert result.output.isfinite().all() and result.alpha.isfinite().all(), "what is not finite came out"
-    expected = DecodeOutput(*decode_reference(*plain, **options))
+    expected = reference_call(plain)
     tolerance = TOLERANCE[call.query.dtype]
     # Two sets of positions may be equally good up to rounding: then the group's scores sum up to the same.
     summed, right = (x.view(*call.key.shape[:2], -1).sum(-1) for x in (result.alpha, expected.alpha))
@@ -403,7 +410,7 @@ def decodes(draw: st.DrawFn) -> Decode:
         draw(st.integers(0, 1 << 30)),
         draw(st.sampled_from([1, 1, 3])),
         draw(st.booleans()),
-        draw(changes_of(Arguments._fields, Arguments._fields[:9])),
+        draw(changes_of(Arguments._fields, tensors_of(Arguments._fields))),
         draw(st.sampled_from([1, 1, 1, 0, 2, 3, 16, 17])),
         draw(st.sampled_from([None] * 19 + [1 << 31, 1 << 33, 1 << 40, 1 << 55])) if draw(st.booleans()) else None,
         draw(st.lists(poisoned, max_size=2).map(tuple)),
@@ -411,8 +418,6 @@ def decodes(draw: st.DrawFn) -> Decode:
 
 
 # --- Append -----------------------------------------------------------------------------------------------------------
-
-WRITTEN = ("key", "value", "key_components", "value_sum")
 
 
 @dataclass(frozen=True)
@@ -429,12 +434,19 @@ class Append:
 
     def check(self) -> None:
         shape = (self.batch, self.heads, self.capacity, self.head_dim)
-        tensors = [*storage_of(*shape, DTYPES[self.dtype]), *new_token(*shape[:2], shape[3], DTYPES[self.dtype])]
-        if not self.summed:
-            tensors[3] = None  # type: ignore[call-overload]
+        storage, tokens = storage_of(*shape, DTYPES[self.dtype]), new_token(*shape[:2], shape[3], DTYPES[self.dtype])
+        value_sum = storage.value_sum if self.summed else None
         per_row = isinstance(self.position, tuple)
         position, offset = (torch.tensor(self.position), 0) if per_row else (None, self.position)
-        right = AppendArguments(*tensors, position, offset)  # type: ignore[arg-type]
+        right = AppendArguments(
+            storage.key,
+            storage.value,
+            storage.key_components,
+            value_sum,
+            *tokens,
+            position,
+            offset,  # type: ignore[arg-type]
+        )
         for call in (
             right._replace(
                 **{name: x.clone() for name, x in right._asdict().items() if name in WRITTEN and x is not None}
@@ -445,7 +457,7 @@ class Append:
             try:
                 if self.public:
                     where = call.offset if call.position is None else call.position
-                    sparq_kernels.append(*call[:6], position=where)
+                    append_call(call)
                     if isinstance(where, int):
                         call = call._replace(position=None, offset=where)
                     else:
@@ -472,7 +484,7 @@ def can_be_read(x: Any) -> bool:
 
 
 def check_appended(call: AppendArguments, before: dict[str, Tensor]) -> None:
-    tensors = [x for x in call[:7] if x is not None]
+    tensors = [x for x in appended_tensors_of(call) if x is not None]
     assert all(isinstance(x, Tensor) for x in tensors), "took something that is no tensor"
     assert len({x.device for x in tensors}) == 1, f"took tensors on several devices: {[x.device for x in tensors]}"
     if call.key.device.type == "meta":
@@ -512,7 +524,7 @@ def appends(draw: st.DrawFn) -> Append:
         draw(
             changes_of(
                 AppendArguments._fields,
-                AppendArguments._fields[:7],
+                appended_tensors_of(AppendArguments._fields),
                 [kind for kind in TENSOR_CHANGES if kind != "negated"],
             )
         ),

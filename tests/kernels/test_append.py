@@ -6,54 +6,60 @@ from typing import Any
 
 import pytest
 import torch
-from sparq_kernels import BLOCK, append, write_components
-from sparq_kernels.append import AppendArguments, check_append
+from sparq_kernels import BLOCK, Cached, append, write_components
+from sparq_kernels.append import WRITTEN, AppendArguments, check_append, tensors_of
 from torch import Tensor
 
-from tests.kernels.cases import new_token, storage_of
+from tests.kernels.cases import append_call, new_token, rows_of, storage_of
 
 OP = torch.ops.sparq_kernels.append
+
+
+def call_of(batch: int, position: Tensor | None, offset: int) -> AppendArguments:
+    storage = storage_of(batch, 2, 20, 12)._asdict()
+    new_key, new_value = new_token(batch, 2, 12)
+    return AppendArguments(**storage, new_key=new_key, new_value=new_value, position=position, offset=offset)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("position", [0, 299, BLOCK - 1, BLOCK, BLOCK + 7])
 def test_one_position(dtype: torch.dtype, position: int) -> None:
-    key, value, components, value_sum = storage_of(2, 3, BLOCK + 8, 12, dtype)
-    expected = [x.clone() for x in (key, value, components, value_sum)]
+    cached = storage_of(2, 3, BLOCK + 8, 12, dtype)
+    expected = Cached(*(x.clone() for x in cached))
     new_key, new_value = new_token(2, 3, 12, dtype)
-    expected[0][:, :, position] = new_key[:, :, 0]
-    expected[1][:, :, position] = new_value[:, :, 0]
-    write_components(expected[2], new_key, position)
-    expected[3] += new_value[:, :, 0]
-    append(key, value, components, value_sum, new_key, new_value, position=position)
-    for ours, theirs in zip((key, value, components, value_sum), expected, strict=True):
+    expected.key[:, :, position] = new_key[:, :, 0]
+    expected.value[:, :, position] = new_value[:, :, 0]
+    write_components(expected.key_components, new_key, position)
+    expected.value_sum.add_(new_value[:, :, 0])
+    append(cached, new_key, new_value, position)
+    for ours, theirs in zip(cached, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_position_for_each_row() -> None:
     together, alone = storage_of(3, 2, BLOCK + 8, 12), storage_of(3, 2, BLOCK + 8, 12)
     tokens, positions = new_token(3, 2, 12), [5, BLOCK, BLOCK + 7]
-    append(*together, *tokens, position=torch.tensor(positions))
+    append(together, *tokens, position=torch.tensor(positions))
     for b, position in enumerate(positions):
-        append(*(x[b : b + 1] for x in alone), *(x[b : b + 1] for x in tokens), position=position)
+        append(rows_of(alone, b), *(x[b : b + 1] for x in tokens), position=position)
     for ours, theirs in zip(together, alone, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def test_without_a_sum() -> None:
-    key, value, components, value_sum = storage_of(1, 2, 20, 12)
-    before = value_sum.clone()
-    append(key, value, components, None, *new_token(1, 2, 12), position=3)
-    assert torch.equal(value_sum, before) and key[:, :, 3].isfinite().all()
+    cached = storage_of(1, 2, 20, 12)
+    before = cached.value_sum.clone()
+    append(cached._replace(value_sum=None), *new_token(1, 2, 12), position=3)
+    assert torch.equal(cached.value_sum, before) and cached.key[:, :, 3].isfinite().all()
 
 
 def test_opcheck_and_compilation() -> None:
     for position in (None, torch.tensor([3, 4])):
-        torch.library.opcheck(OP.default, (*storage_of(2, 2, 20, 12), *new_token(2, 2, 12), position, 1))
+        torch.library.opcheck(OP.default, call_of(2, position, 1))
 
-    def step(storage: tuple[Tensor, ...], tokens: tuple[Tensor, Tensor], position: int) -> Tensor:
-        append(*storage, *tokens, position=position)
-        return storage[0].nansum()
+    def step(storage: Cached, tokens: tuple[Tensor, Tensor], position: int) -> Tensor:
+        append(storage, *tokens, position=position)
+        return storage.key.nansum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     tokens = new_token(2, 2, 12)
@@ -86,20 +92,28 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("changes", "error", "message"), MISTAKES)
 def test_mistakes_are_named_and_change_nothing(changes: dict, error: type[Exception], message: str) -> None:
-    names = ("key", "value", "key_components", "value_sum", "new_key", "new_value")
-    tensors = dict(zip(names, (*storage_of(1, 2, 20, 12), *new_token(1, 2, 12)), strict=True))
-    before = {name: x.clone() for name, x in tensors.items()}
-    arguments = {**tensors, "position": 3, **changes}
-    append(**{name: x.clone() for name, x in tensors.items()}, position=3)  # a layout that passed is remembered
+    right = call_of(1, None, 3)
+    before = [x.clone() for x in tensors_of(right) if x is not None]
+    if isinstance(changes.get("position"), int):
+        changes = {"offset": changes["position"]}
+    append_call(
+        right._replace(**{name: getattr(right, name).clone() for name in WRITTEN})
+    )  # now that layout has passed
     with pytest.raises(error, match=message):
-        append(**arguments)
-    for name, x in tensors.items():
-        torch.testing.assert_close(x, before[name], rtol=0, atol=0, equal_nan=True)
+        append_call(right._replace(**changes))
+    for x, old in zip((x for x in tensors_of(right) if x is not None), before, strict=True):
+        torch.testing.assert_close(x, old, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", AppendArguments._fields[1:7])
+@pytest.mark.parametrize("wrong", [(1, 2, 3), tuple(storage_of(1, 2, 20, 12)), None], ids=["3", "4", "None"])
+def test_what_is_not_cached_is_named(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"cached must be a sparq_kernels\.Cached, got (a tuple of [34]|NoneType)"):
+        append(wrong, *new_token(1, 2, 12), position=3)
+
+
+@pytest.mark.parametrize("name", [name for name in tensors_of(AppendArguments._fields) if name != "key"])
 def test_a_tensor_on_another_device_is_named(name: str) -> None:
     """Asked of the check itself: in a machine with no second device the dispatcher would answer for `meta`."""
-    call = AppendArguments(*storage_of(1, 2, 20, 12), *new_token(1, 2, 12), torch.tensor([3]), 0)
+    call = call_of(1, torch.tensor([3]), 0)
     with pytest.raises(ValueError, match=f"{name} must be on key's device cpu, got meta"):
         check_append(call._replace(**{name: getattr(call, name).to("meta")}))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import sparq_kernels
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sparq_kernels import Budget, Visible, count_valid
 from sparq_kernels.reference import max_positions
 
 from tests.kernels.cases import call_of, make_case
@@ -41,8 +41,7 @@ def test_equals_counting_one_by_one(
     local = data.draw(st.none() | st.integers(0, k))
     mask = torch.tensor(rows(st.lists(st.booleans(), min_size=cached, max_size=cached)))
     length, start = torch.tensor(rows(st.integers(0, cached))), torch.tensor(rows(st.integers(0, cached)))
-    knobs = dict(k=k, k_divisor=k_divisor, local=local)
-    counts = sparq_kernels.count_valid(mask, length=length, start=start, queries=queries, **knobs)
+    counts = count_valid(Visible(length, start, mask), Budget(1, k, k_divisor, local), queries=queries)
     assert counts.dtype == torch.int32
     valid = mask & (torch.arange(cached) >= start[:, None])
     for b in range(batch):
@@ -69,6 +68,8 @@ def test_decode_takes_counts() -> None:
     [
         ({"mask": torch.ones(2, 3, 4, dtype=torch.bool)}, ValueError, "mask must be \\[B, S\\], got"),
         ({"mask": torch.ones(2, 30)}, TypeError, "mask must be bool, got torch.float32"),
+        ({"mask": None}, TypeError, "visible.mask must be a tensor, got None"),
+        ({"length": None}, TypeError, "length must be a tensor, got None"),
         ({"length": torch.ones(3, dtype=torch.int64)}, ValueError, "length must be \\[2\\], got \\[3\\]"),
         ({"length": torch.ones(2)}, TypeError, "length must be int64, got torch.float32"),
         ({"start": torch.ones(2, dtype=torch.int32)}, TypeError, "start must be int64, got torch.int32"),
@@ -79,10 +80,21 @@ def test_decode_takes_counts() -> None:
     ],
 )
 def test_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    right = dict(mask=torch.ones(2, 30, dtype=torch.bool), length=torch.tensor([30, 20]), k=8)
-    given = right | changes
+    visible, budget = Visible(torch.tensor([30, 20]), mask=torch.ones(2, 30, dtype=torch.bool)), Budget(1, 8)
+    visible, budget = (
+        group._replace(**{name: x for name, x in changes.items() if name in group._fields})
+        for group in (visible, budget)
+    )
     with pytest.raises(error, match=message):
-        sparq_kernels.count_valid(given.pop("mask"), **given)  # type: ignore[arg-type]
+        count_valid(visible, budget, queries=changes.get("queries", 1))
+
+
+def test_what_is_no_group_is_named() -> None:
+    visible, budget = Visible(torch.tensor([30]), mask=torch.ones(1, 30, dtype=torch.bool)), Budget(1, 8)
+    with pytest.raises(TypeError, match=r"visible must be a sparq_kernels\.Visible, got Tensor"):
+        count_valid(visible.mask, budget)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"budget must be a sparq_kernels\.Budget, got a tuple of 4"):
+        count_valid(visible, tuple(budget))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,15 @@ from sparq_kernels import cpu
 CALL = """
 import sys, warnings
 import torch, sparq_kernels
+from sparq_kernels import Budget, Cached, Visible
 query, key = torch.randn(1, 2, 1, 8), torch.randn(1, 1, 40, 8)
 components = sparq_kernels.allocate_components(1, 1, 40, 8, torch.float32, "cpu")
 sparq_kernels.write_components(components, key, 0)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(3):
-        out = sparq_kernels.decode(query, key, components, key, key.sum(2), length=torch.tensor([40]), r=4, k=10)
+        cached, visible = Cached(key, components, key, key.sum(2)), Visible(torch.tensor([40]))
+        out = sparq_kernels.decode(query, cached, visible, Budget(r=4, k=10))
 assert out.output.isfinite().all()
 print(sparq_kernels.backend("cpu"), [str(w.message) for w in caught])
 """

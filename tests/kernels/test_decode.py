@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 import sparq_kernels
 import torch
-from sparq_kernels.reference import decode_reference
 
 from tests.kernels.cases import (
     CASES,
@@ -240,6 +239,5 @@ def test_calls_from_two_threads_at_once() -> None:
 
 def test_reference_agrees_on_what_the_operator_returns() -> None:
     case: Case = make_case(r=4, k=20)
-    options = {**case.options, "k_divisor": None, "local": None, "scale": 0.25, "softcap": None, "mean_value": True}
-    output, alpha, positions, lse = decode_reference(*case.tensors, return_positions=False, **options)
+    output, alpha, positions, lse = run_reference(case, scale=0.25, return_positions=False)
     assert output.shape == (1, 4, 1, 16) and alpha.shape == lse.shape == (1, 4, 1) and positions.shape == (1, 2, 1, 0)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import sparq_kernels
 import torch
+from sparq_kernels import Budget, Cached, Visible
 from sparq_kernels.value_sum import ExtendArguments
 
 from tests.kernels.cases import (
@@ -23,6 +24,7 @@ from tests.kernels.cases import (
     check_same,
     make_case,
     new_token,
+    rows_of,
     run_operator,
     run_reference,
     small_integers,
@@ -36,9 +38,9 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_a_gpu])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WAYS: dict[str, dict[str, Any]] = {
-    "select": {"fused": False, "select_width": 4096},
-    "distributed": {"fused": False, "select_width": 0},
-    "fused": {"fused": True, "select_width": 4096},
+    "select": {"variant": "split", "distributed": False, "width": 4096},
+    "distributed": {"variant": "split", "distributed": True, "width": 4096},
+    "fused": {"variant": "fused", "width": 4096},
 }
 
 
@@ -119,8 +121,7 @@ def test_a_row_grows_across_an_edge(edge: int, batch: int, device: str) -> None:
         if device == "cuda":
             from sparq_kernels.gpu import launch
 
-            plan = launch.plan(call_of(now))
-            plans.add((plan.sizes.fused, plan.sizes.select_width))
+            plans.add(launch.plan(call_of(now)).sizes)
     assert device == "cpu" or len(plans) == 2
 
 
@@ -175,11 +176,10 @@ def test_offsets_beyond_two_to_the_31() -> None:
     sparq_kernels.write_components(components, key, 0)
     query = torch.randn(1, heads, 1, head_dim, dtype=torch.float16, device="cuda", generator=generator)
     value_sum, length = value.sum(2, dtype=torch.float32), torch.tensor([cached], device="cuda")
-    tensors = (query, key, components, value, value_sum)
-    whole = sparq_kernels.decode(*tensors, length=length, r=16, k=2000, return_positions=True)
-    last = sparq_kernels.decode(
-        *(x[:, -1:].clone() for x in tensors), length=length, r=16, k=2000, return_positions=True
-    )
+    cached, visible, budget = Cached(key, components, value, value_sum), Visible(length), Budget(r=16, k=2000)
+    whole = sparq_kernels.decode(query, cached, visible, budget, return_positions=True)
+    last_head = Cached(*(x[:, -1:].clone() for x in cached))
+    last = sparq_kernels.decode(query[:, -1:].clone(), last_head, visible, budget, return_positions=True)
     assert torch.equal(whole.positions[:, -1:], last.positions)
     torch.testing.assert_close(whole.output[:, -1:], last.output)
 
@@ -188,14 +188,14 @@ def test_offsets_beyond_two_to_the_31() -> None:
 @pytest.mark.parametrize("cached", [3000, 20000])
 def test_launching_waits_for_nothing(cached: int) -> None:
     case = on_gpu(make_case(2, 4, 2, cached, 64, torch.float16, starts=[3, 0], holes=0.1, r=16, k=100))
-    storage, tokens = [x.cuda() for x in storage_of(2, 2, 20, 12)], [x.cuda() for x in new_token(2, 2, 12)]
+    storage, tokens = Cached(*(x.cuda() for x in storage_of(2, 2, 20, 12))), [x.cuda() for x in new_token(2, 2, 12)]
     position = torch.tensor([3, 4], device="cuda")
     extension = ExtendArguments(*(x.cuda() for x in extension_of()))
     with waiting_is_an_error():
         run_operator(case)
-        sparq_kernels.append(*storage, *tokens, position=position)
+        sparq_kernels.append(storage, *tokens, position)
         sparq_kernels.extend_sum(*extension[:4], length=extension.length)
-        sparq_kernels.count_valid(extension.valid, length=extension.length, k=5)
+        sparq_kernels.count_valid(Visible(extension.length, mask=extension.valid), Budget(r=1, k=5))
 
 
 @on_gpu_only
@@ -255,13 +255,13 @@ def test_the_other_device() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("positions", [5, [3, 19, 4], [-1, 20, 1 << 40]])
 def test_append(dtype: torch.dtype, positions: int | list[int]) -> None:
-    ours, theirs = ([x.cuda() for x in storage_of(3, 2, 20, 12, dtype)], storage_of(3, 2, 20, 12, dtype))
+    ours, theirs = Cached(*(x.cuda() for x in storage_of(3, 2, 20, 12, dtype))), storage_of(3, 2, 20, 12, dtype)
     tokens = new_token(3, 2, 12, dtype)
     position = positions if isinstance(positions, int) else torch.tensor(positions, device="cuda")
-    sparq_kernels.append(*ours, *(x.cuda() for x in tokens), position=position)
+    sparq_kernels.append(ours, *(x.cuda() for x in tokens), position=position)
     for b, row in enumerate([positions] * 3 if isinstance(positions, int) else positions):
         if 0 <= row < 20:
-            sparq_kernels.append(*(x[b : b + 1] for x in theirs), *(x[b : b + 1] for x in tokens), position=row)
+            sparq_kernels.append(rows_of(theirs, b), *(x[b : b + 1] for x in tokens), position=row)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, equal_nan=True)
 
@@ -284,9 +284,10 @@ def test_extend_sum(lengths: tuple[int, ...], dtype: torch.dtype, device: str) -
 def test_counts_of_a_mask(queries: int) -> None:
     mask = torch.rand(3, 9000, generator=torch.Generator().manual_seed(0)) < 0.5
     length, start = torch.tensor([9000, 2, 8191]), torch.tensor([7, 0, 8000])
-    knobs = dict(queries=queries, k=500, k_divisor=4)
-    expected = sparq_kernels.count_valid(mask, length=length, start=start, **knobs)
-    counts = sparq_kernels.count_valid(mask.cuda(), length=length.cuda(), start=start.cuda(), **knobs)
+    visible, budget = Visible(length, start, mask), Budget(r=1, k=500, k_divisor=4)
+    expected = sparq_kernels.count_valid(visible, budget, queries=queries)
+    there = Visible(length.cuda(), start.cuda(), mask.cuda())
+    counts = sparq_kernels.count_valid(there, budget, queries=queries)
     assert torch.equal(counts.cpu(), expected)
 
 

@@ -29,7 +29,7 @@ from compiled_kernels import (
     record,
     specialise,
 )
-from sparq_kernels.gpu import launch
+from sparq_kernels.gpu import fused, launch, split
 
 pytestmark = pytest.mark.slow
 
@@ -157,8 +157,8 @@ def test_compiles_into_registers_and_shared_memory(combination: Combination) -> 
     assert not {name: one for name, one in used.items() if one.shared > combination.shared_limit}
     if "score" in used and combination.group <= 32 and not combination.target.startswith("gfx"):
         # As many programs of four warps as are launched fit on a multiprocessor together.
-        assert launch.SCORE_PROGRAMS * 4 * 32 * used["score"].registers <= 1 << 16
-        assert launch.SCORE_PROGRAMS * (used["score"].shared + 1024) <= SHARED_LIMIT[combination.target]
+        assert split.SCORE_PROGRAMS * 4 * 32 * used["score"].registers <= 1 << 16
+        assert split.SCORE_PROGRAMS * (used["score"].shared + 1024) <= SHARED_LIMIT[combination.target]
 
 
 @every_combination
@@ -261,7 +261,7 @@ def test_no_more_code_than_recorded(case: str) -> None:
     for name, code in compiled.codes_of(case).items():
         then = recorded[case][name]
         assert code.spilled <= SPILL_LIMIT["sm_90"], name
-        assert code.registers <= max(tolerance * then.registers, launch.REGISTERS), name
+        assert code.registers <= max(tolerance * then.registers, fused.REGISTERS), name
         assert sum(loop.barriers for loop in code.loops) <= tolerance * sum(loop.barriers for loop in then.loops), name
         assert len(code.loops) <= len(then.loops) or not known, name
         longest, longest_then = (max(one.loops, default=None) for one in (code, then))

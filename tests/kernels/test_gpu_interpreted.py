@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", reason="Triton has no build for this syst
 
 from sparq_kernels.append import AppendArguments, check_append  # noqa: E402
 from sparq_kernels.counting import CountArguments  # noqa: E402
-from sparq_kernels.gpu import launch, topk  # noqa: E402
+from sparq_kernels.gpu import launch, split, topk  # noqa: E402
 from sparq_kernels.value_sum import check_extending  # noqa: E402
 
 from tests.kernels.cases import (  # noqa: E402
@@ -27,6 +27,7 @@ from tests.kernels.cases import (  # noqa: E402
     check_same,
     make_case,
     new_token,
+    rows_of,
     run_reference,
     small_integers,
     storage_of,
@@ -39,9 +40,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MULTIPROCESSORS = 6  # 24 programs share the scoring of all heads
 # The ways through the kernels, as changes to what shapes this small would get.
 WAYS: dict[str, dict[str, Any]] = {
-    "select": {"fused": False, "select_width": 1024},
-    "distributed": {"fused": False, "select_width": 0, "part_width": 128},
-    "fused": {"fused": True, "select_width": 1024},
+    "select": {"variant": "split", "distributed": False, "width": 1024},
+    "distributed": {"variant": "split", "distributed": True, "width": 128},
+    "fused": {"variant": "fused", "width": 1024},
 }
 
 
@@ -69,7 +70,7 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_kernels(case: Case, way: str, counts: torch.Tensor | None = None, **changes: Any) -> sparq_kernels.DecodeOutput:
     call = call_of(case, counts=counts)
     plan = launch.plan(call, **{**WAYS[way], **changes})
-    assert way == "distributed" or case.key.shape[2] <= plan.sizes.select_width
+    assert way == "distributed" or case.key.shape[2] <= plan.sizes.width
     return sparq_kernels.DecodeOutput(*launch.run(plan, call))
 
 
@@ -111,7 +112,7 @@ def test_head_dims(head_dim: int, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_long_row(way: str) -> None:
     case = make_case(1, 4, 1, 4096, 128, torch.float16, starts=[100], r=32, k=256)
-    result = run_kernels(case, way, **({"part_width": 1024} if way == "distributed" else {"select_width": 4096}))
+    result = run_kernels(case, way, width=1024 if way == "distributed" else 4096)
     reference = run_reference(case)
     torch.testing.assert_close(result.output, reference.output, rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(result.alpha, reference.alpha, rtol=1e-4, atol=1e-5)
@@ -177,7 +178,7 @@ def test_the_search_ends_as_soon_as_the_threshold_is_known(
 
     monkeypatch.setattr(topk, "_reached", counted)
     case = make_case(1, 4, 1, 1000, 64, r=16, k=100)
-    run_kernels(case, way, **({"part_width": 1024} if way == "distributed" else {}))
+    run_kernels(case, way, width=1024)
     assert 1 <= len(rounds) <= most
 
 
@@ -186,9 +187,9 @@ def test_the_search_ends_as_soon_as_the_threshold_is_known(
 def test_counts_of_a_mask(queries: int, way: str) -> None:
     """Counted once for all layers: the kernel against plain PyTorch, and a step that takes what it has counted."""
     case = make_case(3, 4, 2, 300, 16, query_length=queries, lengths=[300, 2, 77], holes=0.3, r=4, k=20, k_divisor=4)
-    knobs = dict(length=case.length, queries=queries, k=20, k_divisor=4)
     counts = launch.count(CountArguments(case.mask, case.length, None, queries, 20, 4, None))
-    assert torch.equal(counts, sparq_kernels.count_valid(case.mask, **knobs))
+    call = call_of(case)
+    assert torch.equal(counts, sparq_kernels.count_valid(call.visible, call.budget, queries=queries))
     for a, b in zip(run_kernels(case, way, counts), run_kernels(case, way), strict=True):
         assert torch.equal(a, b)
 
@@ -209,7 +210,7 @@ def test_a_kernel_of_its_own_merges_on_amd(group: int, way: str, monkeypatch: py
     expected = run_kernels(case, way)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     kernels = [one.kernel for one in launch.plan(call_of(case), **WAYS[way]).launches]
-    assert kernels[-2:] == [launch.gather, launch.merge]
+    assert kernels[-2:] == [split.gather, split.merge]
     for a, b in zip(run_kernels(case, way), expected, strict=True):
         assert torch.equal(a, b)
 
@@ -295,12 +296,13 @@ def test_append(dtype: torch.dtype, position: int | list[int], with_sum: bool) -
     ours, theirs = (storage_of(3, 2, BLOCK + 8, 20, dtype) for _ in range(2))
     tokens = new_token(3, 2, 20, dtype)
     rows = [position] * 3 if isinstance(position, int) else position
+    written = theirs if with_sum else theirs._replace(value_sum=None)
     for b, row in enumerate(rows):
         if 0 <= row < BLOCK + 8:
-            at = [x[b : b + 1] for x in theirs]
-            sparq_kernels.append(*at[:3], at[3] if with_sum else None, *(x[b : b + 1] for x in tokens), position=row)
+            sparq_kernels.append(rows_of(written, b), *(x[b : b + 1] for x in tokens), position=row)
     where = (None, position) if isinstance(position, int) else (torch.tensor(position), 0)
-    call = AppendArguments(*ours[:3], ours[3] if with_sum else None, *tokens, *where)
+    value_sum = ours.value_sum if with_sum else None
+    call = AppendArguments(ours.key, ours.value, ours.key_components, value_sum, *tokens, *where)
     launch.append(call, check_append(call))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

@@ -18,7 +18,15 @@ from launch_cost import without_a_gpu  # noqa: E402
 from sparq_kernels.gpu import launch  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from tests.kernels.cases import Case, make_case, new_token, run_operator, storage_of  # noqa: E402
+from tests.kernels.cases import (  # noqa: E402
+    Case,
+    append_call,
+    decode_call,
+    make_case,
+    new_token,
+    run_operator,
+    storage_of,
+)
 
 
 class Launched(NamedTuple):
@@ -137,8 +145,8 @@ def test_beyond_2_gb_amd_takes_other_kernels(monkeypatch: pytest.MonkeyPatch) ->
             appended = empty_append(batch, 8, 15000, 128)
 
             def step(call: Any = call, appended: Any = appended) -> list[Launched]:
-                sparq_kernels.decode(*call[:5], length=call.length, r=call.r, k=call.k)
-                sparq_kernels.append(*appended[:6], position=5)
+                decode_call(call)
+                append_call(appended._replace(offset=5))
                 return taken(found)
 
             step()
@@ -196,7 +204,7 @@ def test_freed_memory_is_refused(freed: str, launches: list[Launched]) -> None:
 def test_append_launches_one_kernel_for_all_positions(launches: list[Launched]) -> None:
     storage, tokens = storage_of(2, 2, 300, 64, torch.float16), new_token(2, 2, 64, torch.float16)
     for position in (5, 6, 299):
-        sparq_kernels.append(*storage, *tokens, position=position)
+        sparq_kernels.append(storage, *tokens, position)
     found = taken(launches)
     assert len({one.compiled for one in found}) == 1 and len(launch._compiled) == 1
     offset = launch.append_kernel.arg_names.index("offset")
@@ -223,9 +231,9 @@ def test_what_is_compiled_ahead_is_found_at_run_time(
             compile_kernel(specialise(recorded, "sm_90"))
     compiled = binaries()
     assert compiled == 5  # count_masked, score, select, gather, append
-    counts = sparq_kernels.count_valid(call.mask, length=call.length, k=call.k)
+    counts = sparq_kernels.count_valid(call.visible, call.budget)
     for given in (None, counts):
-        sparq_kernels.decode(*call[:5], length=call.length, mask=call.mask, counts=given, r=call.r, k=call.k)
-    sparq_kernels.append(*appended[:6], position=5)
+        decode_call(call._replace(counts=given))
+    append_call(appended._replace(offset=5))
     assert {one.name for one in launches} == {"count_masked", "score", "select", "gather", "append"}
     assert binaries() == compiled

@@ -7,15 +7,15 @@ import sys
 import warnings
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import sparq_kernels
 import torch
-from sparq_kernels import BLOCK, backends, operator
-from sparq_kernels.arguments import check_arguments
+from sparq_kernels import BLOCK, Budget, Cached, Visible, backends, declaration, operator
+from sparq_kernels.arguments import Arguments, check_arguments
 
-from tests.kernels.cases import Case, call_of, make_case
+from tests.kernels.cases import Case, call_of, decode_call, make_case
 
 OP = torch.ops.sparq_kernels.decode
 
@@ -34,9 +34,8 @@ def test_compiles_into_one_graph_with_dynamic_lengths(backend: str) -> None:
     def step(case: Case, cached: int) -> torch.Tensor:
         key, value = case.key[:, :, :cached], case.value[:, :, :cached]
         value_sum = value.float().sum(2)
-        out = sparq_kernels.decode(
-            case.query, key, case.key_components, value, value_sum, length=case.length, r=4, k=20, k_divisor=8
-        )
+        cached, visible = Cached(key, case.key_components, value, value_sum), Visible(case.length)
+        out = sparq_kernels.decode(case.query, cached, visible, Budget(r=4, k=20, k_divisor=8))
         return out.output * 2 + out.alpha[..., None]
 
     compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=True)
@@ -48,22 +47,86 @@ def test_compiles_into_one_graph_with_dynamic_lengths(backend: str) -> None:
 
 def test_fake_shapes() -> None:
     with torch._subclasses.FakeTensorMode() as mode:
-        case = make_case(2, cached=300, dtype=torch.bfloat16)
-        fakes = [x if x is None else mode.from_tensor(x) for x in case.tensors]
-        knobs = (4, 20, 3, None, None, None, True)
-        output, alpha, positions, lse = OP(*fakes, None, *knobs, True)
+        call = call_of(make_case(2, cached=300, dtype=torch.bfloat16), k_divisor=3)
+        call = call._make(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in call)
+        output, alpha, positions, lse = OP(*call)
         assert output.shape == (2, 4, 1, 16) and output.dtype == torch.bfloat16
         assert alpha.shape == lse.shape == (2, 4, 1) and alpha.dtype == lse.dtype == torch.float32
         assert positions.shape == (2, 2, 1, 100) and positions.dtype == torch.int64
-        assert OP(*fakes, None, *knobs, False)[2].shape == (2, 2, 1, 0)
+        assert OP(*call._replace(return_positions=False))[2].shape == (2, 2, 1, 0)
 
 
 def test_positions_only_when_asked_for() -> None:
     case = make_case()
-    tensors = (case.query, case.key, case.key_components, case.value, case.value_sum)
-    assert sparq_kernels.decode(*tensors, length=case.length, r=4, k=20).positions is None
-    positions = sparq_kernels.decode(*tensors, length=case.length, r=4, k=20, return_positions=True).positions
+    call = call_of(case, return_positions=False)
+    assert decode_call(call).positions is None
+    positions = decode_call(call._replace(return_positions=True)).positions
     assert positions is not None and positions.shape == (1, 2, 1, 20)
+
+
+SCHEMAS = {
+    "decode": "(Tensor query, Tensor key, Tensor key_components, Tensor value, Tensor value_sum, Tensor length, "
+    "Tensor? start, Tensor? mask, Tensor? counts, SymInt r, SymInt k, SymInt? k_divisor, SymInt? local, float? scale, "
+    "float? softcap, bool mean_value, bool return_positions) -> (Tensor, Tensor, Tensor, Tensor)",
+    "append": "(Tensor(a!) key, Tensor(b!) value, Tensor(c!) key_components, Tensor(d!)? value_sum, Tensor new_key, "
+    "Tensor new_value, Tensor? position, SymInt offset) -> ()",
+    "count_valid": "(Tensor mask, Tensor length, Tensor? start, SymInt queries, SymInt k, SymInt? k_divisor, "
+    "SymInt? local) -> Tensor",
+    "extend_sum": "(Tensor(a!) value_sum, Tensor(b!) summed, Tensor value, Tensor valid, Tensor length) -> ()",
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema(name: str) -> None:
+    """Exported graphs hold it: what a NamedTuple's annotations make of it must not change unnoticed."""
+    operator = getattr(torch.ops.sparq_kernels, name).default
+    assert str(operator._schema) == f"sparq_kernels::{name}{SCHEMAS[name]}"
+    assert operator.tags == [torch.Tag.pt2_compliant_tag]
+
+
+def test_the_groups_are_the_fields_of_a_call() -> None:
+    """What is added to a group has one place in the call: where `decode` puts it."""
+    options = ("scale", "softcap", "mean_value", "return_positions")
+    assert Arguments._fields == ("query", *Cached._fields, *Visible._fields, *Budget._fields, *options)
+    call = call_of(make_case(starts=[3], holes=0.1, r=4, k=20, local=3))
+    assert (call.query, *call.cached, *call.visible, *call.budget) == call[: -len(options)]
+
+
+@pytest.mark.parametrize("wrong", [(1, 2), (1, 2, 3, 4), None, 4, "Cached"], ids=str)
+def test_what_is_no_group_is_named(wrong: Any) -> None:
+    call = call_of(make_case())
+    groups = {"cached": call.cached, "visible": call.visible, "budget": call.budget}
+    got = {None: "NoneType", 4: "int", "Cached": "str"}.get(wrong) or f"a tuple of {len(wrong)}"
+    for name, group in groups.items():
+        with pytest.raises(TypeError, match=rf"{name} must be a sparq_kernels\.{type(group).__name__}, got {got}"):
+            sparq_kernels.decode(call.query, **{**groups, name: wrong})
+    with pytest.raises(TypeError, match=r"visible must be a sparq_kernels\.Visible, got Budget"):
+        sparq_kernels.decode(call.query, call.cached, call.budget, call.visible)
+
+
+class Scale(NamedTuple):
+    x: torch.Tensor
+    weight: torch.Tensor | None
+    times: int | None
+    factor: float
+
+
+class OptionFirst(NamedTuple):
+    factor: float
+    x: torch.Tensor
+
+
+def test_an_operator_from_a_named_tuple() -> None:
+    assert declaration.schema_of(Scale, 0, ("weight", "x")) == (
+        "(Tensor(b!) x, Tensor(a!)? weight, SymInt? times, float factor) -> ()"
+    )
+    tensors_of, options_of = declaration.parts_of(Scale)
+    call = Scale(torch.ones(1), None, 3, 2.0)
+    assert tensors_of(call) == (call.x, None) and options_of(call) == (3, 2.0)
+    assert tensors_of(Scale._fields) == ("x", "weight")
+    assert declaration.required_tensors(Scale) == ("x",)
+    with pytest.raises(TypeError, match="OptionFirst must have its tensors before its options"):
+        declaration.parts_of(OptionFirst)
 
 
 def test_backend_names() -> None:

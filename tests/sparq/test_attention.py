@@ -323,20 +323,20 @@ def test_a_mask_is_counted_once_for_all_layers(is_static: bool, monkeypatch: pyt
     decode = sparq_kernels.decode
 
     def count(mask: torch.Tensor, length: torch.Tensor, queries: int, config: sparq.SparqConfig) -> torch.Tensor:
-        knobs = dict(k=config.min_k, k_divisor=config.k_divisor, local=config.local)
-        counted.append(sparq_kernels.count_valid(mask, length=length, queries=queries, **knobs))
+        budget = sparq_kernels.Budget(4, config.min_k, config.k_divisor, config.local)
+        counted.append(sparq_kernels.count_valid(sparq_kernels.Visible(length, mask=mask), budget, queries=queries))
         return counted[-1]
 
-    def noted(*args: object, **kwargs: object) -> object:
-        right = sparq_kernels.count_valid(
-            kwargs["mask"],
-            length=kwargs["length"],
-            start=kwargs["start"],
-            **{name: kwargs[name] for name in ("k", "k_divisor", "local")},
-        )
-        assert torch.equal(kwargs["counts"], right)
-        given.append(kwargs["counts"])
-        return decode(*args, **kwargs)
+    def noted(
+        query: torch.Tensor,
+        cached: sparq_kernels.Cached,
+        visible: sparq_kernels.Visible,
+        budget: sparq_kernels.Budget,
+        **options: object,
+    ) -> object:
+        assert torch.equal(visible.counts, sparq_kernels.count_valid(visible, budget))
+        given.append(visible.counts)
+        return decode(query, cached, visible, budget, **options)
 
     monkeypatch.setattr(sparq.plan, "count_once", count)
     monkeypatch.setattr(sparq_kernels, "decode", noted)

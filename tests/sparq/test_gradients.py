@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sparq_kernels
 import torch
+from sparq_kernels import Budget, Cached, Visible
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
@@ -164,8 +165,8 @@ def test_the_operator_refuses_a_backward_pass(differentiated: str) -> None:
 
     def decode() -> Any:
         query, key, value = given["query"], given["key"], given["value"]
-        length = torch.tensor([40, 40])
-        return sparq_kernels.decode(query, key, components, value, value_sum, length=length, r=4, k=12)
+        cached, visible = Cached(key, components, value, value_sum), Visible(torch.tensor([40, 40]))
+        return sparq_kernels.decode(query, cached, visible, Budget(r=4, k=12))
 
     expected = decode()
     given[differentiated] = given[differentiated].requires_grad_()

@@ -1,4 +1,5 @@
-"""The GPU implementation, in Triton, for NVIDIA and AMD: `launch` chooses sizes and runs the kernels beside it."""
+"""The GPU implementation, in Triton, for NVIDIA and AMD: `launch` chooses among the variants of a step, `fused` and
+`split`, and runs their kernels."""
 
 from .launch import Plan, append, count, extend_sum, plan, run
 

@@ -6,6 +6,9 @@ multiprocessor reads.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -13,6 +16,40 @@ from .attention import attend, mean_value, store_results
 from .rows import CHUNK, VARYING, bounds, row_info
 from .scoring import load_group, score_tiles
 from .selection import keys_of, store_top
+from .shape import Scratch, Shape, warps_for
+
+WIDTH = 4096  # longest row: with 8192 keys one program would fill a multiprocessor
+# In 16 bits, so that two programs fit on a multiprocessor. In float32 a limit makes ptxas put hundreds of bytes
+# elsewhere.
+REGISTERS = 128
+
+
+class Sizes(NamedTuple):
+    width: int  # keys that one program holds
+
+
+def serves(shape: Shape) -> bool:
+    """Where there are heads enough for every multiprocessor to have two programs."""
+    return shape.N >= 2 * shape.units and shape.cached <= WIDTH
+
+
+def sizes(shape: Shape) -> Sizes:
+    return Sizes(WIDTH)
+
+
+def arguments(shape: Shape, sizes: Sizes) -> dict[str, Any]:
+    """Of this kernel, besides those that all have."""
+    return {"TILE": shape.tile(warps_for(sizes.width)), "WIDTH": sizes.width}
+
+
+def scratch(shape: Shape, sizes: Sizes) -> Scratch:
+    return {}
+
+
+def launches(shape: Shape, sizes: Sizes) -> Iterator[tuple[Any, tuple[int, ...], dict[str, Any]]]:
+    """Kernel, grid and options."""
+    few_registers = {"maxnreg": REGISTERS} if shape.itemsize == 2 and shape.GP <= 32 and not shape.amd else {}
+    yield fused, (shape.N,), {"num_warps": warps_for(sizes.width), **few_registers}
 
 
 @triton.jit(do_not_specialize=VARYING)

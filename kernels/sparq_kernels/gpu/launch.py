@@ -1,11 +1,10 @@
-"""Which kernels run, in what sizes, on what scratch memory: the only place where that is decided.
+"""Which kernels run, on what memory and how they are started.
 
-Everything follows from shapes and the device's number of multiprocessors, never from a value on the device and never
-from a trial run.  So nothing waits for the GPU, a step can be captured in a CUDA graph, and no token is spent on
-autotuning.  What is compiled into a kernel (`tl.constexpr`) does not change while a cache grows, except where a row
-outgrows `FUSED_WIDTH`, `SELECT_WIDTHS` or `LONG_ROW`.
+A step is made by the first of `VARIANTS` that serves its shape; each is a module that says which launches it makes and
+what scratch memory they need. What is compiled into a kernel (`tl.constexpr`) does not change while a cache grows,
+except where a row outgrows `fused.WIDTH`, `split.SELECT_WIDTHS` or `split.LONG_ROW`.
 
-The numbers below follow from registers, shared memory and bytes in flight, as the compiler reports them
+The numbers there and in `shape` follow from registers, shared memory and bytes in flight, as the compiler reports them
 (tests/kernels/test_gpu_compiled.py), and from one profile on an NVIDIA H200.  Tried there and no faster: programmatic
 dependent launch, 64 rows at once in `gather`, two stages instead of three, rows of 16,384 in `select`.
 
@@ -23,6 +22,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -31,59 +31,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ..append import AppendArguments
-from ..arguments import Arguments, check_memory
+from ..arguments import Arguments, check_memory, options_of, tensors_of
 from ..counting import CountArguments
-from ..layout import BLOCK
-from ..reference import max_positions
 from ..value_sum import ExtendArguments
+from . import fused, split
 from .append import append as append_kernel
 from .append import extend_sum as extend_sum_kernel
-from .attention import gather, merge
-from .fused import fused as fused_kernel
-from .rows import CHUNK, INFO, VARYING, count_masked
-from .scoring import LANES, score
-from .selection import BINS, candidates, choose, histogram, select
+from .rows import CHUNK, VARYING, count_masked
+from .shape import Scratch, Shape, shape_of
 from .topk import MAX_KEYS
 
-# On each multiprocessor. Of `score` all must fit at once, or the last ones come alone; and each chooses the components
-# for itself.
-SCORE_PROGRAMS, GATHER_PROGRAMS = 2, 2
-MAX_SPLITS = 64
-TILE_BYTES = 16384  # of components per stage
-MAX_LOGITS = 4096  # of a tile, of all queries of the group
-STAGES = 3  # of 16-bit loads on NVIDIA
-LOAD_BYTES = 16  # of one thread
-ROW_BYTES, MAX_ROWS = 8192, 32  # of K, and of V, per stage
-FUSED_WIDTH = 4096  # longest row of the fused kernel: with 8192 keys one program would fill a multiprocessor
-SELECT_WIDTHS = (4096, 8192)  # longest rows of `select`: with 16384 keys a program had to spill
-LONG_ROW = 1 << 18  # from here on parts of the distributed selection are 8192 positions, not 4096
-HISTOGRAM_PARTS = 16  # that `candidates` reads at once
+VARIANTS = {"fused": fused, "split": split}  # the first that serves
 COUNT_TILE = 4096
-# Of `fused` in 16 bits, so that two programs fit on a multiprocessor. In float32 a limit makes ptxas put hundreds of
-# bytes elsewhere.
-REGISTERS = 128
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 OPTIONS = {"enable_fp_fusion": True}  # as it has always been: the default is going to change
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-
 ALIGNED = 16  # bytes: of all addresses that a kernel is held for; Triton compiles another one for others
 SCRATCH_ALIGNMENT = 128  # bytes
 MAX_HELD = 512  # of anything: compiled kernels, plans (14 kB each), layouts of `append`
-
-
-class Sizes(NamedTuple):
-    """Launch choices for one layout of arguments."""
-
-    N: int  # KV heads, times new tokens, times rows
-    k_max: int
-    chunks: int  # of CHUNK positions, that logits and keys are stored in
-    fused: bool
-    select_width: int  # keys that one program of `fused` or `select` holds; 0: the distributed selection
-    part_width: int  # keys that one program of the distributed selection holds
-    splits: int  # programs per KV head of `score`
-    parts: int  # programs per KV head of `gather`
-    warps: int  # of `score` and `gather`
 
 
 class Launch:
@@ -195,21 +161,18 @@ def _compiled_for(name: str, value: Any) -> Any:
 class Plan(NamedTuple):
     """A step but for the addresses, which `run` fills in."""
 
-    sizes: Sizes
+    shape: Shape
+    sizes: fused.Sizes | split.Sizes
     launches: list[Launch]
     scratch: list[tuple[int, torch.dtype, int]]  # first byte, dtype and elements of each piece
     scratch_bytes: int
     cached: int
 
 
-# A call's tensors, in the order of `run`; those of the scratch memory come behind them.
-TENSORS: tuple[str, ...] = ("query", "key", "components", "value", "value_sum", "length", "start", "mask", "counts")
-TENSORS += ("positions", "output", "alpha_out", "lse_out")
+def plan(call: Arguments, variant: str | None = None, **forced: Any) -> Plan:
+    """For arguments that have been checked and are float32, bfloat16 or float16.
 
-
-def plan(call: Arguments, **forced: Any) -> Plan:
-    """For arguments that have been checked and are float32, bfloat16 or float16.  forced: sizes already chosen.
-
+    variant: of `VARIANTS`, and forced: its `Sizes`, where they are chosen already.
     Raises ValueError for more positions than the selection can count.
     """
     cached = call.key.shape[2]
@@ -217,156 +180,74 @@ def plan(call: Arguments, **forced: Any) -> Plan:
         raise ValueError(f"key must hold at most {MAX_KEYS} positions on a GPU, got {cached}")
     # A cache grows with every token. Its plan is that of the chunk's end, but for one number.
     end = cached if call.return_positions else triton.cdiv(cached, CHUNK.value) * CHUNK.value
-    if forced:
-        return _plan(call, end, forced)._replace(cached=cached)
-    described = [None if x is None else (x.stride(), x.dtype) for x in call[:9]]
-    layout = (end, call.query.shape, call.key.shape[1], call.query.device, *described, *call[9:])
+    if variant is not None:
+        return _plan(call, end, variant, forced)._replace(cached=cached)
+    described = [None if x is None else (x.stride(), x.dtype) for x in tensors_of(call)]
+    layout = (end, call.query.shape, call.key.shape[1], call.query.device, *described, *options_of(call))
     found = _plans.get(layout)
     if found is None:
         if len(_plans) >= MAX_HELD:
             _plans.clear()
-        found = _plans[layout] = _plan(call, end, {})
+        found = _plans[layout] = _plan(call, end, None, {})
     return found._replace(cached=cached)
 
 
 _plans: dict[tuple[object, ...], Plan] = {}  # by all that a plan depends on, of caches that are full to a chunk's end
 
 
-def _plan(call: Arguments, cached: int, forced: Mapping[str, Any]) -> Plan:
-    query, key = call.query, call.key
-    batch, num_heads, query_length, D = query.shape
-    num_kv_heads = key.shape[1]
-    G = num_heads // num_kv_heads
-    sizes = _sizes(call, cached)._replace(**forced)
-    # Matrix instructions want 16 rows; a single query is multiplied without them.
-    GP = 1 if G == 1 else max(16, triton.next_power_of_2(G))
-    DP, RP = max(16, triton.next_power_of_2(D)), max(16, triton.next_power_of_2(call.r))
-    itemsize, amd = query.element_size(), torch.version.hip is not None
-    width = sizes.select_width or sizes.part_width
-    parts = triton.cdiv(cached, width)
-    start, mask = (call.length if x is None else x for x in (call.start, call.mask))
-    values = _strides(DECODED, (*call[:6], start, mask)) | {
-        "Hkv": num_kv_heads,
-        "Q": query_length,
+def _plan(call: Arguments, cached: int, variant: str | None, forced: Mapping[str, Any]) -> Plan:
+    query = call.query
+    shape = shape_of(call, cached, multiprocessors(query.device))
+    kind = next(kind for kind in VARIANTS.values() if kind.serves(shape)) if variant is None else VARIANTS[variant]
+    sizes = kind.sizes(shape)._replace(**forced)
+    tensors = _given(call)
+    values = _strides(DECODED, tensors) | {
+        "Hkv": shape.num_kv_heads,
         "S": cached,
         **dict(zip(("k", "k_divisor", "local"), _budget(call, cached), strict=True)),
-        "k_max": sizes.k_max,
-        "parts": parts,
-        "logits_chunks": sizes.chunks,
+        "logits_chunks": shape.chunks,
         "scale": float(call.softmax_scale),
         "softcap": float(call.softcap or 0.0),
-        "G": G,
-        "D": D,
-        "R": call.r,
-        "GP": GP,
-        "DP": DP,
-        "RP": RP,
-        "TILE": _tile(GP, RP, itemsize, _warps(width) if sizes.fused else sizes.warps),
-        "ROWS": min(MAX_ROWS, max(16, ROW_BYTES // (DP * itemsize))),
-        "SPLITS": sizes.splits,
-        "PARTS": sizes.parts,
-        "STAGES": STAGES if itemsize == 2 and not amd else 2,
-        "WIDTH": width,
-        "PARTS_AT_ONCE": HISTOGRAM_PARTS,
+        **{name: getattr(shape, name) for name in ("Q", "k_max", "G", "D", "R", "GP", "DP", "RP")},
+        "ROWS": shape.rows,
+        "STAGES": shape.stages,
         "COUNT_TILE": COUNT_TILE,
         "DOT": tl.float32 if INTERPRETED else DTYPES[query.dtype],  # no bfloat16 product there
         "HAS_START": call.start is not None,
         "HAS_MASK": call.mask is not None,
         "HAS_SOFTCAP": call.softcap is not None,
         "MEAN_VALUE": call.mean_value,
-        "LAST_MERGES": not amd,
+        **kind.arguments(shape, sizes),
     }
 
-    N, f32, i32 = sizes.N, torch.float32, torch.int32
-    scratch: dict[str, tuple[torch.dtype, int]] = {"logits": (f32, N * G * sizes.chunks * CHUNK.value)}
+    f32, i32 = torch.float32, torch.int32
+    scratch: Scratch = {"logits": (f32, shape.N * shape.G * shape.chunks * CHUNK.value)}
     counts_rows = call.mask is not None and call.counts is None
     if counts_rows:
-        scratch["counts"] = (i32, batch * query_length * 2)
+        scratch["counts"] = (i32, shape.batch * shape.Q * 2)
     if not call.return_positions:
-        scratch["positions"] = (i32, N * sizes.k_max)
-    if not sizes.fused:
-        scratch["stats"] = (f32, N * 2 * G * sizes.splits)
-        scratch["info"], scratch["ticket"] = (i32, N * INFO), (i32, N)
-        scratch["partial"] = (f32, N * sizes.parts * G * 3)
-        scratch["partial_y"] = (f32, N * sizes.parts * G * DP)
-        if not sizes.select_width:
-            scratch["keys"] = scratch["compact"] = (i32, N * sizes.chunks * CHUNK.value)
-            scratch["bin_counts"], scratch["before"] = (i32, N * parts * BINS), (i32, N * parts * 2)
-    dtypes = [query.dtype] * 4 + [call.value_sum.dtype, torch.int64, torch.int64]
-    dtypes += [torch.int64 if call.mask is None else torch.uint8, torch.int64 if call.counts is None else i32, i32]
-    dtypes += [query.dtype, f32, f32]
-    pointers = {name: (place, dtype) for place, (name, dtype) in enumerate(zip(TENSORS, dtypes, strict=True))}
+        scratch["positions"] = (i32, shape.N * shape.k_max)
+    scratch |= kind.scratch(shape, sizes)
+    dtypes = [*map(_pointed_at, tensors), i32, query.dtype, f32, f32]
+    names = (*DECODED, *RESULTS)
+    pointers = {name: (place, dtype) for place, (name, dtype) in enumerate(zip(names, dtypes, strict=True))}
     pieces, end = [], 0
-    for place, (name, (dtype, elements)) in enumerate(scratch.items(), len(TENSORS)):
+    for place, (name, (dtype, elements)) in enumerate(scratch.items(), len(names)):
         pointers[name] = (place, dtype)
         pieces.append((end, dtype, elements))
         end += triton.cdiv(elements * dtype.itemsize, SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
 
-    def launch(kernel: Any, *grid: int, **options: Any) -> None:
-        launches.append(Launch(kernel, grid, values, pointers, query.device, "S", **options))
-
-    launches: list[Launch] = []
-    if counts_rows:
-        launch(count_masked, batch * query_length, num_warps=8)
-    if sizes.fused:
-        few_registers = {"maxnreg": REGISTERS} if itemsize == 2 and GP <= 32 and not amd else {}
-        launch(fused_kernel, N, num_warps=_warps(width), **few_registers)
-        return Plan(sizes, launches, pieces, end, cached)
-    launch(score, N, sizes.splits, num_warps=sizes.warps)
-    if sizes.select_width:
-        launch(select, N, num_warps=_warps(width))
-    else:
-        launch(histogram, N, parts, num_warps=_warps(width))
-        launch(candidates, N, parts, num_warps=_warps(width))
-        launch(choose, N, parts, num_warps=_warps(width))
-    launch(gather, N, sizes.parts, num_warps=sizes.warps)
-    if not values["LAST_MERGES"]:
-        launch(merge, N, num_warps=sizes.warps)
-    return Plan(sizes, launches, pieces, end, cached)
-
-
-def _sizes(call: Arguments, cached: int) -> Sizes:
-    batch, num_heads, query_length, _ = call.query.shape
-    num_kv_heads = call.key.shape[1]
-    N = batch * query_length * num_kv_heads
-    units = multiprocessors(call.query.device)
-    splits, parts = (_power_of_2_up_to(x * units // N) for x in (SCORE_PROGRAMS, GATHER_PROGRAMS))
-    fused = N >= 2 * units and cached <= FUSED_WIDTH
-    fitting = [FUSED_WIDTH] if fused else [width for width in SELECT_WIDTHS if cached <= width]
-    return Sizes(
-        N=N,
-        k_max=max_positions(cached, call.k, call.k_divisor),
-        chunks=triton.cdiv(cached, CHUNK.value),
-        fused=fused,
-        select_width=fitting[0] if fitting else 0,
-        part_width=4096 if cached < LONG_ROW else 8192,
-        splits=min(MAX_SPLITS, splits),
-        parts=min(MAX_SPLITS, parts),
-        warps=4 if num_heads // num_kv_heads <= 32 else 8,
-    )
+    started = [(count_masked, (shape.batch * shape.Q,), {"num_warps": 8})] if counts_rows else []
+    launches = [
+        Launch(kernel, grid, values, pointers, query.device, "S", **options)
+        for kernel, grid, options in (*started, *kind.launches(shape, sizes))
+    ]
+    return Plan(shape, sizes, launches, pieces, end, cached)
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
-
-
-def _power_of_2_up_to(number: int) -> int:
-    return 1 << max(0, number.bit_length() - 1)
-
-
-def _tile(GP: int, RP: int, itemsize: int, warps: int) -> int:
-    """Positions that a program scores at once."""
-    if GP == 1:  # one load for each thread and component
-        return min(BLOCK, LOAD_BYTES // itemsize * 32 * warps)
-    if itemsize == 4:  # multiplied without matrix instructions, from registers
-        return LANES.value
-    return min(CHUNK.value, max(LANES.value, min(TILE_BYTES // (RP * itemsize), MAX_LOGITS // GP)))
-
-
-def _warps(width: int) -> int:
-    """For kernels with a row or a part of it in registers: 16 keys a thread."""
-    return max(1, width // 512)
 
 
 def _is_current(device: torch.device) -> bool:
@@ -390,38 +271,21 @@ def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query, key, key_components, value, value_sum, length, start, mask, counts = call[:9]
-    batch, _, query_length, _ = shape = query.shape
-    device, k_max, num_kv_heads = query.device, plan.sizes.k_max, key.shape[1]
-    output = torch.empty(shape, dtype=query.dtype, device=device)
+    batch, _, query_length, _ = shape = call.query.shape
+    device, num_kv_heads = call.query.device, call.key.shape[1]
+    output = torch.empty(shape, dtype=call.query.dtype, device=device)
     alpha = torch.empty(shape[:3], dtype=torch.float32, device=device)
     lse = torch.empty_like(alpha)
     scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
-    positions = length
+    positions = call.length
     if call.return_positions:
-        positions = torch.full((plan.sizes.N, k_max), -1, dtype=torch.int32, device=device)
-
-    # Kernels take pointers always; those that stand for nothing are never read.
-    tensors = [
-        query,
-        key,
-        key_components,
-        value,
-        value_sum,
-        length,
-        length if start is None else start,
-        length if mask is None else mask,
-        length if counts is None else counts,
-        positions,
-        output,
-        alpha,
-        lse,
-    ]
+        positions = torch.full((plan.shape.N, plan.shape.k_max), -1, dtype=torch.int32, device=device)
+    tensors = [*_given(call), positions, output, alpha, lse]
     addresses = [x.data_ptr() for x in tensors]
     first = scratch.data_ptr()
     kind = kind_of([*addresses, first], [*tensors, scratch])
     if kind is None or 0 in addresses:
-        check_memory(call._fields, call[:9])
+        check_memory(call, tensors_of)
     addresses += [first + offset for offset, _, _ in plan.scratch]
 
     def tensor(place: int) -> Tensor:
@@ -435,8 +299,14 @@ def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         launch(addresses, kind, stream, tensor, plan.cached)
     if not call.return_positions:
         return output, alpha, scratch.new_empty((batch, num_kv_heads, query_length, 0), dtype=torch.int64), lse
-    by_head = positions.view(batch, query_length, num_kv_heads, k_max).transpose(1, 2)
+    by_head = positions.view(batch, query_length, num_kv_heads, plan.shape.k_max).transpose(1, 2)
     return output, alpha, by_head.to(torch.int64, memory_format=torch.contiguous_format), lse
+
+
+def _given(call: Arguments) -> list[Tensor]:
+    """The call's tensors.  Kernels take pointers always; those that stand for nothing are never read."""
+    length = call.length
+    return [length if x is None else x for x in tensors_of(call)]
 
 
 def count(call: CountArguments) -> Tensor:
@@ -508,7 +378,7 @@ def extend_sum(call: ExtendArguments, layout: tuple[object, ...]) -> None:
     _start(launch, call, call, 0)
 
 
-# What the kernels' pointers and strides are called, tensor by tensor.
+# What the kernels' pointers and strides are called, tensor by tensor of a call.
 DECODED = {
     "query": ("query_batch", "query_head", "query_position"),
     "key": ("key_batch", "key_head", "key_position"),
@@ -518,7 +388,9 @@ DECODED = {
     "length": ("length_stride",),
     "start": ("start_stride",),
     "mask": ("mask_stride",),
+    "counts": (),
 }
+RESULTS = ("positions", "output", "alpha_out", "lse_out")  # behind them, and behind these the scratch memory
 APPENDED = {
     "keys": ("keys_batch", "keys_head", "keys_position"),
     "values": ("values_batch", "values_head", "values_position"),
@@ -557,10 +429,7 @@ def _held(
     batch, heads, capacity, head_dim = storage.shape
     sizes = {"capacity": capacity, "Hkv": heads, "D": head_dim, "DP": triton.next_power_of_2(head_dim), "offset": 0}
     values = _strides(names, tensors) | sizes
-    pointers = {
-        name: (place, torch.uint8 if x.dtype == torch.bool else x.dtype)
-        for place, (name, x) in enumerate(zip(names, tensors, strict=True))
-    }
+    pointers = {name: (place, _pointed_at(x)) for place, (name, x) in enumerate(zip(names, tensors, strict=True))}
     if len(_appends) >= MAX_HELD:
         _appends.clear()
     launch = Launch(kernel, (batch * heads,), values | constants, pointers, storage.device, "offset", num_warps=1)
@@ -572,7 +441,7 @@ def _start(launch: Launch, call: Any, tensors: Sequence[Tensor], changed: int) -
     addresses = [x.data_ptr() for x in tensors]
     kind = kind_of(addresses, tensors)
     if kind is None or 0 in addresses:
-        check_memory(call._fields, call[: len(tensors)])
+        check_memory(call, itemgetter(slice(len(tensors))))
 
     def tensor(place: int) -> Tensor:
         return _as_bytes(tensors[place])
@@ -588,3 +457,7 @@ def _start(launch: Launch, call: Any, tensors: Sequence[Tensor], changed: int) -
 def _as_bytes(x: Tensor) -> Tensor:
     """What Triton is to take for a pointer: truth values are bytes to it."""
     return x.view(torch.uint8) if x.dtype == torch.bool else x
+
+
+def _pointed_at(x: Tensor) -> torch.dtype:
+    return torch.uint8 if x.dtype == torch.bool else x.dtype

@@ -46,15 +46,16 @@ def choose_components(q, D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DP:
     for it before it can read anything.
     """
     magnitude = tl.abs(q.to(tl.float32))
-    d, some = tl.arange(0, DP), tl.arange(0, COMPARED // DP)
+    AT_ONCE: tl.constexpr = min(DP, COMPARED // DP)
+    d, some = tl.arange(0, DP), tl.arange(0, AT_ONCE)
     total = tl.sum(magnitude, 0)
     key = tl.where(total == total, total.to(tl.int32, bitcast=True), NAN_BITS)
     key = tl.where(d < D, key, NEVER - d)
     rank = tl.zeros([DP], tl.int32)
-    for first in range(0, DP, COMPARED // DP):
+    for first in range(0, DP, AT_ONCE):
         rank += tl.sum((tl.gather(key, first + some, 0)[:, None] > key[None, :]).to(tl.int32), 0)
     if tl.sum(rank, 0) != DP * (DP - 1) // 2:  # some are equal: the earlier goes before
-        for first in range(0, DP, COMPARED // DP):
+        for first in range(0, DP, AT_ONCE):
             other = first + some
             before = (tl.gather(key, other, 0)[:, None] == key[None, :]) & (other[:, None] < d[None, :])
             rank += tl.sum(before.to(tl.int32), 0)

@@ -1,0 +1,64 @@
+"""The operators' arguments that belong together, as the public functions take them.
+
+A field that is added to a group is added to `arguments.Arguments` in the same place: there are the groups' fields in a
+row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Cached(NamedTuple):
+    """What is cached, and where it lies.
+
+    key, value: [B, Hkv, S, d], S the cached positions including the new; last axis contiguous, other strides free.
+    key_components: [B, Hkv, blocks, d, BLOCK], the same keys as written by `layout.write_components`.
+    value_sum: [B, Hkv, d] float32 (float64 allowed with float64 keys), the sum of V over exactly the valid positions.
+        `decode` needs it; where it is None `append` leaves it to others to keep.
+
+    key, key_components and value share a dtype: float32, bfloat16, float16 (float32 arithmetic) or float64.
+    """
+
+    key: Tensor
+    key_components: Tensor
+    value: Tensor
+    value_sum: Tensor | None
+
+
+class Visible(NamedTuple):
+    """Which rows and positions are valid: those of start <= s < length that the mask allows.
+
+    length: int64 [B], one past each row's last cached position, at most S.
+    start: int64 [B], each row's first valid position; None means 0.
+    mask: bool [B, S], False excludes a position; None allows all.
+    counts: int32 [B, Q, 2], what `count_valid` gives for these rows, so that layers share it; None: `decode` counts.
+    """
+
+    length: Tensor
+    start: Tensor | None = None
+    mask: Tensor | None = None
+    counts: Tensor | None = None
+
+
+class Budget(NamedTuple):
+    """How much of the cache a query reads.
+
+    r: components of the query used to score, 1 <= r <= d.
+    k: positions attended in full, the local window included.  A query that sees n valid positions attends
+        min(n, max(k, n // k_divisor)); without k_divisor min(n, k).
+    local: newest valid positions that are always attended, at most k; None means a quarter of the query's budget.
+    """
+
+    r: int
+    k: int
+    k_divisor: int | None = None
+    local: int | None = None
+
+
+def wrong_group(name: str, group: Any, kind: type) -> TypeError:
+    """For a tuple of something else, or of another length, that stands where a group should."""
+    got = f"a tuple of {len(group)}" if type(group) is tuple else type(group).__name__
+    return TypeError(f"{name} must be a sparq_kernels.{kind.__name__}, got {got}")
