@@ -26,13 +26,13 @@ from unittest import mock
 import sparq_kernels
 import torch
 import triton
-from report import Grid
 from rich.console import Console
 from sparq_kernels import allocate_components, operator
 from sparq_kernels.append import append_cuda
 from sparq_kernels.counting import count_cuda
 from sparq_kernels.gpu import launch
 from sparq_kernels.value_sum import extend_cuda
+from tables import Grid
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction

@@ -1,9 +1,12 @@
-"""What the attention benchmark computes: one decode step over one layer's cache, and when the operator's is right."""
+"""One decode step over one layer's cache: its shape, its inputs, the call of the operator, and when that is right.
+
+Nothing else but launch_cost.py and compiled_kernels.py knows which arguments the operator takes.
+"""
 
 from __future__ import annotations
 
-import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import sparq_kernels
 import torch
@@ -27,6 +30,10 @@ class Shape:
     def __str__(self) -> str:
         return f"B={self.batch} {self.num_heads}/{self.num_kv_heads} S={self.cached} r={self.r} k={self.k}"
 
+    def described(self) -> dict[str, object]:
+        """For a row's case."""
+        return {"shape": str(self), **asdict(self)}
+
     @property
     def dense_elements(self) -> int:
         return self.batch * self.num_kv_heads * 2 * self.cached * self.head_dim
@@ -47,6 +54,11 @@ class Inputs:
     value_sum: Tensor
     length: Tensor
 
+    def row(self, index: int, dtype: torch.dtype) -> Inputs:
+        """One row of the batch, widened but for its length."""
+        rows = [x[index : index + 1] for x in vars(self).values()]
+        return Inputs(*(x.to(dtype) if x.is_floating_point() else x for x in rows))
+
     def copy(self) -> Inputs:
         """On pages as large as the plugin's cache asks for, dense and sparse alike."""
         copies = [torch.empty_like(x) for x in vars(self).values()]
@@ -60,19 +72,18 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs
     generator = torch.Generator(device).manual_seed(0)
     rows = (shape.batch, shape.num_kv_heads, shape.cached, shape.head_dim)
     query = 2 * torch.randn(shape.batch, shape.num_heads, 1, shape.head_dim, generator=generator, device=device)
-    key, value = (
-        torch.randn(rows, generator=generator, dtype=torch.float32, device=device).to(dtype) for _ in range(2)
-    )
+    key, value = (torch.randn(rows, generator=generator, device=device).to(dtype) for _ in range(2))
     components = sparq_kernels.allocate_components(*rows, dtype, device)
     sparq_kernels.write_components(components, key, 0)
     length = torch.full((shape.batch,), shape.cached, device=device)
     return Inputs(query.to(dtype), key, components, value, value.sum(2, dtype=torch.float32), length)
 
 
-def decode(shape: Shape, x: Inputs, return_positions: bool = False) -> sparq_kernels.DecodeOutput:
+def decode(shape: Shape, x: Inputs, return_positions: bool = False, **knobs: Any) -> sparq_kernels.DecodeOutput:
+    """knobs: those of the operator that a shape does not have."""
     tensors = (x.query, x.key, x.components, x.value, x.value_sum)
-    knobs = dict(length=x.length, r=shape.r, k=shape.k)
-    return sparq_kernels.decode(*tensors, **knobs, return_positions=return_positions)
+    knobs = dict(length=x.length, r=shape.r, k=shape.k, return_positions=return_positions, **knobs)
+    return sparq_kernels.decode(*tensors, **knobs)
 
 
 def sparq(shape: Shape, x: Inputs) -> Tensor:
@@ -143,9 +154,3 @@ def disagreement(shape: Shape, x: Inputs) -> str | None:
     if not shared > 0.98:
         return f"a head shares only {shared:.1%} of the reference's positions"
     return None
-
-
-def quantiles(times: list[float]) -> tuple[float, tuple[float, float]]:
-    """Median, and (10 %, 90 %)."""
-    tenths = statistics.quantiles(times, n=10)
-    return statistics.median(times), (tenths[0], tenths[-1])

@@ -1,11 +1,15 @@
-"""The models that the whole-model benchmarks run: true layer shapes with random weights, or real ones."""
+"""The models that the whole-model benchmarks run: true layer shapes with random weights, or real ones; and the options
+that choose one."""
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from harness import at_least_2, positive
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,12 +20,20 @@ from transformers import (
     PreTrainedModel,
 )
 
+import sparq
+
 LONG_ENOUGH = 1 << 20  # positions: more than any context measured, whatever the real model was trained for
 SMALL_VOCABULARY = 256
+MEASURED_LAYERS = 2  # of a named shape
+
+
+def llama(rope_theta: float, **shape: Any) -> LlamaConfig:
+    return LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": rope_theta}, **shape)
 
 
 def llama_3_2_1b() -> LlamaConfig:
-    return LlamaConfig(
+    return llama(
+        500000.0,
         vocab_size=128256,
         hidden_size=2048,
         intermediate_size=8192,
@@ -30,12 +42,12 @@ def llama_3_2_1b() -> LlamaConfig:
         num_key_value_heads=8,
         head_dim=64,
         tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )
 
 
 def llama_3_8b() -> LlamaConfig:
-    return LlamaConfig(
+    return llama(
+        500000.0,
         vocab_size=128256,
         hidden_size=4096,
         intermediate_size=14336,
@@ -43,12 +55,12 @@ def llama_3_8b() -> LlamaConfig:
         num_attention_heads=32,
         num_key_value_heads=8,
         head_dim=128,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )
 
 
 def llama_2_7b() -> LlamaConfig:
-    return LlamaConfig(
+    return llama(
+        10000.0,
         vocab_size=32000,
         hidden_size=4096,
         intermediate_size=11008,
@@ -56,7 +68,6 @@ def llama_2_7b() -> LlamaConfig:
         num_attention_heads=32,
         num_key_value_heads=32,
         head_dim=128,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
 
 
@@ -129,12 +140,6 @@ def is_real(name: str) -> bool:
     return name not in SHAPES
 
 
-def layers_of(name: str) -> int:
-    """Layers of the model when none is cut off; reads a real model's configuration."""
-    config = AutoConfig.from_pretrained(name) if is_real(name) else SHAPES[name]()
-    return config.get_text_config(decoder=True).num_hidden_layers
-
-
 def build(name: str, dtype: torch.dtype, layers: int | None, device: str = "cpu") -> Subject:
     """A model of this name, ready to decode greedily without an end.
 
@@ -183,3 +188,43 @@ def endless(model: PreTrainedModel) -> PreTrainedModel:
     """Greedy, and without a token that ends an answer: a step must not depend on what was generated."""
     model.generation_config = GenerationConfig(pad_token_id=0, do_sample=False)
     return model.eval()
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the benchmarks of generation take."""
+    shapes = ", ".join(SHAPES)
+    parser.add_argument("--model", default="llama-3.2-1b", help=f"{shapes}, or a real model's folder or name")
+    parser.add_argument("--layers", type=positive, help="keep the first of them only (default: 2; of a real model all)")
+    parser.add_argument("--all-layers", action="store_true", help="of a named shape too, with its whole vocabulary")
+    parser.add_argument("--rounds", type=positive, help="of several the first is not counted")
+    parser.add_argument("--tokens", type=at_least_2, help="decode steps of each way in each round")
+    parser.add_argument("--quick", action="store_true", help="less of everything: under a minute")
+
+
+def add_knobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--r", type=positive)
+    parser.add_argument("--k", type=positive)
+    parser.add_argument("--ratio", type=float, default=8)
+
+
+def knobs_of(args: argparse.Namespace) -> dict[str, Any]:
+    return dict(r=args.r, k=args.k, ratio=args.ratio)
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with one line about what is wrong."""
+    if args.layers is not None and args.all_layers:
+        parser.error("--layers and --all-layers exclude each other")
+    if is_real(args.model) and "/" not in args.model and not Path(args.model).is_dir():
+        parser.error(f"--model must be one of {', '.join(SHAPES)}, a folder, or owner/name, got {args.model!r}")
+    try:
+        sparq.SparqConfig(**knobs_of(args))
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+
+
+def build_subject(args: argparse.Namespace, dtype: str) -> Subject:
+    layers = args.layers
+    if layers is None and not args.all_layers and not is_real(args.model):
+        layers = MEASURED_LAYERS
+    return build(args.model, getattr(torch, dtype), layers, args.device)

@@ -1,4 +1,4 @@
-"""Stage 3 of gpu.py: the operator captured in a CUDA graph and replayed again and again, compared bit for bit.
+"""Stage `races`: the operator captured in a CUDA graph and replayed again and again, compared bit for bit.
 
 Its programs hand each other partial results through memory; where one reads too early, replays of the same graph
 differ. Results are compared with those of an eager call, on the device, and counted there. Every tenth replay begins
@@ -7,18 +7,15 @@ on poisoned outputs, and every second one runs beside a large copy, which makes 
 
 from __future__ import annotations
 
-from stage import Stage, binaries
-
-# isort: split
 import itertools
-import traceback
 from typing import Any
 
-import attention_gpu
 import torch
-from device_time import poison
-from gpu_cases import RACES, TINY, Case
-from report import Grid
+from gpu_stages.cases import RACES, TINY, Case
+from gpu_stages.clocks import clock_of, poison
+from gpu_stages.failures import reason
+from gpu_stages.stage import Stage, binaries
+from tables import Grid
 from torch import Tensor
 from workload import DTYPES, Inputs, Shape, decode, make_inputs
 
@@ -44,11 +41,11 @@ def replayed(
     case: Case, dtype_name: str, return_positions: bool, replays: int, stage: Stage
 ) -> tuple[dict[str, int], int]:
     """Elements of each result that differed from the eager call's, over all replays; and how many these were."""
-    timer = attention_gpu.clock(stage.device)
+    clock = clock_of(stage.device)
     x = make_inputs(case.shape, DTYPES[dtype_name], stage.device)
     expected = [bits(tensor.clone()) for tensor in results(case.shape, x, return_positions)]
-    replay = timer.Replay(lambda x: results(case.shape, x, return_positions), [x], 1)
-    noise = timer.Noise()
+    replay = clock.graph(lambda x: results(case.shape, x, return_positions), [x], 1)
+    make_noise = clock.noise()
     counts = torch.zeros(len(expected), dtype=torch.int64, device=stage.device)
     done = 0
     while done < replays and (not done or stage.left() > ENOUGH):
@@ -56,22 +53,22 @@ def replayed(
             if turn % 10 == 0:
                 poison(replay.results)
             if turn % 2:
-                noise.begin()
+                make_noise()
             replay.replay()
             for index, (result, right) in enumerate(zip(replay.results, expected, strict=True)):
                 counts[index] += (bits(result) != right).sum()
             done += 1
-        timer.synchronize()
+        clock.synchronize()
     return dict(zip(NAMES, counts.tolist(), strict=False)), done
 
 
-def main() -> None:
-    stage = Stage.from_arguments(__doc__)
+def main(stage: Stage) -> None:
     compiled, rows = binaries(), []
     cases, dtypes = (TINY, ["float32"]) if stage.is_dry else (RACES, ["bfloat16", "float16"])
     replays = 20 if stage.is_dry else REPLAYS
     for dtype_name, case, positions in itertools.product(dtypes, cases, (False, True)):
-        row: dict[str, Any] = {"case": case.name, "shape": str(case.shape), "dtype": dtype_name, "positions": positions}
+        described = {"name": case.name, "shape": str(case.shape), "dtype": dtype_name, "positions": positions}
+        row: dict[str, Any] = {"case": described}
         rows.append(row)
         if stage.left() < ENOUGH:
             row["replays"] = 0
@@ -79,8 +76,7 @@ def main() -> None:
             try:
                 row["differing"], row["replays"] = replayed(case, dtype_name, positions, replays, stage)
             except Exception as error:
-                traceback.print_exc()
-                row["failed"] = attention_gpu.reason(error)
+                row["failed"] = reason(error)
         report(stage, rows)
     stage.save(compiled_here=binaries() - compiled)
 
@@ -88,7 +84,8 @@ def main() -> None:
 def report(stage: Stage, rows: list[dict[str, Any]]) -> None:
     wrong = []
     for row in rows:
-        what = f"{row['case']} {row['dtype']}{', with positions' if row['positions'] else ''}"
+        case = row["case"]
+        what = f"{case['name']} {case['dtype']}" + ", with positions" * case["positions"]
         if row.get("failed"):
             wrong.append(f"no replay of {what}: {row['failed']}")
         elif any(row.get("differing", {}).values()):
@@ -97,25 +94,20 @@ def report(stage: Stage, rows: list[dict[str, Any]]) -> None:
     replays = sum(row.get("replays", 0) for row in rows)
     untried = sum(row.get("replays") == 0 for row in rows)
     said = f"{replays} replays of {len(rows) - untried} graphs, {len(wrong)} of them wrong"
-    stage.content["tables"] = []
-    stage.add_tables(
+    table = (
         Grid(
             "Replays of a graph that differed from the eager call, bit for bit: elements over all replays",
             ("case", "dtype", "replays", *NAMES),
             [
                 (
-                    row["case"],
-                    row["dtype"],
+                    row["case"]["name"],
+                    row["case"]["dtype"],
                     str(row.get("replays", "failed")),
                     *(str(row.get("differing", {}).get(name, "–")) for name in NAMES),
                 )
                 for row in rows
             ],
         ),
-        printed=False,
     )
+    stage.set_tables(hidden=table)
     stage.save(rows=rows, wrong=wrong, said=said + (f"; no time for {untried}" if untried else ""))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from device_time import captured
+from gpu_stages.clocks import captured
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -54,7 +54,7 @@ class Step:
         return held
 
 
-class Graph:
+class Replay:
     """What a step does when it is captured, done again by each call."""
 
     def __init__(self, step: Step) -> None:
@@ -69,7 +69,7 @@ class Graph:
 def replayed(step: Step) -> Callable[[], Tensor]:
     """`step` as a graph, where there are such. It must be in its steady state, after `WARM_UP` eager calls: what the
     first ones do besides would be done by every replay."""
-    return Graph(step) if step.token.device.type == "cuda" else step
+    return Replay(step) if step.token.device.type == "cuda" else step
 
 
 def replay_error(step: Step, replay: Callable[[], Tensor], limit: float) -> str | None:

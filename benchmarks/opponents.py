@@ -1,28 +1,31 @@
-"""The ways to generate that the whole-model benchmarks compare, and the clockwork that lets them take turns."""
+"""The ways to generate that SparQ is compared with, and its own; whether it is right; and the turns that they take."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import graphed
+import sparq_kernels
 import torch
-from model_shapes import Heads
+from gpu_stages import graph_step
+from harness import BARE_CONTEXT, SPARQ
+from models import Heads
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache, StoppingCriteriaList
 from transformers.cache_utils import Cache
+from workload import Inputs, Shape, decode, relative_error
 
 import sparq
 from sparq.cache import SparqLayer, upgrade
 from sparq.static_cache import SparqStaticLayer
 from sparq.timing import DecodeClock
 
-BARE_CONTEXT = 16  # next to no cache
 ALL_LAYERS = 1 << 30
 SIZE_STEP = 64  # of a static cache on a GPU: each layer of stock's would copy a mask of any length to make it fit
+PROMPT, STEPS = 96, 8  # tokens of the short context on which the patched model is tried
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,13 @@ LAYERS_ALONE = Way("layers alone", bare=True)
 DYNAMIC = Way("stock dynamic")
 STATIC = Way("stock static", is_static=True)
 OWN_CACHE = Way("SparQ's cache", patched=True)
-SPARQ = Way("SparQ", patched=True, sparse=True)
+SPARQ_WAY = Way(SPARQ, patched=True, sparse=True)
 COMPILED = Way("stock compiled", is_static=True, is_compiled=True)
 SPARQ_COMPILED = Way("SparQ compiled", is_static=True, is_compiled=True, patched=True, sparse=True)
 GRAPHED = Way("stock static, graph", is_static=True, is_graphed=True)
 SPARQ_GRAPHED = Way("SparQ static, graph", is_static=True, is_graphed=True, patched=True, sparse=True)
 
-WAYS = (LAYERS_ALONE, DYNAMIC, STATIC, OWN_CACHE, SPARQ)
+WAYS = (LAYERS_ALONE, DYNAMIC, STATIC, OWN_CACHE, SPARQ_WAY)
 COMPILED_WAYS = (COMPILED, SPARQ_COMPILED)
 GRAPHED_WAYS = (GRAPHED, SPARQ_GRAPHED)
 
@@ -71,8 +74,7 @@ class Runner:
     model: PreTrainedModel
     cache: Cache
     batch: int
-    first_token: float | None = None  # seconds, where the prompt was really computed
-    second_token: float | None = None
+    first_tokens: list[float] = field(default_factory=list)  # seconds of the first two, where the prompt was computed
     seconds: list[float] = field(default_factory=list)  # of each decode step that counts
     cache_bytes: int = 0  # the most that the cache has held between two steps
 
@@ -84,7 +86,7 @@ class Runner:
     def prefill(self, prompt: Tensor) -> None:
         """Compute a prompt [batch, length] into the empty cache, and time the first two tokens after it."""
         clock, started = self._generate(prompt.shape[1], 2, prompt)
-        self.first_token, self.second_token = clock.times[0] - started, clock.times[1] - clock.times[0]
+        self.first_tokens = [clock.times[0] - started, clock.times[1] - clock.times[0]]
 
     def _generate(self, length: int, tokens: int, prompt: Tensor | None = None) -> tuple[DecodeClock, float]:
         clock = DecodeClock()
@@ -134,22 +136,17 @@ class GraphRunner(Runner):
         return seconds
 
     def _captured(self) -> Callable[[], Tensor]:
-        step = graphed.Step(self.model, self.cache, self.batch)
-        for _ in range(graphed.WARM_UP):
+        step = graph_step.Step(self.model, self.cache, self.batch)
+        for _ in range(graph_step.WARM_UP):
             step()
         self.cache_bytes = bytes_of(self.cache)
-        replay = graphed.replayed(step)
-        self.wrong = graphed.replay_error(step, replay, tolerance(self.model.dtype))
+        replay = graph_step.replayed(step)
+        self.wrong = graph_step.replay_error(step, replay, tolerance(self.model.dtype))
         return replay
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """The relative error that rounding explains, in the order of sums that each path has."""
-    return 1e-4 if dtype == torch.float32 else 3e-2
-
-
 def make_runner(
-    model: PreTrainedModel, way: Way, context: int, batch: int, room: int, knobs: dict[str, Any], prefill: bool
+    model: PreTrainedModel, way: Way, context: int, batch: int, room: int, knobs: dict[str, Any], prefill: bool = False
 ) -> Runner:
     """A runner whose cache holds `context` positions, and has room for `room` more where its size is fixed.
 
@@ -159,7 +156,7 @@ def make_runner(
     if way.bare:
         context = BARE_CONTEXT
     if way.is_graphed:
-        room += graphed.WARM_UP + graphed.CHECKED
+        room += graph_step.WARM_UP + graph_step.CHECKED
     own = twin(model)
     if way.patched:
         sparq.patch(own, **knobs, **({} if way.sparse else {"dense_layers": ALL_LAYERS}))
@@ -204,7 +201,7 @@ def fill(cache: Cache, model: PreTrainedModel, context: int, batch: int, spare: 
             cache.layers[index].crop(-spare)
 
 
-def take_turns(runners: list[Runner], rounds: int, tokens: int, tick: Callable[[str], None]) -> None:
+def take_turns(runners: list[Runner], rounds: int, tokens: int, tick: Callable[[str], object]) -> None:
     """Let every runner decode `tokens` tokens, round after round, so that a drifting machine favours none.
 
     The first of several rounds is not counted: it faults memory in, makes SparQ's index, compiles; later ones are what
@@ -231,5 +228,79 @@ def bytes_of(cache: Cache) -> int:
 def _layer_bytes(layer: Any) -> int:
     if isinstance(layer, (SparqLayer, SparqStaticLayer)):
         return layer.allocated_bytes
-    held: Iterable[Tensor | None] = (getattr(layer, name, None) for name in ("keys", "values"))
+    held = (getattr(layer, name, None) for name in ("keys", "values"))
     return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The relative error that rounding explains, in the order of sums that each path has."""
+    return 1e-4 if dtype == torch.float32 else 3e-2
+
+
+def check(model: PreTrainedModel, context: int, batch: int, knobs: dict[str, Any]) -> None:
+    """Raise SystemExit, with the reason in one line, unless the patched model and the operator are right: a wrong
+    answer is not fast.
+
+    Args:
+        context: positions that the operator is tried on, those that are going to be measured.
+    """
+    why = wrong_model(model) or wrong_operator(model, context, batch, sparq.SparqConfig(**knobs))
+    if why is not None:
+        raise SystemExit(f"wrong, so nothing is measured: {why}")
+
+
+def wrong_model(model: PreTrainedModel) -> str | None:
+    """How a patched model whose k covers the context differs from the stock model, or None.
+
+    The same tokens are fed to both, a prompt and then one by one, and every step's logits are compared: this tries
+    hooks, cache, masks and the dense steps of the patch. What a sparse step computes is `wrong_operator`'s to say.
+    """
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    tokens = torch.randint(vocabulary, (2, PROMPT + STEPS), generator=torch.Generator().manual_seed(2))
+    tokens = tokens.to(model.device)
+    covering = sparq.patch(twin(model), k=PROMPT + STEPS, min_length=0)
+    expected, got = teacher_forced(model, tokens), teacher_forced(covering, tokens)
+    error = relative_error(got, expected)
+    if not error < tolerance(model.dtype):
+        return f"with k covering the context the patched model's logits differ from stock's by {error:.1e}"
+    if model.dtype == torch.float32 and not torch.equal(got.argmax(-1), expected.argmax(-1)):
+        return "with k covering the context the patched model's tokens are not stock's"
+    return None
+
+
+@torch.inference_mode()
+def teacher_forced(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Logits [B, STEPS + 1, vocabulary] after the prompt and after each further token, on a dynamic cache."""
+    cache = DynamicCache(config=model.config)
+    logits = [model(tokens[:, :PROMPT], past_key_values=cache, logits_to_keep=1).logits[:, -1]]
+    for token in tokens[:, PROMPT:].split(1, dim=1):
+        logits.append(model(token, past_key_values=cache).logits[:, -1])
+    return torch.stack(logits, 1)
+
+
+def wrong_operator(model: PreTrainedModel, context: int, batch: int, config: sparq.SparqConfig) -> str | None:
+    """How the operator differs from the reference in float64 on a cache of this shape, or None."""
+    heads, dtype, device = Heads.of(model.config), model.dtype, model.device
+    shape = Shape(
+        batch, heads.query, heads.kv, heads.head_dim, context, config.components(heads.head_dim), config.min_k
+    )
+    generator = torch.Generator(device).manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:  # where it is needed, as it is needed: a GPU's cache is drawn on no host
+        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+    rows = (batch, heads.kv, context, heads.head_dim)
+    key, value = draw(*rows), draw(*rows)
+    query = draw(batch, heads.query, 1, heads.head_dim)
+    components = sparq_kernels.allocate_components(*rows, dtype, device)
+    sparq_kernels.write_components(components, key, 0)
+    lengths = torch.full((batch,), context, device=device)
+    x = Inputs(query, key, components, value, value.sum(2, dtype=torch.float32), lengths)
+    knobs = dict(k_divisor=config.k_divisor, local=config.local)
+    fast = decode(shape, x, **knobs).output
+    # Row by row: one in float64 takes enough memory.
+    slow = torch.cat([decode(shape, x.row(index, torch.float64), **knobs).output for index in range(batch)])
+    error = relative_error(fast, slow)
+    if not error < tolerance(dtype):
+        return f"the operator differs from the reference by {error:.1e} at context {context}, {dtype}"
+    return None

@@ -1,4 +1,4 @@
-"""Stage 1 of gpu.py: the kernels that the other stages launch, compiled in parallel into the cache that they share.
+"""Stage `kernels`: the kernels that the other stages launch, compiled in parallel into the cache that they share.
 
 Launches are recorded and specialised by Triton's own code, as compiled_kernels.py does it, for the card's architecture
 and number of multiprocessors. From registers, shared memory and warps follows how many programs of a kernel a
@@ -7,9 +7,6 @@ multiprocessor holds at once; beside it stand the number that the plan launches,
 
 from __future__ import annotations
 
-from stage import Stage
-
-# isort: split
 import contextlib
 import functools
 import itertools
@@ -21,17 +18,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import attention_gpu
 import compiled_kernels
 import torch
 import triton
 from compiled_kernels import Launch, empty_append, empty_call, empty_extension, nearest_record, record, specialise
-from gpu_cases import CASES
-from report import Grid
+from gpu_stages.cases import CASES
+from gpu_stages.failures import reason
+from gpu_stages.stage import Stage
 from sparq_kernels.append import AppendArguments
 from sparq_kernels.arguments import Arguments
 from sparq_kernels.gpu import launch
 from sparq_kernels.value_sum import ExtendArguments
+from tables import Grid
 from workload import DTYPES
 
 # Of a multiprocessor with sm_90; a block takes 1 kB of shared memory more than it asks for.
@@ -74,14 +72,14 @@ def call(name: str, kind: str = "decode", /, **options: Any) -> Call:
 
 
 def attention_calls() -> Iterator[Call]:
-    """Stages 3 and 4."""
+    """Stages `races` and `attention`."""
     for case, dtype in itertools.product(CASES, ("bfloat16", "float16")):
         shape = asdict(case.shape)
         yield call(f"{case.name} {dtype}", dtype=dtype, capacity=case.shape.cached, **shape)
 
 
 def generation_calls() -> Iterator[Call]:
-    """Stage 5, as the plugin's cache calls the operator; what this misses is compiled there."""
+    """Stage `generation`, as the plugin's cache calls the operator; what this misses is compiled there."""
     for head_dim, cached, batch in itertools.product((64, 128), (16384, 131072), (1, 8)):
         common = dict(batch=batch, num_heads=32, num_kv_heads=8, head_dim=head_dim, dtype="bfloat16")
         knobs = dict(cached=cached, r=head_dim // 8, k=128, k_divisor=16)
@@ -129,7 +127,7 @@ def build(number: int, job: Job, target: str, multiprocessors: int) -> tuple[int
         one = specialise(job.call.launches(target)[job.index], target)
         used = compiled_kernels.resources(one)
     except Exception as error:
-        return number, {"failed": attention_gpu.reason(error)}
+        return number, {"failed": reason(error)}
     warps = one.options["num_warps"]
     return number, {**used._asdict(), "warps": warps, "seconds": time.perf_counter() - started}
 
@@ -177,8 +175,7 @@ def target_of(stage: Stage) -> tuple[str, int]:
     return target, torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
-def main() -> None:
-    stage = Stage.from_arguments(__doc__)
+def main(stage: Stage) -> None:
     target, multiprocessors = target_of(stage)
     compiled_kernels.MULTIPROCESSORS[target] = multiprocessors
     calls = tiny_calls() if stage.is_dry else itertools.chain(attention_calls(), generation_calls())
@@ -223,8 +220,7 @@ def report(stage: Stage, rows: list[dict[str, Any]]) -> None:
     said = f"{len(built)} of {len(rows)} kernels for {stage.content['target']}, {seconds:.0f} s of compiling"
     if "of test cases" in stage.content:
         said += f"; those of {stage.content.get('test cases', 0)} of {stage.content['of test cases']} test cases"
-    stage.content["tables"] = []
-    stage.add_tables(grid(built))
+    stage.set_tables(grid(built))
     stage.save(
         rows=rows,
         wrong=[f"{row['kernel']} of {row['cases'][0]} cannot be compiled: {row['failed']}" for row in failed],
@@ -277,7 +273,3 @@ def grid(built: list[dict[str, Any]]) -> Grid:
         "launched per SM",
     )
     return Grid("Kernels as compiled, the most that any binary takes", columns, lines, left=1)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from report import Grid
 from rich import box
 from rich.console import Console
+from tables import Grid
 
-OK, FAILED, OUT_OF_TIME, MISSING = "ok", "FAILED", "OUT OF TIME", "MISSING"
+OK, FAILED, OUT_OF_TIME = "ok", "FAILED", "OUT OF TIME"
 LINES = 100  # at most, of everything printed
 WIDTH = 160
 MOST_TOLD = 10  # lines of one kind
@@ -20,6 +20,7 @@ LENGTH = 2 * WIDTH  # of a line of somebody else's
 # The last is what whoever runs it looks for.
 SHOWN = ("kernels", "generation", "attention")
 VENDORS = {"nvidia", "geforce", "tesla", "quadro", "amd", "instinct", "radeon"}
+FACTS = ("driver", "cuda", "torch", "triton", "transformers", "python", "processor", "sparq commit", "date")
 Content = dict[str, Any]
 
 
@@ -35,31 +36,15 @@ class Outcome:
     said: str = ""
 
     def summary(self) -> str:
-        content = self.content
-        said = content.get("said")
-        if said is None and "passed" in content:
-            failed, skipped = content.get("failed") or [], content.get("skipped") or 0
-            count = len(skipped) if isinstance(skipped, list) else skipped
-            said = f"{content['passed']} passed, {len(failed)} failed, {count} skipped"
-        if said is None and "rows" in content:
-            said = f"{len(content['rows'])} rows"
-        parts = [str(said)] if said else [] if self.said else ["no results"]
-        if content.get("compiled_here"):
-            parts.append(f"{content['compiled_here']} kernels compiled that the second stage had not")
-        return "; ".join([*parts, *filter(None, [self.said])])
+        parts = [self.content.get("said"), self.said]
+        if compiled := self.content.get("compiled_here"):
+            parts.append(f"{compiled} kernels compiled that the second stage had not")
+        return "; ".join(filter(None, parts)) or "no results"
 
     def wrong(self) -> list[str]:
-        """All that makes the exit status 1. Files of other programs are read as they may be."""
-        lines = [str(line) for line in self.content.get("wrong") or []]
-        for test in self.content.get("failed") or []:
-            said = f"{test.get('name')}: {test.get('message')}" if isinstance(test, dict) else str(test)
-            lines.append(f"failed: {said}")
-        if not lines:
-            wrong_rows = [row for row in self.content.get("rows") or [] if isinstance(row, dict) and row.get("wrong")]
-            lines += [f"WRONG: {row['wrong']}" for row in wrong_rows]
-        if self.status in (FAILED, MISSING) and not lines:
-            lines.append(f"{self.name}: {self.said}")
-        return lines
+        """All that makes the exit status 1."""
+        lines = list(self.content.get("wrong", []))
+        return [f"{self.name}: {self.said}"] if self.status == FAILED and not lines else lines
 
 
 def stage_line(outcome: Outcome) -> str:
@@ -69,17 +54,14 @@ def stage_line(outcome: Outcome) -> str:
 
 def report(found: Content, room: int) -> list[str]:
     """At most so many lines: what is wrong, what else is to be known, and as many tables, the last first, as fit."""
-    lines = []
-    for line in found["wrong"][:MOST_TOLD]:
-        lines.append(short(line, LENGTH))
+    notes = [note for name in found["stages"] for note in found[name].get("notes", [])]
+    lines = [short(line, LENGTH) for line in found["wrong"][:MOST_TOLD]]
     if len(found["wrong"]) > MOST_TOLD:
         lines.append(f"and {len(found['wrong']) - MOST_TOLD} more that are wrong: gpu.json has them")
-    notes = [note for name in found["stages"] for note in found[name].get("notes") or []]
-    lines += [short(str(note), WIDTH) for note in notes[:MOST_TOLD]]
+    lines += [short(note, WIDTH) for note in notes[:MOST_TOLD]]
     if len(notes) > MOST_TOLD:
         lines.append(f"and {len(notes) - MOST_TOLD} more remarks: gpu.md has them")
-    unfinished = [name for name, stage in found["stages"].items() if stage["status"] == OUT_OF_TIME]
-    if unfinished:
+    if unfinished := [name for name, stage in found["stages"].items() if stage["status"] == OUT_OF_TIME]:
         lines.append(f"NOT WHOLE: out of time: {', '.join(unfinished)}")
     lines.append(f"{len(found['wrong'])} wrong" if found["wrong"] else "nothing wrong")
     if is_dry(found):
@@ -101,19 +83,14 @@ def report(found: Content, room: int) -> list[str]:
 
 
 def is_dry(found: Content) -> bool:
-    return str(found["machine"].get("device", "")).startswith("CPU")
+    return found["machine"].get("device", "").startswith("CPU")
 
 
 def printed_grids(found: Content) -> Iterator[Grid]:
     for name in SHOWN:
-        tables = [table for table in found.get(name, {}).get("tables") or [] if table.get("printed", True)]
+        tables = [table for table in found.get(name, {}).get("tables", []) if table["printed"]]
         for table in reversed(tables):  # the first one is the stage's most important
-            yield grid_of(table)
-
-
-def grid_of(table: Content) -> Grid:
-    rows = [tuple(str(cell) for cell in row) for row in table["rows"]]
-    return Grid(table["title"], tuple(table["columns"]), rows, table.get("left", 2))
+            yield Grid.of(table)
 
 
 def draw(grid: Grid) -> list[str]:
@@ -132,27 +109,25 @@ def draw(grid: Grid) -> list[str]:
 
 def markdown(found: Content) -> str:
     """All tables and remarks: what benchmarks/results keeps of a card."""
-    machine = found["machine"]
-    facts = {
-        name: machine.get(name)
-        for name in ("driver", "cuda", "torch", "triton", "transformers", "python", "processor", "sparq commit", "date")
-    }
+    machine, stages = found["machine"], found["stages"]
+    grids = [
+        Grid(
+            "Stages",
+            ("stage", "status", "seconds", "limit"),
+            [(name, one["status"], f"{one['seconds']:.0f}", str(one["limit"])) for name, one in stages.items()],
+        )
+    ]
+    remarks = list(found["wrong"])
+    for name in stages:
+        grids += map(Grid.of, found[name].get("tables", []))
+        remarks += found[name].get("notes", [])
     parts = [
         f"# {machine.get('device', 'no device')}" + (": no time here is a measurement" if is_dry(found) else ""),
-        ", ".join(f"{name} {value}" for name, value in facts.items() if value),
+        ", ".join(f"{name} {machine[name]}" for name in FACTS if machine.get(name)),
         "Made by `make gpu` (benchmarks/README.md says how to read it). What is called predicted or expected was "
         "reckoned for an H100 before anything had run.",
+        *(grid.titled_markdown() for grid in grids),
     ]
-    stages: list[tuple[str, ...]] = [
-        (name, stage["status"], f"{stage['seconds']:.0f}", str(stage["limit"]))
-        for name, stage in found["stages"].items()
-    ]
-    grids = [Grid("Stages", ("stage", "status", "seconds", "limit"), stages)]
-    remarks = list(found["wrong"])
-    for name in found["stages"]:
-        grids += [grid_of(table) for table in found[name].get("tables") or []]
-        remarks += map(str, found[name].get("notes") or [])
-    parts += [f"**{grid.title}**\n\n{grid.markdown()}" for grid in grids]
     if remarks:
         parts.append("\n".join(f"- {short(remark, LENGTH)}" for remark in remarks))
     return "\n\n".join(parts) + "\n"

@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import graphed
-import model_shapes
+import models
 import pytest
 import torch
+from gpu_stages import graph_step
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedModel, StaticCache
@@ -72,7 +72,7 @@ def reference_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def filled(family: str, patched: bool, device: str, length: int = 70) -> tuple[PreTrainedModel, StaticCache]:
     """A model and a static cache that holds a prompt, SparQ's index of it not made yet."""
-    model = model_shapes.from_config(CONFIGS[family], torch.float32, device)
+    model = models.from_config(CONFIGS[family], torch.float32, device)
     if patched:
         sparq.patch(model, **KNOBS)
     cache = StaticCache(config=model.config, max_cache_len=128)
@@ -80,7 +80,7 @@ def filled(family: str, patched: bool, device: str, length: int = 70) -> tuple[P
         upgrade(cache)  # later it would have to ask the device whether it holds anything
     ids = torch.randint(300, (2, length), generator=torch.Generator().manual_seed(1)).to(device)
     with torch.no_grad():
-        model(ids, **{graphed.cache_name(type(model).forward): cache})
+        model(ids, **{graph_step.cache_name(type(model).forward): cache})
     return model, cache
 
 
@@ -90,8 +90,8 @@ def filled(family: str, patched: bool, device: str, length: int = 70) -> tuple[P
 def test_a_step_never_waits_for_its_device(family: str, patched: bool) -> None:
     """On the meta device nothing can be read back, and no branch is taken that is the CPU's."""
     model, cache = filled(family, patched, "meta")
-    step = graphed.Step(model, cache, 2)
-    for _ in range(graphed.WARM_UP):
+    step = graph_step.Step(model, cache, 2)
+    for _ in range(graph_step.WARM_UP):
         step()
     with WaitingIsAnError():
         for _ in range(2):
@@ -128,17 +128,17 @@ def test_replays_are_eager_steps(family: str, patched: bool, device: str) -> Non
     """Twenty of them while the cache grows, and each counted."""
     model, cache = filled(family, patched, device)
     _, other = filled(family, patched, device)
-    step, eager = graphed.Step(model, cache, 2), graphed.Step(model, other, 2)
-    for _ in range(graphed.WARM_UP):
+    step, eager = graph_step.Step(model, cache, 2), graph_step.Step(model, other, 2)
+    for _ in range(graph_step.WARM_UP):
         step(), eager()
-    replay = graphed.replayed(step)
+    replay = graph_step.replayed(step)
     if patched:
         sparse_before = sparq.report(model).total.sparse_steps
     for number in range(20):
         right = eager().clone()
         torch.testing.assert_close(replay(), right, rtol=1e-4, atol=1e-4, msg=lambda m, n=number: f"step {n}: {m}")
         assert torch.equal(step.token, eager.token)
-    assert [int(layer.get_seq_length()) for layer in cache.layers] == 3 * [70 + graphed.WARM_UP + 20]
+    assert [int(layer.get_seq_length()) for layer in cache.layers] == 3 * [70 + graph_step.WARM_UP + 20]
     if patched:
         total = sparq.report(model).total
         assert total.sparse_steps - sparse_before == 2 * 3 * 20 and not total.other_sums
@@ -148,12 +148,12 @@ def test_replays_are_eager_steps(family: str, patched: bool, device: str) -> Non
 def test_the_check_leaves_a_cache_that_goes_on(patched: bool, device: str) -> None:
     model, cache = filled("llama", patched, device)
     _, other = filled("llama", patched, device)
-    step, eager = graphed.Step(model, cache, 2), graphed.Step(model, other, 2)
-    for _ in range(graphed.WARM_UP):
+    step, eager = graph_step.Step(model, cache, 2), graph_step.Step(model, other, 2)
+    for _ in range(graph_step.WARM_UP):
         step(), eager()
-    replay = graphed.replayed(step)
-    assert graphed.replay_error(step, replay, 1e-4) is None
-    for _ in range(graphed.CHECKED):
+    replay = graph_step.replayed(step)
+    assert graph_step.replay_error(step, replay, 1e-4) is None
+    for _ in range(graph_step.CHECKED):
         eager()
     torch.testing.assert_close(replay(), eager(), rtol=1e-4, atol=1e-4)
 
@@ -162,22 +162,22 @@ def test_the_check_leaves_a_cache_that_goes_on(patched: bool, device: str) -> No
 def test_a_replay_that_stands_still_is_found(patched: bool) -> None:
     """It gives the right logits once; then the cache should have grown."""
     model, cache = filled("llama", patched, "cpu")
-    step = graphed.Step(model, cache, 2)
-    for _ in range(graphed.WARM_UP):
+    step = graph_step.Step(model, cache, 2)
+    for _ in range(graph_step.WARM_UP):
         step()
     logits = step().clone()
     for tensor in step.state()[1:]:
         if tensor.dim() == 0:
             tensor.sub_(1)
-    why = graphed.replay_error(step, lambda: logits, 1e-4)
+    why = graph_step.replay_error(step, lambda: logits, 1e-4)
     assert why is not None and "of a replay differs from the eager one" in why
 
 
 def test_a_replay_of_an_index_that_lags_is_found() -> None:
     """What the first steps do must not be what is captured: each replay would do it again."""
     model, cache = filled("llama", True, "cpu")
-    step = graphed.Step(model, cache, 2)
-    for _ in range(graphed.WARM_UP):
+    step = graph_step.Step(model, cache, 2)
+    for _ in range(graph_step.WARM_UP):
         step()
 
     def replay() -> Tensor:
@@ -185,7 +185,7 @@ def test_a_replay_of_an_index_that_lags_is_found() -> None:
             layer.value_sum.mul_(0)
         return step()
 
-    assert graphed.replay_error(step, replay, 1e-4) is not None
+    assert graph_step.replay_error(step, replay, 1e-4) is not None
 
 
 class MadeUpCuda:
@@ -212,7 +212,7 @@ class MadeUpCuda:
 def test_a_graph_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, cache = filled("llama", False, "cpu")
     cuda = MadeUpCuda(monkeypatch)
-    graph = graphed.Graph(graphed.Step(model, cache, 2))
+    graph = graph_step.Replay(graph_step.Step(model, cache, 2))
     assert int(cache.get_seq_length()) == 71 and not cuda.replays and not cuda.ended
     assert graph() is graph() and cuda.replays == 2 and graph().shape == (2, 300)
 
@@ -220,8 +220,8 @@ def test_a_graph_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) 
 def test_the_allocator_is_told_of_a_failed_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or every later one would fail."""
     model, cache = filled("llama", False, "cpu")
-    cuda, step = MadeUpCuda(monkeypatch), graphed.Step(model, cache, 2)
+    cuda, step = MadeUpCuda(monkeypatch), graph_step.Step(model, cache, 2)
     model.register_forward_pre_hook(lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        graphed.Graph(step)
+        graph_step.Replay(step)
     assert cuda.ended == 1
