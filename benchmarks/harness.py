@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -78,9 +79,9 @@ class Measured:
         return statistics.median(self.seconds)
 
     def json(self) -> dict[str, Any]:
-        time = {"time": asdict(Timing.of(self.seconds))} if self.seconds else {}
+        timing = {"time": asdict(Timing.of(self.seconds))} if self.seconds else {}
         problems = {name: said for name in ("wrong", "missing") if (said := getattr(self, name)) is not None}
-        return {**time, **problems, **self.facts}
+        return {**timing, **problems, **self.facts}
 
 
 @dataclass
@@ -106,9 +107,9 @@ class Row:
     def json(self) -> dict[str, Any]:
         """With the ratios of everything that is SparQ's to everything else."""
         ratios: dict[str, dict[str, Any]] = {}
-        for ours in (name for name in self.ways if name.startswith(SPARQ)):
-            found = {name: self.ratio(name, ours) for name in self.ways if name != ours}
-            ratios[ours] = {name: asdict(ratio) for name, ratio in found.items() if ratio is not None}
+        for ours, theirs in itertools.permutations(self.ways, 2):
+            if ours.startswith(SPARQ) and (ratio := self.ratio(theirs, ours)) is not None:
+                ratios.setdefault(ours, {})[theirs] = asdict(ratio)
         ways = {name: way.json() for name, way in self.ways.items()}
         return {"case": self.case, "ways": ways, "ratios": ratios, **self.facts}
 

@@ -14,9 +14,7 @@ values of a few random tokens, moved to further and further positions, SparQ's w
 
 "Layers alone" is a step with 16 cached positions. The slope with the context, ms per layer per 1,000 cached positions,
 is that of the line of least squares through the medians of every round, layers alone among them; its standard error is
-that of the residuals, and so includes whatever is not a line. The same through the fastest step of every round stands
-beside it: where other programs take turns on the same cores, medians measure those too. On a machine that is never idle
-`--threads 1 --clock processor` takes the processor time of each process, which waiting for one's turn does not add to.
+that of the residuals, and so includes whatever is not a line.
 """
 
 from __future__ import annotations
@@ -31,13 +29,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from harness import (
@@ -54,7 +50,7 @@ from harness import (
     write_json,
 )
 from models import add_knobs, build, knobs_of
-from opponents import SPARQ_WAY, Runner, check, make_runner
+from opponents import SPARQ_WAY, check, make_runner
 from tables import llamacpp_grid, show
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -65,8 +61,6 @@ LLAMA_CPP = {True: "llama.cpp, flash", False: "llama.cpp, no flash"}
 # the weights before every product.
 TOLERANCE = {"float32": 1e-2, "float16": 2e-2}
 PROMPT = 48
-CLOCKS = {"wall": "perf_counter", "processor": "process_time"}  # functions of the time module
-THROUGH = {"medians": statistics.median, "fastest": min}  # of the steps of each round, what a line goes through
 GGUF_NAMES = {  # transformers' name within a layer: GGUF's
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -122,13 +116,6 @@ def check_same_work(model: LlamaForCausalLM, llama_cpp: LlamaCpp, dtype: str, fl
     return error
 
 
-def sparq_times(runner: Runner, tokens: int, clock: str) -> list[float]:
-    """Seconds of each decode step of `generate` with SparQ, by the function `clock` of the time module."""
-    # sparq.timing.DecodeClock, which the runner uses, reads perf_counter.
-    with mock.patch.object(time, "perf_counter", getattr(time, clock)):
-        return runner.decode(tokens)
-
-
 def measure(
     dtype: str, args: argparse.Namespace, llama_cpp: LlamaCpp, tick: Callable[[str], object]
 ) -> tuple[dict[str, float], Rounds]:
@@ -152,13 +139,12 @@ def measure(
     room = (args.rounds + 1) * (args.tokens + 1)
     runners = {context: make_runner(model, SPARQ_WAY, context, 1, room, knobs) for context in contexts}
     rounds: Rounds = {way: {context: [] for context in contexts} for way in (*flashes, SPARQ)}
-    clock = CLOCKS[args.clock]
     for round_ in range(args.rounds + 1):
         for context in contexts:
             tick(f"{dtype}: round {round_}, {context:,} positions")
-            how = dict(length=context, tokens=args.tokens, clock=clock)
+            how = dict(length=context, tokens=args.tokens)
             measured = {way: llama_cpp("times", flash_attention=flash, **how) for way, flash in flashes.items()}
-            measured[SPARQ] = sparq_times(runners[context], args.tokens, clock)
+            measured[SPARQ] = runners[context].decode(args.tokens)
             if round_:
                 for way, seconds in measured.items():
                     rounds[way][context].append(seconds)
@@ -170,25 +156,19 @@ def rows_of(dtype: str, rounds: Rounds) -> list[Row]:
     for row in rows:
         for way, by_context in rounds.items():
             seconds = [second for steps in by_context[row.case["cached"]] for second in steps]
-            row.ways[way] = Measured(seconds, facts={"fastest": min(seconds)})
+            row.ways[way] = Measured(seconds)
     return rows
 
 
 def lines_of(dtype: str, rounds: Rounds, layers: int) -> list[dict[str, Any]]:
-    """Milliseconds per layer and 1,000 cached positions."""
+    """Through the medians of all rounds: milliseconds per layer and 1,000 cached positions."""
     found = []
-    for through, of_round in THROUGH.items():
-        for way, by_context in rounds.items():
-            line = Line.through(
-                [
-                    (context / 1000, 1e3 * of_round(steps) / layers)
-                    for context, of_context in by_context.items()
-                    for steps in of_context
-                ]
-            )
-            found.append(
-                {"dtype": dtype, "way": way, "through": through, "unit": "1,000 cached tokens", **asdict(line)}
-            )
+    for way, by_context in rounds.items():
+        medians = [
+            (context, statistics.median(one)) for context, of_context in by_context.items() for one in of_context
+        ]
+        line = Line.through([(context / 1000, 1e3 * seconds / layers) for context, seconds in medians])
+        found.append({"dtype": dtype, "way": way, "unit": "1,000 cached tokens", **asdict(line)})
     return found
 
 
@@ -264,13 +244,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=at_least_2, default=4, help="counted; one more goes ahead")
     parser.add_argument("--tokens", type=positive, default=12, help="decode steps of each way in each round")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of llama.cpp and of PyTorch")
-    parser.add_argument("--clock", default="wall", choices=list(CLOCKS), help="'processor' only with one thread")
     add_knobs(parser)
     args = parser.parse_args()
     if min(args.contexts) <= BARE_CONTEXT:
         parser.error(f"contexts must be larger than the {BARE_CONTEXT} positions of 'layers alone'")
-    if args.clock == "processor" and args.threads != 1:
-        parser.error("the processor time of several threads is no measure of waiting: --threads 1")
     if packages := [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]:
         parser.error(f"not installed: pip install {' '.join(packages)}")
     return args

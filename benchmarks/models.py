@@ -4,6 +4,8 @@ that choose one."""
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,47 +29,25 @@ SMALL_VOCABULARY = 256
 MEASURED_LAYERS = 2  # of a named shape
 
 
-def llama(rope_theta: float, **shape: Any) -> LlamaConfig:
-    return LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": rope_theta}, **shape)
+LLAMAS = {  # vocabulary, hidden, intermediate, layers, query heads, KV heads, head_dim, theta, tied embeddings
+    "llama-3.2-1b": (128256, 2048, 8192, 16, 32, 8, 64, 500000.0, True),
+    "llama-3-8b": (128256, 4096, 14336, 32, 32, 8, 128, 500000.0, False),
+    "llama-2-7b": (32000, 4096, 11008, 32, 32, 32, 128, 10000.0, False),
+}
 
 
-def llama_3_2_1b() -> LlamaConfig:
-    return llama(
-        500000.0,
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        tie_word_embeddings=True,
-    )
-
-
-def llama_3_8b() -> LlamaConfig:
-    return llama(
-        500000.0,
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-    )
-
-
-def llama_2_7b() -> LlamaConfig:
-    return llama(
-        10000.0,
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        head_dim=128,
+def llama(name: str) -> LlamaConfig:
+    vocabulary, hidden, intermediate, layers, heads, kv_heads, head_dim, theta, tied = LLAMAS[name]
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
     )
 
 
@@ -83,10 +63,8 @@ def pythia_1_4b() -> GPTNeoXConfig:
     )
 
 
-SHAPES = {
-    "llama-3.2-1b": llama_3_2_1b,
-    "llama-3-8b": llama_3_8b,
-    "llama-2-7b": llama_2_7b,
+SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
+    **{name: functools.partial(llama, name) for name in LLAMAS},
     "pythia-1.4b": pythia_1_4b,
 }
 

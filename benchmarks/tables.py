@@ -1,6 +1,6 @@
 """The tables of all benchmarks, made from what they have written.
 
-    python benchmarks/tables.py               # of results/*.json: results/tables.md, attention.png and scaling.png
+    python benchmarks/tables.py               # of results/*.json: results/tables.md and scaling.png
     python benchmarks/tables.py build/mine    # of the JSON files in another folder
 
 Every program shows its rows by these functions. The README and the documents show some of the committed tables word for
@@ -222,7 +222,7 @@ def lines_compared(ours: Content, theirs: Content) -> tuple[str, str]:
 
 def llamacpp_grid(content: Content) -> Grid:
     rows, layers = [], content["settings"]["layers"]
-    lines = {(line["dtype"], line["way"]): line for line in content["lines"] if line["through"] == "medians"}
+    lines = {(line["dtype"], line["way"]): line for line in content["lines"]}
     for (dtype, way), line in lines.items():
         measured = [row for row in content["rows"] if row["case"]["dtype"] == dtype]
         cells = (f"{ms(row['ways'][way], layers):.1f}" for row in measured)
@@ -319,50 +319,6 @@ def everything(results: Path = RESULTS) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw_attention(path: Path, rows: list[Content]) -> None:
-    """Time per step against context: a panel for each family of shapes (rows) and each dtype (columns); families of
-    one or two contexts only where there are no others."""
-    from matplotlib.figure import Figure
-
-    def family(case: Content) -> str:
-        return f"{case['name']}, batch {case['batch']}, r = {case['r']}"
-
-    contexts_of: dict[str, set[int]] = {}
-    for row in rows:
-        contexts_of.setdefault(family(row["case"]), set()).add(row["case"]["cached"])
-    families = [name for name, found in contexts_of.items() if len(found) > 2] or list(contexts_of)
-    dtypes = list(dict.fromkeys(row["case"]["dtype"] for row in rows))
-    figure = Figure(figsize=(5.5 * len(dtypes), 3.6 * len(families)), layout="constrained")
-    panels = figure.subplots(len(families), len(dtypes), squeeze=False)
-    for name, line in zip(families, panels, strict=True):
-        for dtype, panel in zip(dtypes, line, strict=True):
-            members = [row for row in rows if family(row["case"]) == name and row["case"]["dtype"] == dtype]
-            members.sort(key=lambda row: row["case"]["cached"])
-            for label in ("PyTorch", KERNEL, SPARQ, REFERENCE):
-                ways = {
-                    row["case"]["cached"]: row["ways"].get(torch_way(row) if label == "PyTorch" else label)
-                    for row in members
-                }
-                points = {cached: way["time"] for cached, way in ways.items() if is_right(way)}
-                panel.plot(
-                    list(points),
-                    [1e3 * time["median"] for time in points.values()],
-                    marker="o",
-                    markersize=3,
-                    label=label,
-                )
-                if label != REFERENCE:  # of which there are too few turns to say
-                    low, high = ([1e3 * time[end] for time in points.values()] for end in ("low", "high"))
-                    panel.fill_between(list(points), low, high, alpha=0.15)
-            panel.set(xscale="log", yscale="log", title=f"{name}, {dtype}", xlabel="cached", ylabel="ms per step")
-            panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k")
-            panel.set_xticks([row["case"]["cached"] for row in members], minor=False)
-            panel.minorticks_off()
-            panel.grid(alpha=0.3)
-    panels[0][0].legend()
-    figure.savefig(path, dpi=110)
-
-
 def draw_scaling(path: Path, content: Content) -> None:
     from matplotlib.figure import Figure
 
@@ -399,8 +355,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, help="default: benchmarks/results")
     folder = parser.parse_args().folder
     (folder / "tables.md").write_text(everything(folder))
-    if content := read("attention", folder):
-        draw_attention(folder / "attention.png", content["rows"])
     if content := read("scaling", folder):
         draw_scaling(folder / "scaling.png", content)
 

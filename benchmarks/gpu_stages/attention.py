@@ -22,8 +22,8 @@ import torch
 from dense import DENSE_ERROR, exact
 from gpu_stages.cases import CASES, PROFILED, TINY, Case
 from gpu_stages.clocks import Device, Graph, Kernel, clock_of
+from gpu_stages.dense import Call, Way, gpu_ways, unprepared
 from gpu_stages.failures import NO_TIME, reason, told
-from gpu_stages.opponents import Call, Way, gpu_ways, unprepared
 from gpu_stages.stage import Stage, binaries
 from harness import SPARQ, Measured, Row, Timing, machine
 from tables import UNKNOWN, Grid

@@ -14,13 +14,13 @@ _printed: set[str] = set()
 def reason(error: BaseException) -> str:
     """The error and, as a failed capture raises once more when it ends, the one that it began with.  The first of a
     kind is printed with where it came from: the lent device is soon gone."""
-    first = error
-    while first.__context__ is not None:
-        first = first.__context__
-    if any(isinstance(one, torch.OutOfMemoryError) for one in (error, first)):
+    chain = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    if any(isinstance(one, torch.OutOfMemoryError) for one in chain):
         return OUT_OF_MEMORY
-    chain = [error] if first is error else [error, first]
-    why = "; first: ".join(f"{type(one).__name__}: {told(str(one))}" for one in chain)
+    ends = chain if len(chain) < 2 else [chain[0], chain[-1]]
+    why = "; first: ".join(f"{type(one).__name__}: {told(str(one))}" for one in ends)
     if why not in _printed:
         _printed.add(why)
         traceback.print_exception(error)

@@ -15,7 +15,7 @@ from gpu_stages.cases import RACES, TINY, Case
 from gpu_stages.clocks import clock_of, poison
 from gpu_stages.failures import reason
 from gpu_stages.stage import Stage, binaries
-from tables import Grid
+from tables import UNKNOWN, Grid
 from torch import Tensor
 from workload import DTYPES, Inputs, Shape, decode, make_inputs
 
@@ -94,20 +94,10 @@ def report(stage: Stage, rows: list[dict[str, Any]]) -> None:
     replays = sum(row.get("replays", 0) for row in rows)
     untried = sum(row.get("replays") == 0 for row in rows)
     said = f"{replays} replays of {len(rows) - untried} graphs, {len(wrong)} of them wrong"
-    table = (
-        Grid(
-            "Replays of a graph that differed from the eager call, bit for bit: elements over all replays",
-            ("case", "dtype", "replays", *NAMES),
-            [
-                (
-                    row["case"]["name"],
-                    row["case"]["dtype"],
-                    str(row.get("replays", "failed")),
-                    *(str(row.get("differing", {}).get(name, "–")) for name in NAMES),
-                )
-                for row in rows
-            ],
-        ),
-    )
-    stage.set_tables(hidden=table)
+    lines = []
+    for row in rows:
+        differing = (str(row.get("differing", {}).get(name, UNKNOWN)) for name in NAMES)
+        lines.append((row["case"]["name"], row["case"]["dtype"], str(row.get("replays", "failed")), *differing))
+    title = "Replays of a graph that differed from the eager call, bit for bit: elements over all replays"
+    stage.set_tables(hidden=(Grid(title, ("case", "dtype", "replays", *NAMES), lines),))
     stage.save(rows=rows, wrong=wrong, said=said + (f"; no time for {untried}" if untried else ""))

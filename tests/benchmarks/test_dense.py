@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from dense import TORCH_WAYS, build, dense_attention, exact
-from gpu_stages.opponents import PAGE, flash_attn, flashinfer, gpu_ways
+from gpu_stages.dense import PAGE, flash_attn, flashinfer, gpu_ways
 from sparq_kernels import cpu
 from torch.nn.functional import scaled_dot_product_attention
 from workload import Shape, make_inputs, relative_error

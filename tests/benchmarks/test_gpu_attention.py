@@ -25,8 +25,8 @@ from gpu_stages.attention import (
 )
 from gpu_stages.cases import Case
 from gpu_stages.clocks import CallsAgain, Host, Kernel
+from gpu_stages.dense import Way, unprepared
 from gpu_stages.failures import NO_TIME, OUT_OF_MEMORY, reason, told
-from gpu_stages.opponents import Way, unprepared
 from gpu_stages.stage import Stage
 from harness import SPARQ
 from workload import Shape, make_inputs, shared_positions

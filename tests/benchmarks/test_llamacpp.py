@@ -2,9 +2,8 @@
 
 import json
 import random
-import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import llamacpp
 import numpy as np
@@ -14,7 +13,6 @@ from models import from_config
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-ROOT = Path(__file__).parents[2]
 SMALL = dict(
     hidden_size=64,
     intermediate_size=96,
@@ -104,9 +102,8 @@ def test_what_cannot_be_written_is_refused(tmp_path, model):
 def test_lines_go_through_the_medians_of_every_round():
     """In ms per layer and 1,000 positions."""
     rounds = {"SparQ": {1000: [[0.001, 0.003, 0.002], [0.004]], 3000: [[0.006], [0.008]]}}
-    medians, fastest = llamacpp.lines_of("float32", rounds, layers=2)
-    assert medians["slope"] == pytest.approx(1) and fastest["slope"] == pytest.approx(1.125)
-    assert medians["at_zero"] == pytest.approx(0.5) and medians["slope_error"] > 0
+    (line,) = llamacpp.lines_of("float32", rounds, layers=2)
+    assert line["slope"] == pytest.approx(1) and line["at_zero"] == pytest.approx(0.5) and line["slope_error"] > 0
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):
@@ -178,31 +175,60 @@ def test_filled_cache_is_attended_to(tmp_path, model, flash):
     assert (theirs - ours).norm() < (1e-2 if flash else 1e-4) * ours.norm()
 
 
-def test_benchmark_writes_every_way(tmp_path):
-    needs_llama_cpp()
-    out = tmp_path / "rows.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "llamacpp.py"), "--contexts", "300", "--dtypes", "float32"]
-    command += [
-        "--layers",
-        "1",
-        "--rounds",
-        "2",
-        "--tokens",
-        "3",
-        "--threads",
-        "1",
-        "--clock",
-        "processor",
-        "--json",
-        str(out),
-    ]
-    run = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert "times SparQ's" in run.stdout
-    result = json.loads(out.read_text())
+class Fake:
+    """llama.cpp, which is not always installed; each step takes 1 ms and 1 µs for every position."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def __call__(self, name, **arguments):
+        if name == "times":
+            return [0.001 + 1e-6 * arguments["length"]] * arguments["tokens"]
+        return "made up"
+
+
+def result_of(monkeypatch, out, *arguments):
+    given = ["--contexts", "300", "--dtypes", "float32", "--layers", "1", "--rounds", "2", "--tokens", "3"]
+    monkeypatch.setattr(sys, "argv", ["llamacpp.py", *given, *arguments, "--json", str(out)])
+    llamacpp.main()
+    return json.loads(out.read_text())
+
+
+def test_rows_and_lines_of_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(llamacpp, "NEEDED", {})
+    monkeypatch.setattr(llamacpp, "LlamaCpp", Fake)
+    monkeypatch.setattr(llamacpp, "write_gguf", lambda *args: None)
+    monkeypatch.setattr(llamacpp, "disagreement", lambda *args: 1e-3)
+    monkeypatch.setattr(llamacpp, "build", lambda name, dtype, layers: SimpleNamespace(model=small_model(dtype)))
+    result = result_of(monkeypatch, tmp_path / "rows.json")
+    assert "times SparQ's" in capsys.readouterr().out
+    check_result(result)
+    theirs = result["rows"][1]["ways"]["llama.cpp, flash"]["time"]
+    assert theirs["median"] == pytest.approx(0.0013) and theirs["count"] == 2 * 3
+    assert result["lines"][0]["slope"] == pytest.approx(1), "ms per layer and 1,000 positions"
+
+
+def check_result(result):
     ways = {"llama.cpp, flash", "llama.cpp, no flash", "SparQ"}
     assert [row["case"]["cached"] for row in result["rows"]] == [16, 300]
     for row in result["rows"]:
         assert set(row["ways"]) == ways and all(way["time"]["median"] > 0 for way in row["ways"].values())
-    assert len(result["lines"]) == 2 * len(ways)
+        assert set(row["ratios"]["SparQ"]) == ways - {"SparQ"}
+    assert {line["way"] for line in result["lines"]} == ways
     assert all(value < 1e-2 for value in result["logits_differ_by"]["float32"].values())
+
+
+def test_disagreement_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(llamacpp, "disagreement", lambda *args: 0.1)
+    with pytest.raises(SystemExit, match=r"logits are wrong by 1\.0e-01, nothing is measured"):
+        llamacpp.check_same_work(None, Fake(), "float32", True)
+
+
+def test_a_run_with_llama_cpp(tmp_path, monkeypatch):
+    needs_llama_cpp()
+    result = result_of(monkeypatch, tmp_path / "rows.json", "--threads", "1")
+    check_result(result)
     assert result["versions"]["llama-cpp-python"] and result["machine"] and result["settings"]["rounds"] == 2
