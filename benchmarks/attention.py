@@ -31,7 +31,6 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import sparq_kernels
 import torch
@@ -40,7 +39,7 @@ from harness import SPARQ, Measured, Row, available_memory, document, parser_of,
 from sparq_kernels.cpu import CompilerError
 from tables import KERNEL, REFERENCE, attention_grid, show
 from torch import Tensor
-from workload import DTYPES, Inputs, Shape, disagreement, make_inputs, reference, relative_error, rounding, sparq
+from workload import DTYPES, Case, Inputs, Shape, disagreement, make_inputs, reference, relative_error, rounding, sparq
 
 Call = Callable[[Shape, Inputs], Tensor]
 CACHE_BYTES = 1_600_000_000  # of all dense copies together: several times any processor's cache
@@ -58,15 +57,6 @@ SHAPES = {  # query heads, KV heads, head_dim
     "pythia-1.4b": (16, 16, 128),
 }
 RATIO = 8.0  # the plugin's own default
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str  # of SHAPES
-    shape: Shape
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.shape}"
 
 
 def sized(
@@ -162,7 +152,7 @@ def opponents_of(row: Row, shape: Shape, x: Inputs) -> dict[str, Call]:
 def measure(case: Case, dtype_name: str, rounds: int, copies: int, alone: bool = False) -> Row:
     """alone: all turns of one opponent on one cache, then those of the next, each from its third turn on."""
     shape = case.shape
-    row = Row({"name": case.name, **shape.described(), "dtype": dtype_name})
+    row = Row(case.described(dtype_name))
     first = make_inputs(shape, DTYPES[dtype_name])
     opponents = opponents_of(row, shape, first)
     caches = [first, *(first.copy() for _ in range(copies - 1))]

@@ -31,7 +31,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ from harness import (
     parser_of,
     positive,
     progress_of,
+    version,
     write_json,
 )
 from models import add_knobs, build, knobs_of

@@ -30,10 +30,6 @@ class Shape:
     def __str__(self) -> str:
         return f"B={self.batch} {self.num_heads}/{self.num_kv_heads} S={self.cached} r={self.r} k={self.k}"
 
-    def described(self) -> dict[str, object]:
-        """For a row's case."""
-        return {"shape": str(self), **asdict(self)}
-
     @property
     def dense_elements(self) -> int:
         return self.batch * self.num_kv_heads * 2 * self.cached * self.head_dim
@@ -41,6 +37,25 @@ class Shape:
     @property
     def sparse_elements(self) -> int:
         return self.batch * self.num_kv_heads * (self.cached * self.r + 2 * self.k * self.head_dim)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape of which `goal` says how much faster than dense it should be on a GPU, by graph replays, or None.
+
+    `predicted`: microseconds of SparQ and of dense on an H100, reckoned from bytes and instructions, ± 30 %."""
+
+    name: str
+    shape: Shape
+    goal: float | None = None
+    predicted: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.shape}"
+
+    def described(self, dtype_name: str) -> dict[str, object]:
+        """Of a row."""
+        return {"name": self.name, "shape": str(self.shape), **asdict(self.shape), "dtype": dtype_name}
 
 
 @dataclass

@@ -20,15 +20,15 @@ from typing import Any
 import sparq_kernels
 import torch
 from dense import DENSE_ERROR, exact
-from gpu_stages.cases import CASES, PROFILED, TINY, Case
+from gpu_stages.cases import CASES, PROFILED, TINY
 from gpu_stages.clocks import Device, Graph, Kernel, clock_of
-from gpu_stages.dense import Call, Way, gpu_ways, unprepared
+from gpu_stages.dense import Call, DenseWay, gpu_ways, unprepared
 from gpu_stages.failures import NO_TIME, reason, told
 from gpu_stages.stage import Stage, binaries
 from harness import SPARQ, Measured, Row, Timing, machine
 from tables import UNKNOWN, Grid
 from torch import Tensor
-from workload import DTYPES, Inputs, Shape, disagreement, make_inputs, relative_error, rounding, sparq
+from workload import DTYPES, Case, Inputs, Shape, disagreement, make_inputs, relative_error, rounding, sparq
 
 TIMES_CACHE = 4  # SparQ's reads of all copies together, in units of the device's cache
 MEMORY_SHARE = 0.6  # of what is free, for all copies: the reference and the dense ways need the rest
@@ -39,7 +39,7 @@ OUT_OF_THE_RUNNING = 3  # times the fastest: so slow a way is timed just a littl
 SHORTEST_ROW = 3.0  # seconds: with less left none is begun
 GENEROUS = 2  # times its fair share of the time left that a row may take
 PROFILING = 12.0  # seconds kept for it
-SPARQ_WAY = Way(SPARQ, unprepared(sparq))
+SPARQ_WAY = DenseWay(SPARQ, unprepared(sparq))
 MODES = ("eager", "graph")
 NOT_INSTALLED = "No module named"
 
@@ -60,11 +60,11 @@ class Timed(Measured):
 
 
 @dataclass
-class GpuRow(Row):
+class AttentionRow(Row):
     """One shape in one dtype; `operator` is the implementation that served it."""
 
-    ways: dict[str, Timed] = field(default_factory=dict)  # type: ignore[assignment]
-    shape_case: Case = TINY[0]
+    ways: dict[str, Timed] = field(default_factory=dict)
+    measured: Case = TINY[0]
     operator: str = ""
     copy_gbs: float = 0.0
     itemsize: int = 0
@@ -94,11 +94,11 @@ class GpuRow(Row):
 
     @property
     def dense_bytes(self) -> int:
-        return self.shape_case.shape.dense_elements * self.itemsize
+        return self.measured.shape.dense_elements * self.itemsize
 
     @property
     def sparq_bytes(self) -> int:
-        return self.shape_case.shape.sparse_elements * self.itemsize
+        return self.measured.shape.sparse_elements * self.itemsize
 
     def fastest_dense(self, mode: str) -> tuple[str, float] | None:
         """Its name and median."""
@@ -114,7 +114,7 @@ class GpuRow(Row):
         return dense[1] / statistics.median(ours)
 
     def json(self) -> dict[str, Any]:
-        case = self.shape_case
+        case = self.measured
         return {
             "case": self.case,
             "ways": {name: way.json() for name, way in self.ways.items()},
@@ -144,7 +144,7 @@ def cache_copies(shape: Shape, dtype: torch.dtype, device: str, clock: Device) -
 
 
 def attempt(
-    way: Way,
+    way: DenseWay,
     shape: Shape,
     caches: list[Inputs],
     rounds: int,
@@ -184,7 +184,7 @@ def sampled(sample: Callable[[int], list[float]], rounds: int, fastest: float | 
     return sample(rounds)
 
 
-def first_call(way: Way, shape: Shape, x: Inputs, warned: list[str]) -> tuple[Call, Tensor]:
+def first_call(way: DenseWay, shape: Shape, x: Inputs, warned: list[str]) -> tuple[Call, Tensor]:
     """The way's call and its output, and to `warned` what it warned of: SDPA's reasons for refusing are warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -208,9 +208,8 @@ def dense_error(output: Tensor, expected: Tensor) -> str | None:
     return None if error < DENSE_ERROR else f"differs from attention in float32 by {error:.1e}"
 
 
-def new_row(case: Case, dtype_name: str, copy_gbs: float, device: str) -> GpuRow:
-    described = {"name": case.name, **case.shape.described(), "dtype": dtype_name}
-    row = GpuRow(described, {SPARQ: Timed()}, shape_case=case, copy_gbs=copy_gbs)
+def new_row(case: Case, dtype_name: str, copy_gbs: float, device: str) -> AttentionRow:
+    row = AttentionRow(case.described(dtype_name), {SPARQ: Timed()}, measured=case, copy_gbs=copy_gbs)
     row.operator, row.itemsize = sparq_kernels.backend(device), DTYPES[dtype_name].itemsize
     return row
 
@@ -218,7 +217,7 @@ def new_row(case: Case, dtype_name: str, copy_gbs: float, device: str) -> GpuRow
 @torch.no_grad()
 def measure(
     case: Case, dtype_name: str, rounds: int, copy_gbs: float, device: str, clock: Device, ends: float = math.inf
-) -> GpuRow:
+) -> AttentionRow:
     """`ends`: when no further dense way is begun, as time.monotonic has it; the first one is measured in any case."""
     shape = case.shape
     row = new_row(case, dtype_name, copy_gbs, device)
@@ -239,9 +238,9 @@ def measure(
     return row
 
 
-def measured(
+def all_measured(
     chosen: list[tuple[Case, str]], rounds: int, copy_gbs: float, device: str, clock: Device, ends: float
-) -> Iterator[GpuRow]:
+) -> Iterator[AttentionRow]:
     """A row of each, those for which no time is left empty."""
     for index, (case, dtype_name) in enumerate(chosen):
         left = ends - time.monotonic()
@@ -272,8 +271,8 @@ def main(stage: Stage) -> None:
         settings={"rounds": rounds},
     )
     chosen = [(case, dtype_name) for dtype_name in dtypes for case in cases]
-    rows: list[GpuRow] = []
-    for row in measured(chosen, rounds, copy_gbs, stage.device, clock, stage.ends - PROFILING):
+    rows: list[AttentionRow] = []
+    for row in all_measured(chosen, rounds, copy_gbs, stage.device, clock, stage.ends - PROFILING):
         rows.append(row)
         print(line(row), flush=True)
         report(stage, rows, {})
@@ -291,7 +290,7 @@ def main(stage: Stage) -> None:
     stage.save(compiled_here=binaries() - compiled)
 
 
-def report(stage: Stage, rows: list[GpuRow], profiles: dict[str, list[Kernel]]) -> None:
+def report(stage: Stage, rows: list[AttentionRow], profiles: dict[str, list[Kernel]]) -> None:
     done = [row for row in rows if not row.is_left_out]
     by_kernel = [kernels_grid(profiles, rows[0].case["dtype"])] if profiles else []
     stage.set_tables(main_grid(rows), *by_kernel, hidden=(dense_grid(rows),))
@@ -307,7 +306,7 @@ def report(stage: Stage, rows: list[GpuRow], profiles: dict[str, list[Kernel]]) 
     )
 
 
-def line(row: GpuRow) -> str:
+def line(row: AttentionRow) -> str:
     """What to watch while the rest is measured."""
     dense, speedup = row.fastest_dense("graph"), row.speedup("graph")
     parts = [f"{row.name}, {row.copies} copies:", "no dense way" if dense is None else f"{dense[0]} {us(dense[1])} µs,"]
@@ -316,11 +315,11 @@ def line(row: GpuRow) -> str:
     return " ".join(parts)
 
 
-def notes(rows: list[GpuRow]) -> list[str]:
+def notes(rows: list[AttentionRow]) -> list[str]:
     """What the grids do not say: which goals were missed and which ways are missing, the same reason told once."""
     lines = []
     for row in rows:
-        goal, speedup = row.shape_case.goal, row.speedup("graph")
+        goal, speedup = row.measured.goal, row.speedup("graph")
         if goal is not None and speedup is not None and speedup < goal:
             lines.append(f"goal missed: {row.name}: {speedup:.2f}x, not {goal:g}x")
     lines += dict.fromkeys(f"SparQ warned: {warning}" for row in rows for warning in row.sparq.warnings)
@@ -334,14 +333,14 @@ def notes(rows: list[GpuRow]) -> list[str]:
     return lines + ([f"not installed: {', '.join(absent)}"] if absent else [])
 
 
-def main_grid(rows: list[GpuRow]) -> Grid:
+def main_grid(rows: list[AttentionRow]) -> Grid:
     columns = (
         *("shape", "dtype", "dense, graph", "SparQ, graph", "GB/s (of copy)", "speed-up, graph", "goal", "bytes allow"),
         *("predicted, H100", "dense, eager", "SparQ, eager", "speed-up, eager"),
     )
     lines = []
     for row in rows:
-        case, (eager, graph) = row.shape_case, (row.fastest_dense(mode) for mode in MODES)
+        case, (eager, graph) = row.measured, (row.fastest_dense(mode) for mode in MODES)
         gbs = row.sparq_bytes / row.sparq.median / 1e9 if row.sparq.seconds else None
         lines.append(
             (
@@ -364,7 +363,7 @@ def main_grid(rows: list[GpuRow]) -> Grid:
     )
 
 
-def dense_grid(rows: list[GpuRow]) -> Grid:
+def dense_grid(rows: list[AttentionRow]) -> Grid:
     """Every dense way of every row."""
     names = list(dict.fromkeys(name for row in rows for name, way in row.dense.items() if way.eager or way.seconds))
 
@@ -408,7 +407,7 @@ def with_spread(seconds: list[float]) -> str:
     return f"{us(timing.median)} ±{(timing.high - timing.low) / 2 / timing.median:.1%}"
 
 
-def speedup_cell(row: GpuRow, mode: str) -> str:
+def speedup_cell(row: AttentionRow, mode: str) -> str:
     if row.is_left_out:
         return NO_TIME
     if row.wrong:

@@ -20,7 +20,7 @@ Call = Callable[[Inputs], Tensor]
 
 
 @dataclass(frozen=True)
-class Way:
+class DenseWay:
     """One way to compute an output.  `prepare` does what a model would do once per step or seldomer, not per layer;
     it and the call it gives may raise where the way does not serve.  `context` holds around preparation and calls."""
 
@@ -84,7 +84,7 @@ def flashinfer(use_tensor_cores: bool) -> Callable[[Shape, Inputs], Call]:
     return prepare
 
 
-def gpu_ways(shape: Shape) -> list[Way]:
+def gpu_ways(shape: Shape) -> list[DenseWay]:
     """Each backend of SDPA alone, with the group packed into the query axis and with enable_gqa (the same thing where
     every query head has its own KV head), and others' kernels, which may not be installed."""
     ways = []
@@ -93,12 +93,12 @@ def gpu_ways(shape: Shape) -> list[Way]:
         ("cuDNN", SDPBackend.CUDNN_ATTENTION),
         ("efficient", SDPBackend.EFFICIENT_ATTENTION),
     ):
-        ways.append(Way(f"{name} packed", unprepared(packed), forced(backend)))
+        ways.append(DenseWay(f"{name} packed", unprepared(packed), forced(backend)))
         if shape.num_heads != shape.num_kv_heads:
-            ways.append(Way(f"{name} gqa", unprepared(enable_gqa), forced(backend)))
-    ways.append(Way("matmul", unprepared(matmul)))
-    ways.append(Way("FlashAttention 2", flash_attn("flash_attn")))
-    ways.append(Way("FlashAttention 3", flash_attn("flash_attn_interface")))
-    ways.append(Way("FlashInfer", flashinfer(use_tensor_cores=False)))
-    ways.append(Way("FlashInfer tensor cores", flashinfer(use_tensor_cores=True)))
+            ways.append(DenseWay(f"{name} gqa", unprepared(enable_gqa), forced(backend)))
+    ways.append(DenseWay("matmul", unprepared(matmul)))
+    ways.append(DenseWay("FlashAttention 2", flash_attn("flash_attn")))
+    ways.append(DenseWay("FlashAttention 3", flash_attn("flash_attn_interface")))
+    ways.append(DenseWay("FlashInfer", flashinfer(use_tensor_cores=False)))
+    ways.append(DenseWay("FlashInfer tensor cores", flashinfer(use_tensor_cores=True)))
     return ways

@@ -87,7 +87,7 @@ def tiny() -> LlamaConfig:
 
 
 @dataclass
-class GpuRow(Row):
+class ModelRow(Row):
     """All ways at one context and batch of a model."""
 
     ways: dict[str, Measured] = field(default_factory=lambda: {name: Measured() for name in NAMES})
@@ -125,7 +125,7 @@ class GpuRow(Row):
         return {**super().json(), **{name: getattr(self, name) for name in names}, **best}
 
 
-class Clock:
+class TimeLeft:
     """How much time is left, and whether it is enough for one turn more."""
 
     def __init__(self, end: float) -> None:
@@ -160,7 +160,7 @@ class Turns:
     """The turns of all ways of one row.  `done` is called after each."""
 
     def __init__(
-        self, subject: Subject, row: GpuRow, knobs: dict[str, Any], clock: Clock, done: Callable[[], object]
+        self, subject: Subject, row: ModelRow, knobs: dict[str, Any], clock: TimeLeft, done: Callable[[], object]
     ) -> None:
         self.subject, self.row, self.knobs, self.clock, self.done = subject, row, knobs, clock, done
         self.runners: dict[Way, Runner] = {}
@@ -264,9 +264,9 @@ def weight_bytes(subject: Subject) -> int:
 
 def measure(
     subject: Subject,
-    row: GpuRow,
+    row: ModelRow,
     knobs: dict[str, Any],
-    clock: Clock,
+    clock: TimeLeft,
     checked: Callable[[], str | None],
     done: Callable[[], object],
 ) -> None:
@@ -282,16 +282,16 @@ def measure(
     Turns(subject, row, knobs, clock, done).take()
 
 
-def leave_out(row: GpuRow, why: str) -> None:
+def leave_out(row: ModelRow, why: str) -> None:
     for cell in row.ways.values():
         cell.missing = why
 
 
 def main(stage: Stage) -> None:
-    clock, knobs = Clock(stage.ends), TINY_KNOBS if stage.is_dry else KNOBS
+    clock, knobs = TimeLeft(stage.ends), TINY_KNOBS if stage.is_dry else KNOBS
     operator = sparq_kernels.backend(stage.device, getattr(torch, DTYPE))
     rows = [
-        GpuRow({"model": model, "dtype": DTYPE, "cached": cached, "batch": batch}, operator=operator)
+        ModelRow({"model": model, "dtype": DTYPE, "cached": cached, "batch": batch}, operator=operator)
         for model, cached, batch in (TINY_ROWS if stage.is_dry else ROWS)
     ]
     facts = clock_of(stage.device).properties()
@@ -332,7 +332,7 @@ def shaped(name: str, device: str) -> Subject:
     return Subject(model, name, config.num_hidden_layers, config.num_hidden_layers, 300, 300, True)
 
 
-def report(stage: Stage, rows: list[GpuRow]) -> None:
+def report(stage: Stage, rows: list[ModelRow]) -> None:
     times, memory = grids(rows)
     stage.set_tables(times, hidden=(memory,))
     stage.save(
@@ -342,7 +342,7 @@ def report(stage: Stage, rows: list[GpuRow]) -> None:
     )
 
 
-def grids(rows: list[GpuRow]) -> tuple[Grid, Grid]:
+def grids(rows: list[ModelRow]) -> tuple[Grid, Grid]:
     columns = ("model", "cached", "batch")
     said = [(row, (row.case["model"], f"{row.case['cached']:,}", str(row.case["batch"]))) for row in rows]
     times = [
@@ -363,12 +363,12 @@ def grids(rows: list[GpuRow]) -> tuple[Grid, Grid]:
     )
 
 
-def cell_of(row: GpuRow, name: str) -> str:
+def cell_of(row: ModelRow, name: str) -> str:
     way = row.ways[name]
     return f"{1e3 * way.median:.2f}" if way.seconds else way.missing or UNKNOWN
 
 
-def against(row: GpuRow) -> str:
+def against(row: ModelRow) -> str:
     if row.wrong:
         return f"WRONG: {row.wrong}"
     if row.unchecked:

@@ -11,13 +11,13 @@ import itertools
 from typing import Any
 
 import torch
-from gpu_stages.cases import RACES, TINY, Case
+from gpu_stages.cases import RACES, TINY
 from gpu_stages.clocks import clock_of, poison
 from gpu_stages.failures import reason
 from gpu_stages.stage import Stage, binaries
 from tables import UNKNOWN, Grid
 from torch import Tensor
-from workload import DTYPES, Inputs, Shape, decode, make_inputs
+from workload import DTYPES, Case, Inputs, Shape, decode, make_inputs
 
 REPLAYS = 500
 AT_ONCE = 50  # replays between looks at the clock

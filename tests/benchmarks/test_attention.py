@@ -8,11 +8,11 @@ import attention
 import pytest
 import sparq_kernels
 import torch
-from attention import CACHE_BYTES, README, SWEEP, Case, chosen, copies_that_fit, sized, walk
+from attention import CACHE_BYTES, README, SWEEP, chosen, copies_that_fit, sized, walk
 from harness import SPARQ
 from sparq_kernels.cpu import CompilerError
 from tables import KERNEL, REFERENCE, torch_way
-from workload import Shape
+from workload import Case, Shape
 
 TINY = (Case("tiny", Shape(1, 4, 2, 16, 96, 8, 12)), Case("tiny", Shape(2, 2, 2, 16, 64, 8, 12)))
 

@@ -12,7 +12,7 @@ from gpu_stages import attention, clocks
 from gpu_stages.attention import (
     CALLS,
     SPARQ_WAY,
-    GpuRow,
+    AttentionRow,
     Timed,
     attempt,
     copies_for,
@@ -23,13 +23,12 @@ from gpu_stages.attention import (
     notes,
     sampled,
 )
-from gpu_stages.cases import Case
 from gpu_stages.clocks import CallsAgain, Host, Kernel
-from gpu_stages.dense import Way, unprepared
+from gpu_stages.dense import DenseWay, unprepared
 from gpu_stages.failures import NO_TIME, OUT_OF_MEMORY, reason, told
 from gpu_stages.stage import Stage
 from harness import SPARQ
-from workload import Shape, make_inputs, shared_positions
+from workload import Case, Shape, make_inputs, shared_positions
 
 SHAPE = Shape(1, 4, 2, 16, 96, 8, 12)
 CASE = Case("tiny", SHAPE, 1.5)
@@ -125,8 +124,8 @@ def test_a_case_that_does_not_fit_is_reported(monkeypatch):
 def test_wrong_dense_output_does_not_count(caches):
     row = row_of("float16")
     expected = exact(SHAPE, caches[0])
-    nan = Way("nan", unprepared(lambda shape, x: matmul(shape, x) * float("nan")))
-    off = Way("off", unprepared(lambda shape, x: matmul(shape, x) * 1.05))
+    nan = DenseWay("nan", unprepared(lambda shape, x: matmul(shape, x) * float("nan")))
+    off = DenseWay("off", unprepared(lambda shape, x: matmul(shape, x) * 1.05))
     for way in (nan, off):
         row.ways = {SPARQ: row.sparq, way.name: tried(way, caches, lambda out: attention.dense_error(out, expected))}
         assert "float32" in row.ways[way.name].wrong and row.fastest_dense("eager") is None
@@ -165,7 +164,7 @@ def test_a_way_that_cannot_be_captured_keeps_its_eager_time(monkeypatch, caches)
             raise RuntimeError("capture invalidated\nmore lines")  # noqa: B904
 
     monkeypatch.setattr(Made, "Graph", refuse)
-    result = tried(Way("matmul", unprepared(matmul)), caches)
+    result = tried(DenseWay("matmul", unprepared(matmul)), caches)
     assert result.eager and not result.seconds
     assert result.missing == (
         "as a CUDA graph: RuntimeError: capture invalidated; first: ValueError: item() while capturing"
@@ -178,14 +177,14 @@ def test_reasons_given_as_warnings_are_kept_once(caches):
             warnings.warn("head_dim too large (Triggered internally at a.cpp:3.)", stacklevel=1)
         raise RuntimeError("No available kernel. Aborting execution.")
 
-    result = tried(Way("picky", unprepared(refuse)), caches)
+    result = tried(DenseWay("picky", unprepared(refuse)), caches)
     assert result.missing == "RuntimeError: No available kernel. Aborting execution."
     assert result.warnings == ["head_dim too large"]
 
 
 def test_whoever_has_no_time_says_so(monkeypatch):
     monkeypatch.setattr(sparq_kernels, "backend", lambda device: "triton")
-    late, full = attention.measured([(CASE, "float16")] * 2, 4, 100.0, "cpu", Made(), time.monotonic() + 1e-3), []
+    late, full = attention.all_measured([(CASE, "float16")] * 2, 4, 100.0, "cpu", Made(), time.monotonic() + 1e-3), []
     for row in late:
         assert row.is_left_out and row.wrong is None and row.speedup("graph") is None
         json.dumps(row.json())
@@ -243,7 +242,7 @@ def test_the_stage_is_whole_after_every_row(monkeypatch, tmp_path, capsys):
 
 def test_every_measurement_has_enough_calls(caches):
     calls = []
-    count = Way("count", unprepared(lambda shape, x: calls.append(x) or matmul(shape, x)))
+    count = DenseWay("count", unprepared(lambda shape, x: calls.append(x) or matmul(shape, x)))
     attempt(count, SHAPE, caches[:1], 4, lambda _: None, Host())
     assert len(calls) >= (4 + clocks.WARM_UP) * CALLS
 
@@ -274,7 +273,7 @@ def row(sparq=None, operator="triton", case=LARGE):
         "FlashInfer": Timed(missing="RuntimeError: pages", warnings=["and more"]),
         "FlashAttention 2": Timed(missing="ModuleNotFoundError: No module named 'flash_attn'"),
     }
-    row = GpuRow({"name": case.name, **case.shape.described(), "dtype": "bfloat16"}, ways, shape_case=case)
+    row = AttentionRow(case.described("bfloat16"), ways, measured=case)
     row.operator, row.copy_gbs, row.itemsize, row.copies = operator, 4000.0, 2, 3
     return row
 

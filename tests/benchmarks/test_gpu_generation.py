@@ -11,7 +11,7 @@ import models
 import pytest
 import torch
 from gpu_stages import generation, graph_step
-from gpu_stages.generation import GPU_WAYS, LARGE, NO_TIME, OUT_OF_MEMORY, ROWS, SMALL, Clock, GpuRow
+from gpu_stages.generation import GPU_WAYS, LARGE, NO_TIME, OUT_OF_MEMORY, ROWS, SMALL, ModelRow, TimeLeft
 from gpu_stages.stage import Stage
 from harness import Measured
 from models import Heads
@@ -191,7 +191,7 @@ def test_the_rows_are_those_that_matter() -> None:
 
 
 def test_the_best_that_was_measured() -> None:
-    row = GpuRow({}, operator="triton", sparse_steps=1)
+    row = ModelRow({}, operator="triton", sparse_steps=1)
     for way, seconds in zip(GPU_WAYS, (4.0, 1.0, 3.0, 2.0, 5.0, 0.5), strict=True):
         row.ways[way.name].seconds = [seconds] * 3
     assert (row.best_stock, row.best_sparq) == (GRAPHED.name, SPARQ_GRAPHED.name)  # a dense cache is neither
@@ -211,7 +211,7 @@ def test_the_best_that_was_measured() -> None:
 def test_the_clock_leaves_room_for_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(generation.time, "monotonic", lambda: now[0])
-    clock = Clock(100)
+    clock = TimeLeft(100)
     assert clock.suffices()
     now[0] = 30.0
     clock.note(0.0)  # one that took 30 s, compiling
