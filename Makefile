@@ -49,7 +49,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# Everything that the CPU can tell about speed (benchmarks/README.md); figures.py makes the README's tables of it.
+# Everything that the CPU can tell about speed (benchmarks/README.md); tables.py makes the README's tables of it.
 RESULTS := benchmarks/results
 bench: $(STAMP)
 	$(BIN)/python benchmarks/attention.py --json $(RESULTS)/attention.json
@@ -61,9 +61,9 @@ bench: $(STAMP)
 		--json $(RESULTS)/generation-pythia-1.4b.json
 	$(BIN)/python benchmarks/generation.py --contexts 8192 --dtypes float32 --prefill --compile --rounds 3 --tokens 8 \
 		--json $(RESULTS)/generation-compiled.json
-	$(BIN)/python benchmarks/scaling.py --json $(RESULTS)/scaling.json --plot $(RESULTS)/scaling.png
+	$(BIN)/python benchmarks/generation.py --scaling --json $(RESULTS)/scaling.json
 	$(BIN)/python benchmarks/memory.py --json $(RESULTS)/memory.json
-	$(BIN)/python benchmarks/figures.py
+	$(BIN)/python benchmarks/tables.py
 
 # On a machine with a GPU: tests, races, attention and generation in less than eight minutes (benchmarks/README.md).
 # Nothing is installed. Without .venv it takes a Python that has PyTorch: make gpu PYTHON=python3 ARGS='--out results'

@@ -28,7 +28,7 @@ from unittest import mock
 
 import torch
 import triton
-from gpu_cases import S1, S2, S3
+from gpu_stages.cases import S1, S2, S3
 from sparq_kernels.append import AppendArguments, check_append
 from sparq_kernels.arguments import Arguments
 from sparq_kernels.layout import BLOCK, num_blocks

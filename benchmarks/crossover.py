@@ -11,18 +11,13 @@ dense step reads.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
-from common import machine
-from model_options import at_least_2, fill_in, positive
-from model_shapes import Heads, from_config
-from report import Grid, write_json
-from rich.console import Console
-from rich.progress import Progress
+from harness import SPARQ, Measured, Row, at_least_2, document, fill_in, parser_of, positive, progress_of, write_json
+from models import Heads, from_config
+from opponents import OWN_CACHE, SPARQ_WAY, make_runner, steps_of, take_turns
+from tables import crossover_grid, show
 from transformers import LlamaConfig, PreTrainedModel
-from turns import median_and_deciles
-from ways import OWN_CACHE, SPARQ, make_runner, steps_of, take_turns
 
 LAYERS = 4
 SHAPES = {
@@ -50,21 +45,20 @@ def build_narrow(heads: Heads, dtype: torch.dtype) -> PreTrainedModel:
     return from_config(config, dtype)
 
 
-def microseconds(model: PreTrainedModel, context: int, rounds: int, tokens: int) -> tuple[float, float]:
-    """Of a dense and a sparse step, per layer, everything but attention included in both."""
-    room = steps_of(rounds, tokens)
-    runners = [
-        make_runner(model, way, context, 1, room, dict(min_length=0), prefill=False) for way in (OWN_CACHE, SPARQ)
-    ]
+def measure(name: str, model: PreTrainedModel, context: int, rounds: int, tokens: int) -> Row:
+    """A dense and a sparse step, everything but attention included in both."""
+    room, knobs = steps_of(rounds, tokens), dict(min_length=0)
+    runners = [make_runner(model, way, context, 1, room, knobs) for way in (OWN_CACHE, SPARQ_WAY)]
     take_turns(runners, rounds, tokens, lambda name: None)
-    dense, sparse = (1e6 * median_and_deciles(runner.seconds)[0] / LAYERS for runner in runners)
-    return dense, sparse
+    case = {"heads": name, "dtype": str(model.dtype).removeprefix("torch."), "cached": context, "batch": 1}
+    return Row(case, {runner.way.name: Measured(runner.seconds) for runner in runners})
 
 
-def pays_from(contexts: list[int], pairs: list[tuple[float, float]]) -> int | None:
-    """The first context from which sparse stays faster, as far as was measured."""
+def pays_from(medians: dict[int, tuple[float, float]]) -> int | None:
+    """The first context from which sparse stays faster, as far as was measured; medians of dense and sparse, by
+    context."""
     found = None
-    for context, (dense, sparse) in sorted(zip(contexts, pairs, strict=True), reverse=True):
+    for context, (dense, sparse) in sorted(medians.items(), reverse=True):
         if sparse >= dense:
             break
         found = context
@@ -72,12 +66,11 @@ def pays_from(contexts: list[int], pairs: list[tuple[float, float]]) -> int | No
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--contexts", type=positive, nargs="+")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=positive, help="of several the first is not counted")
     parser.add_argument("--tokens", type=at_least_2, help="decode steps of each way in each round")
-    parser.add_argument("--json", type=Path, help="write rows, machine and settings there")
     parser.add_argument("--quick", action="store_true", help="less of everything: under a minute")
     args = parser.parse_args(arguments)
     fill_in(args, FULL, QUICK)
@@ -86,35 +79,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    console = Console(width=150)
-    rows: list[dict[str, object]] = []
-    cells: list[tuple[str, ...]] = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(SHAPES) * len(args.dtypes) * len(args.contexts))
+    rows: list[Row] = []
+    pays: list[dict[str, object]] = []
+    with progress_of(len(SHAPES) * len(args.dtypes) * len(args.contexts)) as tick:
         for name, heads in SHAPES.items():
             for dtype in args.dtypes:
-                model = build_narrow(heads, getattr(torch, dtype))
-                pairs = []
+                model, medians = build_narrow(heads, getattr(torch, dtype)), {}
                 for context in args.contexts:
-                    progress.update(task, advance=1, description=f"{name}, {dtype}, {context:,} cached")
-                    pairs.append(microseconds(model, context, args.rounds, args.tokens))
-                pays = pays_from(args.contexts, pairs)
-                there = None if pays is None else pays * 2 * heads.kv * heads.head_dim * model.dtype.itemsize
-                cells.append(
-                    (
-                        name,
-                        dtype,
-                        *(f"{dense:.0f} / {sparse:.0f}" for dense, sparse in pairs),
-                        "–" if pays is None else f"{pays:,}",
-                        "–" if there is None else f"{there / 2**20:.2f} MiB",
-                    )
-                )
-                rows.append(dict(heads=name, dtype=dtype, microseconds=pairs, pays_from=pays, bytes_there=there))
-    columns = ("heads of", "dtype", *(f"{context:,}" for context in args.contexts), "pays from", "bytes there")
-    console.print(Grid("µs per layer and token, dense / sparse (ratio=8)", columns, cells).table())
+                    tick(f"{name}, {dtype}, {context:,} cached")
+                    rows.append(measure(name, model, context, args.rounds, args.tokens))
+                    ways = rows[-1].ways
+                    medians[context] = (ways[OWN_CACHE.name].median, ways[SPARQ].median)
+                cached = pays_from(medians)
+                there = cached and cached * 2 * heads.kv * heads.head_dim * model.dtype.itemsize
+                pays.append({"heads": name, "dtype": dtype, "cached": cached, "bytes": there})
+    result = document(args, rows, layers=LAYERS, **{"pays from": pays})
+    show(crossover_grid(result))
     if args.json:
-        settings = {**vars(args), "json": None}
-        write_json(args.json, dict(machine=machine(), settings=settings, rows=rows))
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,26 @@
-"""Dense attention of one new token, in every way worth comparing with; each takes and gives what `workload` holds."""
+"""Dense attention of one new token on the CPU: PyTorch's ways, and a C++ kernel written with the same care as SparQ's.
+
+That one is csrc/dense.cpp, with the vectors of SparQ's own kernel, compiled and cached as sparq_kernels compiles that
+one, by the same compiler and with the same flags. The operator has no use for it, so it is kept with the benchmark.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
+import ctypes
+import functools
+import struct
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from sparq_kernels import cpu
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from workload import Inputs, Shape
 
-PAGE = 16  # positions, as serving engines have it: FlashInfer divides a row among programs page by page
 DENSE_ERROR = 3e-2  # two matrix products in bfloat16 round as much, and an opponent gets the benefit of the doubt
-
-Call = Callable[[Inputs], Tensor]
+SOURCE = Path(__file__).parent / "csrc" / "dense.cpp"
+ARGUMENTS = struct.Struct("@5P15qd")  # struct Arguments of dense.cpp
 
 
 def packed(shape: Shape, x: Inputs) -> Tensor:
@@ -34,7 +37,7 @@ def matmul(shape: Shape, x: Inputs) -> Tensor:
     return torch.softmax(query @ x.key.transpose(-1, -2), dim=-1) @ x.value
 
 
-CPU_WAYS = {"SDPA packed": packed, "SDPA enable_gqa": enable_gqa, "matmul": matmul}
+TORCH_WAYS = {"SDPA packed": packed, "SDPA enable_gqa": enable_gqa, "matmul": matmul}
 
 
 def exact(shape: Shape, x: Inputs) -> Tensor:
@@ -46,86 +49,62 @@ def exact(shape: Shape, x: Inputs) -> Tensor:
     return torch.stack(rows).reshape(x.query.shape)
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way to compute an output.  `prepare` does what a model would do once per step or seldomer, not per layer;
-    it and the call it gives may raise where the way does not serve.  `context` holds around preparation and calls."""
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float | None = None) -> Tensor:
+    """Softmax attention of one new token over the first `length` positions of each row, [B, Hq, 1, d].
 
-    name: str
-    prepare: Callable[[Shape, Inputs], Call]
-    context: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
-
-
-def unprepared(call: Callable[[Shape, Inputs], Tensor]) -> Callable[[Shape, Inputs], Call]:
-    return lambda shape, _: lambda x: call(shape, x)
-
-
-def forced(backend: SDPBackend) -> Callable[[], AbstractContextManager[object]]:
-    return lambda: sdpa_kernel(backend)
-
-
-def flash_attn(module: str) -> Callable[[Shape, Inputs], Call]:
-    """`flash_attn` is FlashAttention 2, `flash_attn_interface` 3: the same function with the same first arguments."""
-
-    def prepare(shape: Shape, x: Inputs) -> Call:
-        attend = importlib.import_module(module).flash_attn_with_kvcache
-
-        def call(x: Inputs) -> Tensor:
-            # It wants [B, S, H, d] and takes any strides but the last.
-            out = attend(x.query.transpose(1, 2), x.key.transpose(1, 2), x.value.transpose(1, 2))
-            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
-
-        return call
-
-    return prepare
-
-
-def flashinfer(use_tensor_cores: bool) -> Callable[[Shape, Inputs], Call]:
-    def prepare(shape: Shape, x: Inputs) -> Call:
-        wrapper_class = importlib.import_module("flashinfer").BatchDecodeWithPagedKVCacheWrapper
-        if shape.cached % PAGE:
-            raise ValueError(f"{shape.cached} cached positions are no multiple of a page of {PAGE}")
-        device = x.query.device
-        # Every KV head becomes a request of its own: the contiguous cache then already is a table of pages.
-        requests, pages = shape.batch * shape.num_kv_heads, shape.cached // PAGE
-        workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=device)
-        wrapper = wrapper_class(workspace, "HND", use_tensor_cores=use_tensor_cores)
-        wrapper.plan(
-            torch.arange(requests + 1, dtype=torch.int32, device=device) * pages,
-            torch.arange(requests * pages, dtype=torch.int32, device=device),
-            torch.full((requests,), PAGE, dtype=torch.int32, device=device),
-            shape.num_heads // shape.num_kv_heads,
-            1,
-            shape.head_dim,
-            PAGE,
-            q_data_type=x.query.dtype,
+    query: [B, Hq, 1, d]; key and value: [B, Hkv, S, d], all float32, bfloat16 or float16 and contiguous in d; length:
+    int64 [B], 1 to S. scale: d^-1/2 unless given.
+    Raises ValueError for arguments that do not belong together, CompilerError where the kernel cannot be built.
+    """
+    batch, num_heads, query_length, head_dim = query.shape
+    _, num_kv_heads, cached, _ = key.shape
+    fits = query_length == 1 and num_heads % num_kv_heads == 0 and key.shape == value.shape
+    if not fits or (key.shape[0], key.shape[3]) != (batch, head_dim) or length.shape != (batch,):
+        shapes = ", ".join(str(list(x.shape)) for x in (query, key, value, length))
+        raise ValueError(f"shapes do not belong together: {shapes}")
+    if not query.dtype == key.dtype == value.dtype or query.dtype not in cpu.DTYPE_CODES or length.dtype != torch.int64:
+        raise ValueError("query, key and value must share float32, bfloat16 or float16; length must be int64")
+    if not all(x.stride(-1) == 1 for x in (query, key, value)) or not length.is_contiguous():
+        raise ValueError("head_dim must be contiguous, and length")
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    status = compiled()(
+        ARGUMENTS.pack(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            length.data_ptr(),
+            output.data_ptr(),
+            torch.get_num_threads(),
+            batch,
+            num_kv_heads,
+            num_heads // num_kv_heads,
+            head_dim,
+            cached,
+            *query.stride()[:2],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            cpu.DTYPE_CODES[query.dtype],
+            head_dim**-0.5 if scale is None else scale,
         )
-
-        def call(x: Inputs) -> Tensor:
-            query = x.query.view(requests, -1, shape.head_dim)
-            paged = (requests * pages, 1, PAGE, shape.head_dim)
-            return wrapper.run(query, (x.key.view(paged), x.value.view(paged))).view(x.query.shape)
-
-        return call
-
-    return prepare
+    )
+    if status == 3:
+        raise ValueError(f"length must be 1 to {cached}, got {length.tolist()}")
+    if status:
+        raise MemoryError("not enough memory for the dense kernel's scratch")
+    return output
 
 
-def gpu_ways(shape: Shape) -> list[Way]:
-    """Each backend of SDPA alone, with the group packed into the query axis and with enable_gqa (the same thing where
-    every query head has its own KV head), and others' kernels, which may not be installed."""
-    ways = []
-    for name, backend in (
-        ("flash", SDPBackend.FLASH_ATTENTION),
-        ("cuDNN", SDPBackend.CUDNN_ATTENTION),
-        ("efficient", SDPBackend.EFFICIENT_ATTENTION),
-    ):
-        ways.append(Way(f"{name} packed", unprepared(packed), forced(backend)))
-        if shape.num_heads != shape.num_kv_heads:
-            ways.append(Way(f"{name} gqa", unprepared(enable_gqa), forced(backend)))
-    ways.append(Way("matmul", unprepared(matmul)))
-    ways.append(Way("FlashAttention 2", flash_attn("flash_attn")))
-    ways.append(Way("FlashAttention 3", flash_attn("flash_attn_interface")))
-    ways.append(Way("FlashInfer", flashinfer(use_tensor_cores=False)))
-    ways.append(Way("FlashInfer tensor cores", flashinfer(use_tensor_cores=True)))
-    return ways
+@functools.cache
+def compiled() -> Callable[[bytes], int]:
+    library = ctypes.CDLL(str(build()))
+    library.dense_arguments_size.restype = ctypes.c_int64
+    assert library.dense_arguments_size() == ARGUMENTS.size, "dense.cpp's Arguments are not what is packed here"
+    function = library.dense_attention
+    function.argtypes = [ctypes.c_char_p]
+    function.restype = ctypes.c_int64
+    return function
+
+
+def build() -> Path:
+    """Path of the kernel's shared library; compiled if need be.  Raises CompilerError."""
+    return cpu.build_library("dense", SOURCE, [SOURCE, cpu.SOURCES / "simd.h"], [f"-I{cpu.SOURCES}"])

@@ -5,17 +5,22 @@
     python benchmarks/gpu.py --device cpu         # a dry run: tiny sizes, nothing is measured
 
 It needs a checkout and the libraries that SparQ needs, Triton and pytest, and neither network nor installation. Each
-stage is a process of its own with a limit of its own; one that fails or is stopped leaves what it has written so far,
-and the next one begins. `gpu.json` in the output folder holds everything, `gpu.md` all tables, `log.txt` what the
-stages printed. Where a card was measured from a whole run, benchmarks/results/gpu-<card>.json and .md are written too.
+stage (gpu_stages/) is a process of its own with a limit of its own; one that fails or is stopped leaves what it has
+written so far, and the next one begins. `gpu.json` in the output folder holds everything, `gpu.md` all tables,
+`log.txt` what the stages printed. Where a card was measured from a whole run, benchmarks/results/gpu-<card>.json and
+.md are written too.
 
 The exit status is 1 if a test failed, an output was wrong, two replays differed, or a stage broke down.
 """
 
 from __future__ import annotations
 
+from gpu_stages.stage import STAGES, Limits, Stage
+
+# isort: split
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -23,55 +28,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gpu_report
-from gpu_report import FAILED, MISSING, OK, OUT_OF_TIME, Outcome
-from report import write_json
+from gpu_stages import report
+from gpu_stages.report import FAILED, OK, OUT_OF_TIME, Outcome
+from harness import write_json
 from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
-
-
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    about: str
-    seconds: int
-    program: str
-    margin: int = 4  # seconds before the limit by which it should have ended by itself
-    options: tuple[str, ...] = ()
-    dry_options: tuple[str, ...] = ()  # on the CPU
-    dry_environment: tuple[tuple[str, str], ...] = ()
-
-
 DRY_PATIENCE = 4  # times a stage's limit: a busy machine takes long to import PyTorch, and nobody waits for a card
-REFERENCE = (("SPARQ_BACKEND", "reference"),)  # a dry run measures nothing, and need not compile the CPU's kernel
-STAGES = (
-    Stage("device", "versions, card, copy bandwidth", 15, "gpu_device.py"),
-    Stage("kernels", "compiled in parallel; registers", 50, "gpu_compile.py"),
-    Stage("tests", "kernels and models against references", 110, "gpu_tests.py", 10),  # importing counts
-    Stage("races", "replays compared bit for bit", 15, "gpu_races.py", dry_environment=REFERENCE),
-    Stage("attention", "one decode step, all opponents", 120, "attention_gpu.py", dry_environment=REFERENCE),
-    Stage("generation", "whole models, stock and SparQ", 160, "generation.py", 14, ("--gpu",), ("--tiny",)),
-)
 
 
-def run(stage: Stage, device: str, out: Path, environment: dict[str, str]) -> Outcome:
+def command(stage: Limits, device: str, path: Path) -> list[str]:
+    """This program again, as one stage."""
+    seconds = str(stage.seconds - stage.margin)
+    program = [sys.executable, str(HERE / "gpu.py"), "--run-stage", stage.name]
+    return [*program, "--device", device, "--seconds", seconds, "--json", str(path)]
+
+
+def run(stage: Limits, device: str, out: Path, environment: dict[str, str]) -> Outcome:
     """Start the stage, stop it at its limit, and read what it has written."""
     path, log = out / f"{stage.name}.json", out / "log.txt"
     path.unlink(missing_ok=True)
-    if not (HERE / stage.program).exists():
-        return Outcome(stage.name, MISSING, 0.0, stage.seconds, {}, f"there is no benchmarks/{stage.program}")
-    command = [sys.executable, str(HERE / stage.program), *stage.options, "--device", device]
-    command += ["--seconds", str(stage.seconds - stage.margin), "--json", str(path)]
-    if device == "cpu":
-        command += stage.dry_options
-        environment = {**environment, **dict(stage.dry_environment)}
+    if device == "cpu" and stage.needs_no_kernel:  # a dry run measures nothing, and need not compile the CPU's kernel
+        environment = {**environment, "SPARQ_BACKEND": "reference"}
     started = time.monotonic()
     with log.open("ab") as printed:
         printed.write(f"\n== {stage.name}: {stage.about}\n".encode())
@@ -79,7 +63,12 @@ def run(stage: Stage, device: str, out: Path, environment: dict[str, str]) -> Ou
         begin = printed.tell()
         # A group of its own, that whatever the stage has started is stopped with it.
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, start_new_session=True
+            command(stage, device, path),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=printed,
+            stderr=printed,
+            start_new_session=True,
         )
         try:
             status = OK if process.wait(stage.seconds) == 0 else FAILED
@@ -126,10 +115,9 @@ def descendants(pid: int) -> list[int]:
 
 def read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return json.loads(path.read_text())
+    except FileNotFoundError:  # it had no time to write
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def environment_of(device: str, cache: str) -> dict[str, str]:
@@ -144,55 +132,6 @@ def environment_of(device: str, cache: str) -> dict[str, str]:
     if device == "cpu":
         environment["OMP_NUM_THREADS"] = "1"  # threads of tiny calls only wait for each other
     return environment
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run of tiny sizes")
-    parser.add_argument(
-        "--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu"), help="default: $OUT"
-    )
-    names = [stage.name for stage in STAGES]
-    parser.add_argument("--stages", nargs="+", choices=names, default=names, help="default: all")
-    parser.add_argument("--commit", help="of this checkout, where git does not know it")
-    return parser.parse_args(arguments)
-
-
-def main() -> None:
-    args = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that its stage is stopped, too
-    console = Console(width=None if sys.stdout.isatty() else gpu_report.WIDTH, highlight=False, markup=False)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "log.txt").write_text("")
-    outcomes: list[Outcome] = []
-    printed = 0
-    with tempfile.TemporaryDirectory(prefix="sparq-gpu-", ignore_cleanup_errors=True) as cache:
-        environment = environment_of(args.device, cache)
-        for stage in STAGES:
-            if stage.name not in args.stages:
-                continue
-            if args.device == "cpu":
-                stage = replace(stage, seconds=DRY_PATIENCE * stage.seconds)
-            outcomes.append(run(stage, args.device, args.out, environment))
-            found = merged(outcomes, args.commit, cache)
-            write_json(args.out / "gpu.json", found)
-            console.print(gpu_report.stage_line(outcomes[-1]))
-            printed += 1
-            if outcomes[-1].content.get("no_device"):
-                break  # nothing else could do anything
-    markdown = gpu_report.markdown(found)
-    (args.out / "gpu.md").write_text(markdown)
-    if args.device == "cuda" and found.get("attention", {}).get("rows") and args.stages == [s.name for s in STAGES]:
-        name = f"gpu-{gpu_report.slug(found['machine']['device'])}"
-        try:
-            write_json(RESULTS / f"{name}.json", found)
-            (RESULTS / f"{name}.md").write_text(markdown)
-        except OSError as error:
-            console.print(f"benchmarks/results/{name}.json could not be written: {error.strerror}")
-            printed += 1
-    lines = gpu_report.report(found, gpu_report.LINES - printed)
-    console.print("\n".join(lines), soft_wrap=True)
-    sys.exit(1 if found["wrong"] else 0)
 
 
 def merged(outcomes: list[Outcome], commit: str | None, cache: str) -> dict[str, Any]:
@@ -214,6 +153,60 @@ def merged(outcomes: list[Outcome], commit: str | None, cache: str) -> dict[str,
         if len(path) > 1:
             text = text.replace(json.dumps(path + os.sep)[1:-1], "").replace(json.dumps(path)[1:-1], ".")
     return json.loads(text)
+
+
+def keep(found: dict[str, Any], markdown: str, console: Console) -> None:
+    """Under benchmarks/results; the checkout may be one that cannot be written."""
+    name = f"gpu-{report.slug(found['machine']['device'])}"
+    try:
+        write_json(RESULTS / f"{name}.json", found)
+        (RESULTS / f"{name}.md").write_text(markdown)
+    except OSError as error:
+        console.print(f"benchmarks/results/{name}.json could not be written: {error.strerror}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run of tiny sizes")
+    parser.add_argument(
+        "--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu"), help="default: $OUT"
+    )
+    names = [stage.name for stage in STAGES]
+    parser.add_argument("--stages", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument("--commit", help="of this checkout, where git does not know it")
+    # How it starts itself as a stage.
+    for option, kind in (("--run-stage", str), ("--seconds", float), ("--json", Path)):
+        parser.add_argument(option, type=kind, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what it started is stopped, too
+    if args.run_stage:
+        importlib.import_module(f"gpu_stages.{args.run_stage}").main(Stage(args.device, args.seconds, args.json))
+        return
+
+    console = Console(width=None if sys.stdout.isatty() else report.WIDTH, highlight=False, markup=False)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "log.txt").write_text("")
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory(prefix="sparq-gpu-", ignore_cleanup_errors=True) as cache:
+        environment = environment_of(args.device, cache)
+        for stage in STAGES:
+            if stage.name not in args.stages:
+                continue
+            if args.device == "cpu":
+                stage = replace(stage, seconds=DRY_PATIENCE * stage.seconds)
+            outcomes.append(run(stage, args.device, args.out, environment))
+            found = merged(outcomes, args.commit, cache)
+            write_json(args.out / "gpu.json", found)
+            console.print(report.stage_line(outcomes[-1]))
+            if outcomes[-1].content.get("no_device"):
+                break  # nothing else could do anything
+    markdown = report.markdown(found)
+    (args.out / "gpu.md").write_text(markdown)
+    if args.device == "cuda" and found.get("attention", {}).get("rows") and args.stages == names:
+        keep(found, markdown, console)
+    # One line less, for what could not be kept.
+    console.print("\n".join(report.report(found, report.LINES - len(outcomes) - 1)), soft_wrap=True)
+    sys.exit(1 if found["wrong"] else 0)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ from unittest import mock
 import sparq_kernels
 import torch
 import triton
-from report import Grid
 from rich.console import Console
 from sparq_kernels import Budget, Cached, Visible, allocate_components, operator
 from sparq_kernels.declaration import implementations
 from sparq_kernels.gpu import fused, launch, split
+from tables import Grid
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction

@@ -1,9 +1,12 @@
-"""What the attention benchmark computes: one decode step over one layer's cache, and when the operator's is right."""
+"""One decode step over one layer's cache: its shape, its inputs, the call of the operator, and when that is right.
+
+Nothing else but launch_cost.py and compiled_kernels.py knows which arguments the operator takes.
+"""
 
 from __future__ import annotations
 
-import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import sparq_kernels
 import torch
@@ -37,6 +40,25 @@ class Shape:
         return self.batch * self.num_kv_heads * (self.cached * self.r + 2 * self.k * self.head_dim)
 
 
+@dataclass(frozen=True)
+class Case:
+    """A shape of which `goal` says how much faster than dense it should be on a GPU, by graph replays, or None.
+
+    `predicted`: microseconds of SparQ and of dense on an H100, reckoned from bytes and instructions, ± 30 %."""
+
+    name: str
+    shape: Shape
+    goal: float | None = None
+    predicted: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.shape}"
+
+    def described(self, dtype_name: str) -> dict[str, object]:
+        """Of a row."""
+        return {"name": self.name, "shape": str(self.shape), **asdict(self.shape), "dtype": dtype_name}
+
+
 @dataclass
 class Inputs:
     """One layer's cache and query."""
@@ -48,10 +70,15 @@ class Inputs:
     value_sum: Tensor
     length: Tensor
 
-    def groups(self, shape: Shape) -> tuple[Cached, Visible, Budget]:
-        """As the operator and its reference take them."""
+    def groups(self, shape: Shape, **knobs: Any) -> tuple[Cached, Visible, Budget]:
+        """As the operator and its reference take them; knobs: of the budget, which a shape does not have."""
         cached = Cached(self.key, self.components, self.value, self.value_sum)
-        return cached, Visible(self.length), Budget(shape.r, shape.k)
+        return cached, Visible(self.length), Budget(shape.r, shape.k, **knobs)
+
+    def row(self, index: int, dtype: torch.dtype) -> Inputs:
+        """One row of the batch, widened but for its length."""
+        rows = [x[index : index + 1] for x in vars(self).values()]
+        return Inputs(*(x.to(dtype) if x.is_floating_point() else x for x in rows))
 
     def copy(self) -> Inputs:
         """On pages as large as the plugin's cache asks for, dense and sparse alike."""
@@ -66,17 +93,16 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs
     generator = torch.Generator(device).manual_seed(0)
     rows = (shape.batch, shape.num_kv_heads, shape.cached, shape.head_dim)
     query = 2 * torch.randn(shape.batch, shape.num_heads, 1, shape.head_dim, generator=generator, device=device)
-    key, value = (
-        torch.randn(rows, generator=generator, dtype=torch.float32, device=device).to(dtype) for _ in range(2)
-    )
+    key, value = (torch.randn(rows, generator=generator, device=device).to(dtype) for _ in range(2))
     components = sparq_kernels.allocate_components(*rows, dtype, device)
     sparq_kernels.write_components(components, key, 0)
     length = torch.full((shape.batch,), shape.cached, device=device)
     return Inputs(query.to(dtype), key, components, value, value.sum(2, dtype=torch.float32), length)
 
 
-def decode(shape: Shape, x: Inputs, return_positions: bool = False) -> sparq_kernels.DecodeOutput:
-    return sparq_kernels.decode(x.query, *x.groups(shape), return_positions=return_positions)
+def decode(shape: Shape, x: Inputs, return_positions: bool = False, **knobs: Any) -> sparq_kernels.DecodeOutput:
+    """knobs: of the budget, which a shape does not have."""
+    return sparq_kernels.decode(x.query, *x.groups(shape, **knobs), return_positions=return_positions)
 
 
 def sparq(shape: Shape, x: Inputs) -> Tensor:
@@ -137,9 +163,3 @@ def disagreement(shape: Shape, x: Inputs) -> str | None:
     if not shared > 0.98:
         return f"a head shares only {shared:.1%} of the reference's positions"
     return None
-
-
-def quantiles(times: list[float]) -> tuple[float, tuple[float, float]]:
-    """Median, and (10 %, 90 %)."""
-    tenths = statistics.quantiles(times, n=10)
-    return statistics.median(times), (tenths[0], tenths[-1])

@@ -5,7 +5,7 @@ import sys
 
 import crossover
 import pytest
-from model_shapes import Heads
+from models import Heads
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,8 @@ from model_shapes import Heads
     ),
 )
 def test_pays_from_where_sparse_stays_faster(pairs, expected):
-    assert crossover.pays_from([256, 512, 1024], pairs) == expected
-    assert crossover.pays_from([1024, 512, 256], pairs[::-1]) == expected
+    assert crossover.pays_from(dict(zip([256, 512, 1024], pairs, strict=True))) == expected
+    assert crossover.pays_from(dict(zip([1024, 512, 256], pairs[::-1], strict=True))) == expected
 
 
 def test_crossover_from_end_to_end(monkeypatch, capsys, tmp_path):
@@ -30,4 +30,4 @@ def test_crossover_from_end_to_end(monkeypatch, capsys, tmp_path):
     crossover.main()
     assert "pays from" in capsys.readouterr().out
     (row,) = json.loads(out.read_text())["rows"]
-    assert row["heads"] == "tiny" and all(value > 0 for value in row["microseconds"][0])
+    assert row["case"]["heads"] == "tiny" and all(way["time"]["median"] > 0 for way in row["ways"].values())

@@ -1,4 +1,5 @@
-"""Every dense way that can run on a CPU gives the attention that the benchmark compares with."""
+"""Every dense way gives the attention that the benchmark compares with, the C++ kernel for any length, group, head
+dimension and dtype."""
 
 import contextlib
 import sys
@@ -6,11 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dense import CPU_WAYS, PAGE, exact, flash_attn, flashinfer, gpu_ways
+from dense import TORCH_WAYS, build, dense_attention, exact
+from gpu_stages.dense import PAGE, flash_attn, flashinfer, gpu_ways
+from sparq_kernels import cpu
 from torch.nn.functional import scaled_dot_product_attention
 from workload import Shape, make_inputs, relative_error
 
 GROUPED = Shape(2, 4, 2, 16, 3 * PAGE, 4, 8)
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # of storing the output
 UNGROUPED = Shape(2, 2, 2, 16, 3 * PAGE, 4, 8)
 
 
@@ -21,11 +25,11 @@ def test_exact_is_softmax_attention(shape):
     assert relative_error(exact(shape, x), expected) < 1e-6
 
 
-@pytest.mark.parametrize("name", CPU_WAYS)
+@pytest.mark.parametrize("name", TORCH_WAYS)
 @pytest.mark.parametrize("shape", (GROUPED, UNGROUPED), ids=str)
 def test_torch_ways_are_right(name, shape):
     x = make_inputs(shape, torch.float32)
-    assert relative_error(CPU_WAYS[name](shape, x), exact(shape, x)) < 1e-6
+    assert relative_error(TORCH_WAYS[name](shape, x), exact(shape, x)) < 1e-6
 
 
 def test_gpu_ways_force_one_backend_each():
@@ -100,3 +104,101 @@ def test_flashinfer_refuses_a_broken_page(monkeypatch):
     shape = Shape(1, 2, 2, 16, PAGE + 1, 4, 8)
     with pytest.raises(ValueError, match="no multiple of a page"):
         flashinfer(use_tensor_cores=True)(shape, make_inputs(shape, torch.float32))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other on a busy machine; a row has parts all the same
+    yield
+    torch.set_num_threads(threads)
+
+
+def inputs(group, head_dim, cached, dtype, batch=2, kv_heads=2):
+    generator = torch.Generator().manual_seed(group * head_dim + cached)
+    rows = (batch, kv_heads, cached, head_dim)
+    query = 2 * torch.randn(batch, kv_heads * group, 1, head_dim, generator=generator)
+    key, value = (torch.randn(rows, generator=generator) for _ in range(2))
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def in_float64(query, key, value, lengths, scale=None):
+    """In float64, row by row."""
+    rows = []
+    for q, k, v, n in zip(query.double(), key.double(), value.double(), lengths, strict=True):
+        q = q.reshape(k.shape[0], -1, k.shape[2]) * (scale or k.shape[2] ** -0.5)
+        rows.append((torch.softmax(q @ k[:, :n].mT, -1) @ v[:, :n]).reshape(query.shape[1:]))
+    return torch.stack(rows)
+
+
+def check(query, key, value, lengths, **knobs):
+    output = dense_attention(query, key, value, torch.tensor(lengths), **knobs)
+    expected = in_float64(query, key, value, lengths, **knobs)
+    assert output.dtype == query.dtype and output.shape == query.shape
+    assert float((output.double() - expected).norm() / expected.norm()) < TOLERANCE[query.dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("head_dim", (8, 64, 72, 80, 96, 128, 256))
+@pytest.mark.parametrize("group", range(1, 9))
+def test_exact_for_every_group_and_head_dim(group, head_dim, dtype):
+    check(*inputs(group, head_dim, 75, dtype), [75, 41])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("length", (1, 2, 31, 32, 33, 255, 1023, 1025, 5000))
+def test_exact_for_every_length(length, dtype):
+    check(*inputs(4, 64, length + 1, dtype), [length, length + 1])
+
+
+def test_what_lies_behind_the_length_is_not_read():
+    query, key, value = inputs(2, 80, 600, torch.bfloat16)
+    lengths = [257, 1]
+    expected = dense_attention(query, key, value, torch.tensor(lengths))
+    for row, length in enumerate(lengths):
+        key[row, :, length:] = value[row, :, length:] = float("nan")
+    assert torch.equal(dense_attention(query, key, value, torch.tensor(lengths)), expected)
+
+
+def test_strides_and_scale():
+    query, key, value = inputs(3, 64, 300, torch.float32)
+    key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value))  # [B, S, H, d] in memory
+    check(query, key, value, [300, 299], scale=0.3)
+
+
+def test_large_logits_do_not_overflow():
+    query, key, value = inputs(2, 64, 300, torch.float32)
+    check(query * 300, key, value, [300, 100])
+
+
+def test_many_heads_are_one_part_each():
+    check(*inputs(1, 64, 600, torch.float16, batch=3, kv_heads=8), [600, 1, 300])
+
+
+@pytest.mark.parametrize("threads", (2, 5))
+def test_any_number_of_threads(threads):
+    torch.set_num_threads(threads)
+    check(*inputs(4, 128, 1500, torch.float32), [1500, 3])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (lambda q, k, v, n: (q, k, v, n + 100), "length must be 1 to 40"),
+        (lambda q, k, v, n: (q, k, v, n * 0), "length must be 1 to 40"),
+        (lambda q, k, v, n: (q, k, v[:, :, 1:], n), "do not belong together"),
+        (lambda q, k, v, n: (q, k.half(), v, n), "must share"),
+        (lambda q, k, v, n: (q, k, v, n.int()), "must be int64"),
+        (lambda q, k, v, n: (q, k.mT.contiguous().mT, v, n), "must be contiguous"),
+    ),
+)
+def test_wrong_arguments_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dense_attention(*change(*inputs(2, 64, 40, torch.float32), torch.tensor([40, 40])))
+
+
+def test_a_compiler_that_fails_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARQ_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("SPARQ_CXXFLAGS", "--no-such-flag")
+    with pytest.raises(cpu.CompilerError, match="no-such-flag"):
+        build()

@@ -3,18 +3,16 @@
 import json
 import sys
 
-import agreement
 import generation
-import model_options
-import model_shapes
+import models
+import opponents
 import pytest
 import sparq_kernels
 import torch
-from generation_rows import Result, Row
-from generation_tables import grids
+from harness import Measured, Row
+from opponents import DYNAMIC, LAYERS_ALONE, OWN_CACHE, SPARQ_WAY, STATIC, bytes_of, make_runner, take_turns, twin
+from tables import generation_grid, ways_grid
 from transformers import GPTNeoXConfig, LlamaConfig
-from turns import Ratio, median_and_deciles
-from ways import DYNAMIC, LAYERS_ALONE, OWN_CACHE, SPARQ, STATIC, bytes_of, make_runner, take_turns, twin
 
 
 def tiny_llama() -> LlamaConfig:
@@ -37,8 +35,8 @@ def tiny_neox() -> GPTNeoXConfig:
 
 @pytest.fixture(autouse=True)
 def tiny_shapes(monkeypatch):
-    monkeypatch.setitem(model_shapes.SHAPES, "tiny-llama", tiny_llama)
-    monkeypatch.setitem(model_shapes.SHAPES, "tiny-neox", tiny_neox)
+    monkeypatch.setitem(models.SHAPES, "tiny-llama", tiny_llama)
+    monkeypatch.setitem(models.SHAPES, "tiny-neox", tiny_neox)
 
 
 @pytest.fixture
@@ -53,28 +51,28 @@ def run(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ("tiny-llama", "tiny-neox"))
 def test_every_way_is_measured_and_every_part_of_a_step(run, tmp_path, name):
-    out, tables = tmp_path / "rows.json", tmp_path / "tables.md"
+    out = tmp_path / "rows.json"
     shown = run(
         generation,
         *("--model", name, "--contexts", "300", "--batches", "2", "--dtypes", "float32", "--rounds", "2"),
-        *("--tokens", "3", "--profile", "--json", str(out), "--markdown", str(tables)),
+        *("--tokens", "3", "--profile", "--json", str(out)),
     )
     title = f"{name}: 2 of 3 layers, vocabulary of 256 instead of 300, random weights"
-    assert title in " ".join(shown.split()) and title in tables.read_text()
+    assert title in " ".join(shown.split())
     result = json.loads(out.read_text())
     assert result["machine"] and result["settings"]["rounds"] == 2 and str(tmp_path) not in out.read_text()
     assert result["model"]["layers"] == 2 and result["model"]["layers_of"] == 3
     (row,) = result["rows"]
     assert set(row["ways"]) == {"layers alone", "stock dynamic", "stock static", "SparQ's cache", "SparQ"}
     for way in row["ways"].values():
-        assert way["steps"] == 3 and 0 < way["deciles"][0] <= way["seconds_per_token"] <= way["deciles"][1]
-        assert way["first_token_seconds"] is None
+        assert way["time"]["count"] == 3 and 0 < way["time"]["low"] <= way["time"]["median"] <= way["time"]["high"]
+        assert "first token s" not in way
         assert all(way["parts"][part] > 0 for part in ("attention", "cache update", "linear layers", "generate"))
-    assert set(row["sparq_against"]) == set(row["ways"]) - {"SparQ"} and row["best_stock"].startswith("stock")
+    assert set(row["ratios"]["SparQ"]) == set(row["ways"]) - {"SparQ"}
 
 
 def test_a_real_model_is_prefilled_and_its_place_stays_private(run, tmp_path):
-    model = model_shapes.build("tiny-llama", torch.float32, layers=None).model
+    model = models.build("tiny-llama", torch.float32, layers=None).model
     model.save_pretrained(tmp_path / "folder")
     out = tmp_path / "rows.json"
     run(
@@ -86,7 +84,7 @@ def test_a_real_model_is_prefilled_and_its_place_stays_private(run, tmp_path):
     assert result["model"]["name"] == result["settings"]["model"] == "folder" and str(tmp_path) not in out.read_text()
     assert result["model"]["layers"] == result["model"]["layers_of"] == 3 and not result["model"]["random_weights"]
     ways = result["rows"][0]["ways"].values()
-    assert all(way["first_token_seconds"] > 0 and way["second_token_seconds"] > 0 for way in ways)
+    assert all(way["first token s"] > 0 and way["second s"] > 0 for way in ways)
 
 
 def test_quick_takes_little_and_leaves_what_was_asked_for():
@@ -135,71 +133,107 @@ def test_a_wrong_operator_prints_no_ratio(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("name", ("tiny-llama", "tiny-neox"))
 def test_a_wrong_patch_is_found(monkeypatch, name):
-    model = model_shapes.build(name, torch.float32, layers=2).model
-    assert agreement.wrong_model(model) is None
+    model = models.build(name, torch.float32, layers=2).model
+    assert opponents.wrong_model(model) is None
     monkeypatch.setattr(
         "sparq.attention.dense_attention", lambda *a, **k: (torch.zeros(a[2].shape).transpose(1, 2), None)
     )
-    assert "logits differ" in agreement.wrong_model(model)
+    assert "logits differ" in opponents.wrong_model(model)
 
 
 def test_twins_share_weights_and_nothing_else():
-    model = model_shapes.build("tiny-llama", torch.float32, layers=2).model
+    model = models.build("tiny-llama", torch.float32, layers=2).model
     other = twin(model)
     assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
     other.set_attn_implementation("eager")
     assert other.model is not model.model and model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("way", (DYNAMIC, STATIC, OWN_CACHE, SPARQ, LAYERS_ALONE))
+@pytest.mark.parametrize("way", (DYNAMIC, STATIC, OWN_CACHE, SPARQ_WAY, LAYERS_ALONE))
 def test_a_runner_goes_on_from_its_own_cache(way):
-    model = model_shapes.build("tiny-llama", torch.float32, layers=2).model
-    runner = make_runner(model, way, context=256, batch=2, room=20, knobs=dict(min_length=0), prefill=False)
+    model = models.build("tiny-llama", torch.float32, layers=2).model
+    runner = make_runner(model, way, context=256, batch=2, room=20, knobs=dict(min_length=0))
     held = 16 if way.bare else 256
     assert int(runner.cache.get_seq_length()) == held
     take_turns([runner], rounds=3, tokens=2, tick=lambda name: None)
     assert len(runner.seconds) == 4 and int(runner.cache.get_seq_length()) == held + 9
     position = 2 * 2 * 2 * 16 * 4  # layers, batch rows, KV heads, head_dim, bytes
     assert runner.cache_bytes == bytes_of(runner.cache) >= 2 * (held + 9) * position
-    if way in (OWN_CACHE, SPARQ):  # room from the start: no growth amid the measurement
+    if way in (OWN_CACHE, SPARQ_WAY):  # room from the start: no growth amid the measurement
         assert runner.cache.layers[0]._key_storage.shape[2] == 512
 
 
-def row(seconds: dict[str, list[float]]) -> Row:
-    ways = (LAYERS_ALONE, DYNAMIC, STATIC, OWN_CACHE, SPARQ)
-    results = {way.name: Result(way, seconds[way.name], None, None, 2**20, None) for way in ways}
-    return Row("float32", 1000, 2, results, 8.0, 1.0, 0.9, {})
-
-
-def test_ratios_separate_cache_from_sparsity_and_say_when_they_are_unclear():
+def test_ratios_separate_cache_from_sparsity():
     steady = {"layers alone": 1, "stock dynamic": 12, "stock static": 6, "SparQ's cache": 4, "SparQ": 2}
-    ways, sources = grids([row({name: [value] * 5 for name, value in steady.items()})], "title")
-    cells = [dict(zip(ways.columns, line, strict=True)) for line in ways.rows]
-    assert [line["vs best stock"] for line in cells] == ["–", "0.50x", "best stock", "1.50x", "3.00x"]
+    ways = {name: Measured([value] * 5, facts={"cache_bytes": 2**20}) for name, value in steady.items()}
+    said = dict(name="tiny", layers=2, layers_of=2)
+    row = Row({"dtype": "float32", "cached": 1000, "batch": 2}, ways).json()
+    content = dict(model=said, settings=dict(r=None), rows=[row])
+    whole = ways_grid(content)
+    cells = [dict(zip(whole.columns, line, strict=True)) for line in whole.rows]
+    assert [line["vs best stock"] for line in cells] == ["–", "–", "best stock", "1.50x", "3.00x"]
     assert cells[-1]["tokens/s"] == "1.0" and cells[-1]["ms per token"] == "2000.0"
-    source = dict(zip(sources.columns, sources.rows[0], strict=True))
-    assert (source["SparQ vs dynamic"], source["of it: cache"], source["of it: sparsity"]) == (
-        "6.00x",
-        "3.00x",
-        "2.00x",
-    )
-    assert source["vs static"] == "3.00x" and source["bytes read"] == "8.0x less"
-    noisy = {name: [value * wave for wave in (0.1, 1, 10)] for name, value in steady.items()}
-    noisy["SparQ"] = [20, 2, 0.2]
-    assert "unclear (" in str(row(noisy).ratio("stock static"))
-
-
-def test_pairs_of_steps_cancel_a_slow_machine():
-    drift = [1.0, 2.0, 4.0, 8.0]
-    assert Ratio.of([3 * wave for wave in drift], drift) == Ratio(3.0, 3.0, 3.0)
-    assert median_and_deciles([2.0]) == (2.0, (2.0, 2.0))
-    with pytest.raises(ValueError):
-        Ratio.of([1.0, 2.0], [1.0])
+    assert generation_grid(content).rows[0][-4:] == ("6.00x", "3.00x", "2.00x", "3.00x")
 
 
 def test_layers_are_cut_where_asked():
-    subject = model_shapes.build("tiny-neox", torch.bfloat16, layers=1)
+    subject = models.build("tiny-neox", torch.bfloat16, layers=1)
     assert len(subject.model.gpt_neox.layers) == 1 and subject.model.dtype == torch.bfloat16
-    whole = model_shapes.build("tiny-neox", torch.float32, layers=None)
+    whole = models.build("tiny-neox", torch.float32, layers=None)
     assert str(whole) == "tiny-neox: 3 of 3 layers, random weights" and whole.vocabulary == 300
-    assert model_options.MEASURED_LAYERS == 2
+    assert models.MEASURED_LAYERS == 2
+
+
+def test_scaling_fits_a_line_for_each_axis(run, tmp_path):
+    out = tmp_path / "scaling.json"
+    shown = run(
+        generation,
+        *("--scaling", "--model", "tiny-llama", "--quick", "--contexts", "200", "300", "400", "--batches", "1", "2"),
+        *("--json", str(out)),
+    )
+    assert "SparQ flatter" in shown
+    result = json.loads(out.read_text())
+    cases = [(row["axis"], row["case"]["cached"], row["case"]["batch"]) for row in result["rows"]]
+    beside = [("batch", generation.BATCH_CONTEXT, batch) for batch in (1, 2)]
+    assert cases == [("cached", 200, 1), ("cached", 300, 1), ("cached", 400, 1), *beside]
+    lines = {(line["axis"], line["way"]): line for line in result["lines"]}
+    assert len(lines) == 6 and lines["batch", "SparQ"]["slope_error"] is None, "two points"
+
+
+def test_slopes_are_per_layer_and_thousand_cached_tokens():
+    rows = []
+    for cached, batch, axis in ((4000, 1, "cached"), (8000, 1, "cached"), (8000, 1, "batch"), (8000, 2, "batch")):
+        ways = {way.name: Measured([0.01 + 0.0004 * cached / 1000 * batch] * 3) for way in generation.SCALING_WAYS}
+        rows.append(Row({"cached": cached, "batch": batch}, ways, {"axis": axis}))
+    lines = {(line["axis"], line["way"]): line for line in generation.lines_of(rows, layers=2)}
+    assert lines["cached", "SparQ"]["slope"] == pytest.approx(0.2)
+    assert lines["batch", "SparQ"]["slope"] == pytest.approx(1.6)
+    assert lines["cached", "stock static"]["at_zero"] == pytest.approx(5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (["--scaling", "--contexts", "512", "512"], "--contexts must be at least two different numbers"),
+        (["--scaling", "--dtypes", "float32", "bfloat16"], "--scaling takes one of --dtypes"),
+        (["--graphs"], "--graphs needs --device cuda"),
+        (["--device", "cuda", "--profile"], "--profile needs --device cpu"),
+    ),
+)
+def test_what_does_not_go_together_is_refused(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        generation.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_graphs_are_ways_too():
+    args = generation.parse(["--device", "cuda", "--graphs", "--dtypes", "float16"])
+    assert {*opponents.GRAPHED_WAYS} < {*generation.ways_of(args)}
+    assert not {*opponents.GRAPHED_WAYS} & {*generation.ways_of(generation.parse([]))}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generation", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        generation.main()

@@ -12,14 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import gpu
-import gpu_races
-import gpu_report
 import pytest
 import sparq_kernels
 import torch
-from gpu_cases import TINY
-from gpu_report import FAILED, MISSING, OK, OUT_OF_TIME, Outcome
-from stage import Stage
+from gpu_stages import races
+from gpu_stages import report as gpu_report
+from gpu_stages.cases import TINY
+from gpu_stages.report import FAILED, OK, OUT_OF_TIME, Outcome
+from gpu_stages.stage import Limits, Stage
+from tables import Grid
 
 ROOT = Path(__file__).parents[2]
 # What the image lacks that has a GPU, or need not have: none of it may be needed.
@@ -52,12 +53,12 @@ importlib.metadata.Distribution.from_name = classmethod(from_name)
 
 @pytest.fixture
 def bare(tmp_path: Path) -> dict[str, str]:
-    """The environment of an installation without SparQ, and with somebody else's `tests` and `stage` at the end of its
-    path."""
+    """The environment of an installation without SparQ, and with somebody else's `tests` and `tables` at the end of
+    its path."""
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
-    for folder in (site, elsewhere / "tests", elsewhere / "stage"):
+    for folder in (site, elsewhere / "tests", elsewhere / "tables"):
         folder.mkdir(parents=True)
-    for name in ("tests", "stage"):
+    for name in ("tests", "tables"):
         (elsewhere / name / "__init__.py").write_text("raise ImportError('not ours')\n")
     (site / "sitecustomize.py").write_text(SITE.replace("ELSEWHERE", str(elsewhere)))
     environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "OUT")}
@@ -111,21 +112,20 @@ PROGRAMS = {
         time.sleep(60)
     """,
     "crash.py": 'write({"rows": []}); print("much"); raise RuntimeError("fell over")',
-    "junk.py": 'open(path, "w").write("[1, 2"); print("not JSON")',
-    "stopped.py": 'write({"passed": 3, "failed": [], "skipped": ["a", "b"], "timed_out": True}); sys.exit(1)',
-    "wrong.py": """
-        write({"passed": 3, "failed": [{"name": "test_a", "message": "off by one"}], "skipped": 1})
-        sys.exit(1)
-    """,
+    "stopped.py": 'write({"said": "3 passed", "timed_out": True}); sys.exit(1)',
+    "wrong.py": 'write({"said": "3 passed", "wrong": ["failed: test_a"]}); sys.exit(1)',
 }
 
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    def command(stage: Limits, device: str, path: Path) -> list[str]:
+        return [sys.executable, str(tmp_path / f"{stage.name}.py"), str(path)]
+
+    monkeypatch.setattr(gpu, "command", command)
     head = (
         "import json, subprocess, sys, time\n"
-        "path = sys.argv[sys.argv.index('--json') + 1]\n"
+        "path = sys.argv[1]\n"
         "write = lambda content: open(path, 'w').write(json.dumps(content))\n"
     )
     for name, body in PROGRAMS.items():
@@ -134,14 +134,13 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "out"
 
 
-def outcome_of(program: str, out: Path, seconds: int = 30) -> Outcome:
-    stage = gpu.Stage(program.partition(".")[0], "about", seconds, program)
-    return gpu.run(stage, "cpu", out, dict(os.environ))
+def outcome_of(name: str, out: Path, seconds: int = 30) -> Outcome:
+    return gpu.run(Limits(name, "about", seconds), "cpu", out, dict(os.environ))
 
 
 def test_a_late_stage_is_stopped_with_its_children_and_keeps_its_rows(programs: Path) -> None:
     children = [programs / f"late.json.{name}" for name in ("child", "other")]
-    outcome = outcome_of("late.py", programs, seconds=5)
+    outcome = outcome_of("late", programs, seconds=5)
     log = (programs / "log.txt").read_text()
     assert outcome.status == OUT_OF_TIME and outcome.content.get("rows") == [1], (outcome, log)
     assert 5 <= outcome.seconds < 20, outcome
@@ -153,22 +152,16 @@ def test_a_late_stage_is_stopped_with_its_children_and_keeps_its_rows(programs: 
 
 
 def test_a_stage_that_breaks_down_is_wrong(programs: Path) -> None:
-    crash, missing = outcome_of("crash.py", programs), outcome_of("nowhere.py", programs)
+    crash = outcome_of("crash", programs)
     assert crash.status == FAILED and crash.wrong() == ["crash: exit status 1: RuntimeError: fell over"]
-    assert missing.status == MISSING and missing.wrong() == ["nowhere: there is no benchmarks/nowhere.py"]
     assert "much" in (programs / "log.txt").read_text()
+    wrong = outcome_of("wrong", programs)
+    assert wrong.summary() == "3 passed; exit status 1: nothing printed" and wrong.wrong() == ["failed: test_a"]
 
 
-def test_files_of_other_programs_are_read_as_they_are(programs: Path) -> None:
-    junk, wrong = outcome_of("junk.py", programs), outcome_of("wrong.py", programs)
-    assert junk.status == OK and junk.content == {} and junk.summary() == "no results"
-    assert wrong.summary() == "3 passed, 1 failed, 1 skipped; exit status 1: nothing printed"
-    assert wrong.wrong() == ["failed: test_a: off by one"]
-    stopped = outcome_of("stopped.py", programs)
-    assert stopped.status == OUT_OF_TIME and stopped.wrong() == []
-    assert stopped.summary() == "3 passed, 0 failed, 2 skipped"
-    rows = Outcome("generation", OK, 1.0, 2, {"rows": [{"wrong": None}, {"wrong": "other tokens"}, "out of memory"]})
-    assert rows.wrong() == ["WRONG: other tokens"] and rows.summary() == "3 rows"
+def test_a_stage_that_has_stopped_something_is_out_of_time(programs: Path) -> None:
+    stopped = outcome_of("stopped", programs)
+    assert stopped.status == OUT_OF_TIME and stopped.wrong() == [] and stopped.summary() == "3 passed"
 
 
 def test_what_is_written_has_no_paths_of_this_machine() -> None:
@@ -198,7 +191,7 @@ def content(rows: int, title: str) -> dict:
 def test_at_most_so_many_lines_and_the_most_important_last() -> None:
     contents = {"attention": content(20, "first"), "generation": content(20, "second"), "kernels": content(60, "third")}
     outcomes = [Outcome(name, OUT_OF_TIME, 1.0, 2, found) for name, found in contents.items()]
-    outcomes.append(Outcome("tests", FAILED, 1.0, 2, {"failed": [f"test {n} " + "x" * 999 for n in range(99)]}))
+    outcomes.append(Outcome("tests", FAILED, 1.0, 2, {"wrong": [f"test {n} " + "x" * 999 for n in range(99)]}))
     found = gpu.merged(outcomes, None, "/cache")
     lines = gpu_report.report(found, 90)
     assert sum(-(-len(line) // gpu_report.WIDTH) for line in lines) <= 90
@@ -213,8 +206,7 @@ def test_at_most_so_many_lines_and_the_most_important_last() -> None:
 
 
 def test_wide_numbers_and_not_heads_make_columns_wide() -> None:
-    table = {"title": "a title", "columns": ["shape", "a long head, of several words"], "rows": [["<b>[3]", "1.5"]]}
-    drawn = gpu_report.draw(gpu_report.grid_of(table))
+    drawn = gpu_report.draw(Grid("a title", ("shape", "a long head, of several words"), [("<b>[3]", "1.5")]))
     assert max(map(len, drawn)) < 20 and drawn[-1].split() == ["<b>[3]", "1.5"]
 
 
@@ -282,69 +274,65 @@ def test_a_replay_that_differs_is_a_race(tmp_path: Path, monkeypatch: pytest.Mon
         return out
 
     monkeypatch.setattr(sparq_kernels, "decode", racing)
-    monkeypatch.setattr(gpu_races, "TINY", TINY[:1])
-    stage = Stage("cpu", 600, tmp_path / "races.json")
-    monkeypatch.setattr(gpu_races.Stage, "from_arguments", lambda *args: stage)
-    gpu_races.main()
+    monkeypatch.setattr(races, "TINY", TINY[:1])
+    races.main(Stage("cpu", 600, tmp_path / "races.json"))
     found = json.loads((tmp_path / "races.json").read_text())
     assert [row["differing"]["output"] for row in found["rows"]] == [2, 0]
     assert found["wrong"] == ["RACE: tiny, goal float32: elements that differed in 20 replays: 2 of output"]
-    assert "of them wrong" in found["said"] and found["rows"][1]["differing"].keys() == set(gpu_races.NAMES)
+    assert "of them wrong" in found["said"] and found["rows"][1]["differing"].keys() == set(races.NAMES)
 
 
 def test_races_are_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     zeros = torch.tensor([0.0, -0.0, float("nan")])
-    assert (gpu_races.bits(zeros) == gpu_races.bits(zeros.clone())).all()
-    assert gpu_races.bits(zeros)[0] != gpu_races.bits(zeros)[1]
+    assert (races.bits(zeros) == races.bits(zeros.clone())).all()
+    assert races.bits(zeros)[0] != races.bits(zeros)[1]
 
 
-def test_races_out_of_time_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = Stage("cpu", -600, tmp_path / "races.json")
-    monkeypatch.setattr(gpu_races.Stage, "from_arguments", lambda *args: stage)
-    gpu_races.main()
+def test_races_out_of_time_are_told(tmp_path: Path) -> None:
+    races.main(Stage("cpu", -600, tmp_path / "races.json"))
     found = json.loads((tmp_path / "races.json").read_text())
     assert found["wrong"] == [] and found["said"].endswith("no time for 4")
 
 
 def test_programs_that_a_multiprocessor_holds() -> None:
-    gpu_compile = compile_stage()
-    assert gpu_compile.resident(registers=128, shared=0, warps=4) == 4
-    assert gpu_compile.resident(registers=136, shared=0, warps=4) == 3, "what the plan launches no longer fits"
-    assert gpu_compile.resident(registers=32, shared=100 << 10, warps=4) == 2
-    assert gpu_compile.resident(registers=32, shared=0, warps=8) == 8
-    assert gpu_compile.resident(registers=16, shared=0, warps=1) == 32
+    kernels = compile_stage()
+    assert kernels.resident(registers=128, shared=0, warps=4) == 4
+    assert kernels.resident(registers=136, shared=0, warps=4) == 3, "what the plan launches no longer fits"
+    assert kernels.resident(registers=32, shared=100 << 10, warps=4) == 2
+    assert kernels.resident(registers=32, shared=0, warps=8) == 8
+    assert kernels.resident(registers=16, shared=0, warps=1) == 32
 
 
 def test_the_kernels_of_all_stages_are_compiled_once() -> None:
-    gpu_compile = compile_stage()
-    jobs = gpu_compile.jobs_of(gpu_compile.attention_calls(), "sm_90")
+    kernels = compile_stage()
+    jobs = kernels.jobs_of(kernels.attention_calls(), "sm_90")
     names = {job.kernel for job in jobs}
     assert {"score", "gather", "fused"} < names
     cases = {case for job in jobs for case in job.cases}
-    assert {f"{case.name} {dtype}" for case in gpu_compile.CASES for dtype in ("bfloat16", "float16")} == cases
-    more = gpu_compile.jobs_of(gpu_compile.generation_calls(), "sm_90")
+    assert {f"{case.name} {dtype}" for case in kernels.CASES for dtype in ("bfloat16", "float16")} == cases
+    more = kernels.jobs_of(kernels.generation_calls(), "sm_90")
     assert "append" in {job.kernel for job in more} and any("static" in case for job in more for case in job.cases)
 
 
 def test_the_kernels_of_the_tests_are_compiled_too() -> None:
-    gpu_compile = compile_stage()
-    cases = gpu_compile.cases_of_tests(Stage("cuda", 600, None))
-    assert len(cases) > 100 and gpu_compile.cases_of_tests(Stage("cpu", 600, None)) == cases[:1]
-    assert gpu_compile.build_test(*cases[0], "sm_90", 132) >= 6  # fused, score, select, three more, gather
+    kernels = compile_stage()
+    cases = kernels.cases_of_tests(Stage("cuda", 600, Path()))
+    assert len(cases) > 100 and kernels.cases_of_tests(Stage("cpu", 600, Path())) == cases[:1]
+    assert kernels.build_test(*cases[0], "sm_90", 132) >= 6  # fused, score, select, three more, gather
 
 
 def test_a_kernel_that_cannot_be_compiled_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu_compile = compile_stage()
-    (job, *_) = gpu_compile.jobs_of(gpu_compile.tiny_calls(), "sm_90")
+    kernels = compile_stage()
+    (job, *_) = kernels.jobs_of(kernels.tiny_calls(), "sm_90")
 
     def refuse(specialised):
         raise ValueError("no such instruction")
 
-    monkeypatch.setattr(gpu_compile.compiled_kernels, "resources", refuse)
-    _, found = gpu_compile.build(0, job, "sm_90", 132)
+    monkeypatch.setattr(kernels.compiled_kernels, "resources", refuse)
+    _, found = kernels.build(0, job, "sm_90", 132)
     stage = Stage("cpu", 600, tmp_path / "kernels.json")
     stage.content.update(target="sm_90", multiprocessors=132)
-    gpu_compile.report(stage, [{"kernel": job.kernel, "cases": job.cases, "programs": [8], "registers": None, **found}])
+    kernels.report(stage, [{"kernel": job.kernel, "cases": job.cases, "programs": [8], "registers": None, **found}])
     (line,) = json.loads((tmp_path / "kernels.json").read_text())["wrong"]
     assert line == f"{job.kernel} of tiny cannot be compiled: ValueError: no such instruction"
 
@@ -353,6 +341,6 @@ def compile_stage():
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("kernels are interpreted in this process")
-    import gpu_compile
+    from gpu_stages import kernels
 
-    return gpu_compile
+    return kernels

@@ -9,11 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu_tests
-import gpu_tests_plugin
 import pytest
+from gpu_stages import tests
 
-ROOT = Path(gpu_tests.__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SAMPLE = """
 import pytest
 
@@ -32,8 +31,8 @@ def test_broken(broken): pass
 
 
 def pytest_on(path: Path, out: Path) -> int:
-    command = [sys.executable, "-m", "pytest", "-p", gpu_tests_plugin.__name__, "-p", "no:cacheprovider", str(path)]
-    environment = gpu_tests.environment(out)
+    command = [sys.executable, "-m", "pytest", "-p", "gpu_stages.tests", "-p", "no:cacheprovider", str(path)]
+    environment = tests.environment(out)
     return subprocess.run(command, cwd=path.parent, env=environment, capture_output=True).returncode
 
 
@@ -42,12 +41,12 @@ def test_every_outcome_is_in_the_file(tmp_path: Path) -> None:
     sample.write_text(SAMPLE)
     assert pytest_on(sample, out) == 1
     known = json.loads(out.read_text())
-    assert known["passed"] == 1 and known["timed_out"] is False and known["seconds"] > 0
-    assert known["skipped"] == [dict(name="test_sample.py::test_skipped", reason="not here")]
-    messages = {one["name"]: one["message"] for one in known["failed"]}
-    assert set(messages) == {"test_sample.py::test_wrong", "test_sample.py::test_broken"}
-    assert "not equal" in messages["test_sample.py::test_wrong"]
-    assert "no fixture" in messages["test_sample.py::test_broken"]
+    assert known["passed"] == 1 and known["timed_out"] is False
+    assert known["skipped"] == ["test_sample.py::test_skipped: not here"]
+    wrong, broken = known["failed"]
+    assert wrong.startswith("test_sample.py::test_wrong: ") and "not equal" in wrong
+    assert broken.startswith("test_sample.py::test_broken: ") and "no fixture" in broken
+    assert known["said"] == "1 passed, 2 failed, 1 skipped" and known["wrong"][0] == f"failed: {wrong}"
 
 
 def test_a_file_that_cannot_be_imported_is_a_failure(tmp_path: Path) -> None:
@@ -55,7 +54,7 @@ def test_a_file_that_cannot_be_imported_is_a_failure(tmp_path: Path) -> None:
     sample.write_text("import a_library_that_is_not_there\n")
     pytest_on(sample, out)
     (failed,) = json.loads(out.read_text())["failed"]
-    assert failed["name"] == "test_sample.py" and "a_library_that_is_not_there" in failed["message"]
+    assert failed.startswith("test_sample.py: ") and "a_library_that_is_not_there" in failed
 
 
 def test_what_was_known_when_it_was_killed_is_in_the_file(tmp_path: Path) -> None:
@@ -83,24 +82,16 @@ def test_run(
 ) -> None:
     sample, out = tmp_path / "test_sample.py", tmp_path / "tests.json"
     sample.write_text(body)
-    options = ["-p", gpu_tests_plugin.__name__, "-p", "no:cacheprovider"]
+    options = ["-p", "gpu_stages.tests", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, str(sample)]
-    monkeypatch.setattr(gpu_tests, "command", lambda device, processes: command)
-    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
+    monkeypatch.setattr(tests, "command", lambda device, processes: command)
+    monkeypatch.setattr(tests, "ROOT", tmp_path)
     out.write_text('{"passed": 99}')  # of an earlier run
-    known = gpu_tests.run("cpu", out, seconds, 1)
+    known = tests.run("cpu", out, seconds, 1)
     assert json.loads(out.read_text()) == known
     assert (known["passed"], len(known["failed"]), known["timed_out"]) == expected
     if known["failed"]:
-        assert known["failed"][0]["name"] == "pytest" and "exit status" in known["failed"][0]["message"]
-    said = gpu_tests.lines(known, 1)
-    assert len(said) <= 12 and ("the time was up" in said[0]) is known["timed_out"]
-
-
-def test_few_lines_are_printed_whatever_fails() -> None:
-    failed = [dict(name=f"test_{i}", message="first\nsecond") for i in range(300)]
-    said = gpu_tests.lines(dict(passed=1, failed=failed, skipped=[], seconds=3.0, timed_out=False), 8)
-    assert len(said) <= 12 and "300 failed" in said[0] and said[-1].endswith("more") and "second" not in "".join(said)
+        assert known["failed"][0].startswith("pytest: exit status") and known["wrong"]
 
 
 def test_every_file_with_a_test_for_the_gpu_is_run() -> None:
@@ -109,7 +100,7 @@ def test_every_file_with_a_test_for_the_gpu_is_run() -> None:
         for path in (ROOT / "tests").rglob("test_*.py")
         if re.search(r"mark\.gpu\b(?! = )", path.read_text()) and path != Path(__file__).resolve()
     }
-    assert marked == set(gpu_tests.FILES)
+    assert marked == set(tests.FILES)
 
 
 def test_long_tests_begin_apart_and_at_once() -> None:
@@ -120,18 +111,18 @@ def test_long_tests_begin_apart_and_at_once() -> None:
 
     names = ["a", "b", "test_cuda_graphs[llama]", "c", "test_cuda_graphs[gemma2]", "d"]
     items = [Item(name) for name in names]
-    gpu_tests_plugin.pytest_collection_modifyitems(items)
+    tests.pytest_collection_modifyitems(items)
     assert [item.name for item in items] == [names[2], "a", names[4], "b", "c", "d"]
     few = [Item(name) for name in names[2:5:2]]
-    gpu_tests_plugin.pytest_collection_modifyitems(few)
+    tests.pytest_collection_modifyitems(few)
     assert len(few) == 2
 
 
 def test_the_files_exist_and_the_command_is_pytests() -> None:
     for device in ("cuda", "cpu"):
-        command = gpu_tests.command(device, 8)
+        command = tests.command(device, 8)
         files = [part for part in command if part.endswith(".py")]
         assert files and all((ROOT / file).is_file() for file in files)
         assert command[command.index("-n") + 1] == "8" and ("gpu" in command) is (device == "cuda")
-    assert "-n" not in gpu_tests.command("cuda", 1)
-    assert gpu_tests.environment(Path("out"))["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT / "benchmarks")
+    assert "-n" not in tests.command("cuda", 1)
+    assert tests.environment(Path("out"))["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT / "benchmarks")

@@ -2,20 +2,17 @@
 
 import json
 import random
-import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
-import llama_gguf
 import llamacpp
 import numpy as np
 import pytest
 import torch
-from model_shapes import from_config
+from models import from_config
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-ROOT = Path(__file__).parents[2]
 SMALL = dict(
     hidden_size=64,
     intermediate_size=96,
@@ -62,14 +59,14 @@ def test_permuted_weights_give_the_scores_of_the_other_rotation(model):
     expected = query @ key.repeat_interleave(2, 1).transpose(-1, -2)
     half = (cos[..., :16], sin[..., :16])
     query, key = (
-        rotated_in_neighbouring_pairs(split(llama_gguf.permute(weight, count), count), *half)
+        rotated_in_neighbouring_pairs(split(llamacpp.permute(weight, count), count), *half)
         for weight, count in ((attention.q_proj.weight, heads), (attention.k_proj.weight, kv_heads))
     )
     torch.testing.assert_close(query @ key.repeat_interleave(2, 1).transpose(-1, -2), expected)
 
 
 def test_every_parameter_is_written_once(model):
-    written = dict(llama_gguf.tensors(model))
+    written = dict(llamacpp.tensors(model))
     assert len(written) == len(list(model.parameters()))
     assert sum(tensor.numel() for tensor in written.values()) == model.num_parameters()
 
@@ -78,7 +75,7 @@ def test_every_parameter_is_written_once(model):
 def test_file_holds_the_weights_and_the_shape(tmp_path, dtype):
     gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install -e .[llama-cpp]")
     model = small_model(dtype)
-    llama_gguf.write_gguf(model, tmp_path / "model.gguf")
+    llamacpp.write_gguf(model, tmp_path / "model.gguf")
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     values = {name: field.contents() for name, field in reader.fields.items()}
     assert values["general.architecture"] == "llama" and values["llama.vocab_size"] == 256
@@ -86,7 +83,7 @@ def test_file_holds_the_weights_and_the_shape(tmp_path, dtype):
     assert values["llama.rope.freq_base"] == 500000.0
     assert values["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(model.config.rms_norm_eps)
     read = {tensor.name: tensor for tensor in reader.tensors}
-    expected = dict(llama_gguf.tensors(model))
+    expected = dict(llamacpp.tensors(model))
     names = {torch.float32: "F32", torch.float16: "F16"}
     assert set(read) == set(expected)
     for name, tensor in expected.items():
@@ -99,16 +96,14 @@ def test_what_cannot_be_written_is_refused(tmp_path, model):
     pytest.importorskip("gguf", reason="gguf is not installed: pip install -e .[llama-cpp]")
     model.config.attention_bias = True
     with pytest.raises(ValueError, match="bias"):
-        llama_gguf.write_gguf(model, tmp_path / "model.gguf")
+        llamacpp.write_gguf(model, tmp_path / "model.gguf")
 
 
-def test_slope_and_its_error_are_those_of_least_squares():
-    slope = llamacpp.slope_of([(0, 1.0), (1000, 4.0), (2000, 4.0)])
-    assert slope.value == pytest.approx(1.5)
-    assert slope.error == pytest.approx((1.5 / 2) ** 0.5)  # residuals -0.5, 1, -0.5 over one degree of freedom
-    ratio = llamacpp.Slope(10.0, 0.3).times(llamacpp.Slope(2.0, 0.08))
-    assert ratio.value == pytest.approx(5) and ratio.error == pytest.approx(0.25)
-    assert [ratio.at_least(wished) for wished in (4.4, 4.6, 5.4, 5.6)] == ["yes", "open", "open", "no"]
+def test_lines_go_through_the_medians_of_every_round():
+    """In ms per layer and 1,000 positions."""
+    rounds = {"SparQ": {1000: [[0.001, 0.003, 0.002], [0.004]], 3000: [[0.006], [0.008]]}}
+    (line,) = llamacpp.lines_of("float32", rounds, layers=2)
+    assert line["slope"] == pytest.approx(1) and line["at_zero"] == pytest.approx(0.5) and line["slope_error"] > 0
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):
@@ -129,13 +124,13 @@ def test_logits_agree_only_where_the_work_is_the_same(tmp_path, monkeypatch, dty
             layer.self_attn.k_proj.weight *= 20
     path = tmp_path / "model.gguf"
     load = dict(path=str(path), dtype=dtype, flash_attention=[True, False], room=100, threads=1)
-    llama_gguf.write_gguf(model, path)
+    llamacpp.write_gguf(model, path)
     with llamacpp.LlamaCpp() as llama_cpp:
         llama_cpp("load", **load)
         for flash in (True, False):
             llamacpp.check_same_work(model, llama_cpp, dtype, flash)
-    monkeypatch.setattr(llama_gguf, "permute", lambda weight, heads: weight)
-    llama_gguf.write_gguf(model, path)
+    monkeypatch.setattr(llamacpp, "permute", lambda weight, heads: weight)
+    llamacpp.write_gguf(model, path)
     with llamacpp.LlamaCpp() as llama_cpp:
         llama_cpp("load", **load)
         for flash in (True, False):
@@ -153,7 +148,7 @@ def test_filled_cache_is_attended_to(tmp_path, model, flash):
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight *= 20
-    llama_gguf.write_gguf(model, tmp_path / "model.gguf")
+    llamacpp.write_gguf(model, tmp_path / "model.gguf")
     worker = llamacpp_worker.Worker()
     worker.load(str(tmp_path / "model.gguf"), "float32", [flash], room=300, threads=1)
     context = worker.contexts[flash]
@@ -180,33 +175,60 @@ def test_filled_cache_is_attended_to(tmp_path, model, flash):
     assert (theirs - ours).norm() < (1e-2 if flash else 1e-4) * ours.norm()
 
 
-def test_benchmark_writes_every_way(tmp_path):
-    needs_llama_cpp()
-    out = tmp_path / "rows.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "llamacpp.py"), "--contexts", "300", "--dtypes", "float32"]
-    command += [
-        "--layers",
-        "1",
-        "--rounds",
-        "2",
-        "--tokens",
-        "3",
-        "--threads",
-        "1",
-        "--clock",
-        "processor",
-        "--json",
-        str(out),
-    ]
-    run = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert "times SparQ's" in run.stdout
-    result = json.loads(out.read_text())
-    (of_dtype,) = result["results"]
+class Fake:
+    """llama.cpp, which is not always installed; each step takes 1 ms and 1 µs for every position."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def __call__(self, name, **arguments):
+        if name == "times":
+            return [0.001 + 1e-6 * arguments["length"]] * arguments["tokens"]
+        return "made up"
+
+
+def result_of(monkeypatch, out, *arguments):
+    given = ["--contexts", "300", "--dtypes", "float32", "--layers", "1", "--rounds", "2", "--tokens", "3"]
+    monkeypatch.setattr(sys, "argv", ["llamacpp.py", *given, *arguments, "--json", str(out)])
+    llamacpp.main()
+    return json.loads(out.read_text())
+
+
+def test_rows_and_lines_of_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(llamacpp, "NEEDED", {})
+    monkeypatch.setattr(llamacpp, "LlamaCpp", Fake)
+    monkeypatch.setattr(llamacpp, "write_gguf", lambda *args: None)
+    monkeypatch.setattr(llamacpp, "disagreement", lambda *args: 1e-3)
+    monkeypatch.setattr(llamacpp, "build", lambda name, dtype, layers: SimpleNamespace(model=small_model(dtype)))
+    result = result_of(monkeypatch, tmp_path / "rows.json")
+    assert "times SparQ's" in capsys.readouterr().out
+    check_result(result)
+    theirs = result["rows"][1]["ways"]["llama.cpp, flash"]["time"]
+    assert theirs["median"] == pytest.approx(0.0013) and theirs["count"] == 2 * 3
+    assert result["lines"][0]["slope"] == pytest.approx(1), "ms per layer and 1,000 positions"
+
+
+def check_result(result):
     ways = {"llama.cpp, flash", "llama.cpp, no flash", "SparQ"}
-    assert [row["context"] for row in of_dtype["rows"]] == [16, 300]
-    for row in of_dtype["rows"]:
-        assert set(row["milliseconds"]) == ways
-        assert all(value > 0 for value in row["milliseconds"].values())
-    assert set(of_dtype["slopes"]) == set(of_dtype["fastest_slopes"]) == ways
-    assert all(value < 1e-2 for value in of_dtype["disagreement"].values())
+    assert [row["case"]["cached"] for row in result["rows"]] == [16, 300]
+    for row in result["rows"]:
+        assert set(row["ways"]) == ways and all(way["time"]["median"] > 0 for way in row["ways"].values())
+        assert set(row["ratios"]["SparQ"]) == ways - {"SparQ"}
+    assert {line["way"] for line in result["lines"]} == ways
+    assert all(value < 1e-2 for value in result["logits_differ_by"]["float32"].values())
+
+
+def test_disagreement_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(llamacpp, "disagreement", lambda *args: 0.1)
+    with pytest.raises(SystemExit, match=r"logits are wrong by 1\.0e-01, nothing is measured"):
+        llamacpp.check_same_work(None, Fake(), "float32", True)
+
+
+def test_a_run_with_llama_cpp(tmp_path, monkeypatch):
+    needs_llama_cpp()
+    result = result_of(monkeypatch, tmp_path / "rows.json", "--threads", "1")
+    check_result(result)
     assert result["versions"]["llama-cpp-python"] and result["machine"] and result["settings"]["rounds"] == 2

@@ -1,0 +1,306 @@
+"""The ways to generate that SparQ is compared with, and its own; whether it is right; and the turns that they take."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sparq_kernels
+import torch
+from gpu_stages import graph_step
+from harness import BARE_CONTEXT, SPARQ
+from models import Heads
+from torch import Tensor
+from transformers import CompileConfig, DynamicCache, PreTrainedModel, StaticCache, StoppingCriteriaList
+from transformers.cache_utils import Cache
+from workload import Inputs, Shape, decode, relative_error
+
+import sparq
+from sparq.cache import SparqLayer, upgrade
+from sparq.static_cache import SparqStaticLayer
+from sparq.timing import DecodeClock
+
+ALL_LAYERS = 1 << 30
+SIZE_STEP = 64  # of a static cache on a GPU: each layer of stock's would copy a mask of any length to make it fit
+PROMPT, STEPS = 96, 8  # tokens of the short context on which the patched model is tried
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to generate: with which cache, patched or not, compiled or not."""
+
+    name: str
+    is_static: bool = False
+    is_compiled: bool = False
+    is_graphed: bool = False  # replays a CUDA graph of one step, of which `generate` has no part
+    patched: bool = False
+    sparse: bool = False  # of a patched one: whether its steps may be sparse
+    bare: bool = False  # decodes from next to no cache
+
+    @property
+    def is_stock(self) -> bool:
+        return not self.patched and not self.bare
+
+
+LAYERS_ALONE = Way("layers alone", bare=True)
+DYNAMIC = Way("stock dynamic")
+STATIC = Way("stock static", is_static=True)
+OWN_CACHE = Way("SparQ's cache", patched=True)
+SPARQ_WAY = Way(SPARQ, patched=True, sparse=True)
+COMPILED = Way("stock compiled", is_static=True, is_compiled=True)
+SPARQ_COMPILED = Way("SparQ compiled", is_static=True, is_compiled=True, patched=True, sparse=True)
+GRAPHED = Way("stock static, graph", is_static=True, is_graphed=True)
+SPARQ_GRAPHED = Way("SparQ static, graph", is_static=True, is_graphed=True, patched=True, sparse=True)
+
+WAYS = (LAYERS_ALONE, DYNAMIC, STATIC, OWN_CACHE, SPARQ_WAY)
+COMPILED_WAYS = (COMPILED, SPARQ_COMPILED)
+GRAPHED_WAYS = (GRAPHED, SPARQ_GRAPHED)
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with the very same weights: what is done to one's modules does not touch the other's."""
+    weights = {id(tensor): tensor for tensor in model.parameters()}
+    return copy.deepcopy(model, weights)
+
+
+@dataclass
+class Runner:
+    """One way, ready to decode token after token from its own cache."""
+
+    way: Way
+    model: PreTrainedModel
+    cache: Cache
+    batch: int
+    first_tokens: list[float] = field(default_factory=list)  # seconds of the first two, where the prompt was computed
+    seconds: list[float] = field(default_factory=list)  # of each decode step that counts
+    cache_bytes: int = 0  # the most that the cache has held between two steps
+
+    def decode(self, tokens: int) -> list[float]:
+        """Seconds of each of `tokens` decode steps of `generate`, which goes on from the cache."""
+        clock, _ = self._generate(self.cache.get_seq_length() + 1, tokens + 1)
+        return clock.decode_seconds()
+
+    def prefill(self, prompt: Tensor) -> None:
+        """Compute a prompt [batch, length] into the empty cache, and time the first two tokens after it."""
+        clock, started = self._generate(prompt.shape[1], 2, prompt)
+        self.first_tokens = [clock.times[0] - started, clock.times[1] - clock.times[0]]
+
+    def _generate(self, length: int, tokens: int, prompt: Tensor | None = None) -> tuple[DecodeClock, float]:
+        clock = DecodeClock()
+        if prompt is None:  # `generate` takes the last token alone where the others are cached
+            prompt = torch.ones(self.batch, int(length), dtype=torch.long, device=self.model.device)
+        options: dict[str, Any] = {}
+        if self.way.is_compiled:
+            # `generate` compiles by itself on a GPU; on a CPU it has to be asked.
+            options["compile_config"] = CompileConfig(mode="default")
+            options["compile_config"]._compile_all_devices = True
+        else:
+            options["disable_compile"] = True  # a static cache on a GPU would be compiled unasked
+        started = time.perf_counter()
+        self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=self.cache,
+            max_new_tokens=tokens,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            **options,
+        )
+        self.cache_bytes = max(self.cache_bytes, bytes_of(self.cache))
+        return clock, started
+
+
+@dataclass
+class GraphRunner(Runner):
+    """Replays a graph of one step, made before the first; it is checked against eager steps then."""
+
+    wrong: str | None = None  # how replays differ from the steps they stand for
+
+    def __post_init__(self) -> None:
+        self._replay: Callable[[], Tensor] | None = None
+
+    def decode(self, tokens: int) -> list[float]:
+        """Seconds of each of `tokens` replays, waited for one by one as `generate` does."""
+        if self._replay is None:
+            self._replay = self._captured()
+        seconds = []
+        for _ in range(tokens):
+            started = time.perf_counter()
+            self._replay()
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+    def _captured(self) -> Callable[[], Tensor]:
+        step = graph_step.Step(self.model, self.cache, self.batch)
+        for _ in range(graph_step.WARM_UP):
+            step()
+        self.cache_bytes = bytes_of(self.cache)
+        replay = graph_step.replayed(step)
+        self.wrong = graph_step.replay_error(step, replay, tolerance(self.model.dtype))
+        return replay
+
+
+def make_runner(
+    model: PreTrainedModel, way: Way, context: int, batch: int, room: int, knobs: dict[str, Any], prefill: bool = False
+) -> Runner:
+    """A runner whose cache holds `context` positions, and has room for `room` more where its size is fixed.
+
+    Args:
+        prefill: compute a prompt of random tokens, and time it. Otherwise the cache is filled with random K and V.
+    """
+    if way.bare:
+        context = BARE_CONTEXT
+    if way.is_graphed:
+        room += graph_step.WARM_UP + graph_step.CHECKED
+    own = twin(model)
+    if way.patched:
+        sparq.patch(own, **knobs, **({} if way.sparse else {"dense_layers": ALL_LAYERS}))
+    cache = empty_cache(model, way, context + room)
+    runner = (GraphRunner if way.is_graphed else Runner)(way, own, cache, batch)
+    if prefill:
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        generator = torch.Generator().manual_seed(1)
+        prompt = torch.randint(vocabulary, (batch, context), generator=generator)
+        runner.prefill(prompt.to(model.device))
+    else:
+        fill(cache, model, context, batch, room if way.patched and not way.is_static else 0)
+    return runner
+
+
+def empty_cache(model: PreTrainedModel, way: Way, size: int) -> Cache:
+    config = model.config
+    if way.is_static:
+        if model.device.type == "cuda":
+            size = -(-size // SIZE_STEP) * SIZE_STEP
+        return StaticCache(config=config, max_cache_len=size)
+    cache = DynamicCache(config=config)
+    if way.patched:
+        upgrade(cache)  # filled as it is used: what it would adopt, it would first have to copy
+    return cache
+
+
+def fill(cache: Cache, model: PreTrainedModel, context: int, batch: int, spare: int = 0) -> None:
+    """With random keys and values, the same for every cache but for what `spare` draws.
+
+    Args:
+        spare: positions that storage shall have room for, as it has between two growths. At its very end SparQ's would
+            grow: true, but once in a quarter of the tokens that are cached (`memory.py` counts both states).
+    """
+    heads = Heads.of(model.config)
+    generator = torch.Generator(model.device).manual_seed(1)
+    for index in range(model.config.get_text_config(decoder=True).num_hidden_layers):
+        shape = (batch, heads.kv, context + spare, heads.head_dim)
+        key, value = (torch.randn(shape, generator=generator, dtype=model.dtype, device=model.device) for _ in range(2))
+        cache.update(key, value, index)
+        if spare:
+            cache.layers[index].crop(-spare)
+
+
+def take_turns(runners: list[Runner], rounds: int, tokens: int, tick: Callable[[str], object]) -> None:
+    """Let every runner decode `tokens` tokens, round after round, so that a drifting machine favours none.
+
+    The first of several rounds is not counted: it faults memory in, makes SparQ's index, compiles; later ones are what
+    a long answer sees. The order turns around each time, lest one way always come after the one that heats the caches.
+    """
+    for round_ in range(rounds):
+        for runner in runners if round_ % 2 else runners[::-1]:
+            tick(runner.way.name)
+            measured = runner.decode(tokens)
+            if round_ or rounds == 1:
+                runner.seconds += measured
+
+
+def steps_of(rounds: int, tokens: int) -> int:
+    """Tokens that each cache takes up in `take_turns`, with those that `generate` makes before the first one timed."""
+    return rounds * (tokens + 1)
+
+
+def bytes_of(cache: Cache) -> int:
+    """Storage held: K, V, slack to grow, and SparQ's index."""
+    return sum(_layer_bytes(layer) for layer in cache.layers)
+
+
+def _layer_bytes(layer: Any) -> int:
+    if isinstance(layer, (SparqLayer, SparqStaticLayer)):
+        return layer.allocated_bytes
+    held = (getattr(layer, name, None) for name in ("keys", "values"))
+    return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The relative error that rounding explains, in the order of sums that each path has."""
+    return 1e-4 if dtype == torch.float32 else 3e-2
+
+
+def check(model: PreTrainedModel, context: int, batch: int, knobs: dict[str, Any]) -> None:
+    """Raise SystemExit, with the reason in one line, unless the patched model and the operator are right: a wrong
+    answer is not fast.
+
+    Args:
+        context: positions that the operator is tried on, those that are going to be measured.
+    """
+    why = wrong_model(model) or wrong_operator(model, context, batch, sparq.SparqConfig(**knobs))
+    if why is not None:
+        raise SystemExit(f"wrong, so nothing is measured: {why}")
+
+
+def wrong_model(model: PreTrainedModel) -> str | None:
+    """How a patched model whose k covers the context differs from the stock model, or None.
+
+    The same tokens are fed to both, a prompt and then one by one, and every step's logits are compared: this tries
+    hooks, cache, masks and the dense steps of the patch. What a sparse step computes is `wrong_operator`'s to say.
+    """
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    tokens = torch.randint(vocabulary, (2, PROMPT + STEPS), generator=torch.Generator().manual_seed(2))
+    tokens = tokens.to(model.device)
+    covering = sparq.patch(twin(model), k=PROMPT + STEPS, min_length=0)
+    expected, got = teacher_forced(model, tokens), teacher_forced(covering, tokens)
+    error = relative_error(got, expected)
+    if not error < tolerance(model.dtype):
+        return f"with k covering the context the patched model's logits differ from stock's by {error:.1e}"
+    if model.dtype == torch.float32 and not torch.equal(got.argmax(-1), expected.argmax(-1)):
+        return "with k covering the context the patched model's tokens are not stock's"
+    return None
+
+
+@torch.inference_mode()
+def teacher_forced(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Logits [B, STEPS + 1, vocabulary] after the prompt and after each further token, on a dynamic cache."""
+    cache = DynamicCache(config=model.config)
+    logits = [model(tokens[:, :PROMPT], past_key_values=cache, logits_to_keep=1).logits[:, -1]]
+    for token in tokens[:, PROMPT:].split(1, dim=1):
+        logits.append(model(token, past_key_values=cache).logits[:, -1])
+    return torch.stack(logits, 1)
+
+
+def wrong_operator(model: PreTrainedModel, context: int, batch: int, config: sparq.SparqConfig) -> str | None:
+    """How the operator differs from the reference in float64 on a cache of this shape, or None."""
+    heads, dtype, device = Heads.of(model.config), model.dtype, model.device
+    shape = Shape(
+        batch, heads.query, heads.kv, heads.head_dim, context, config.components(heads.head_dim), config.min_k
+    )
+    generator = torch.Generator(device).manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:  # where it is needed, as it is needed: a GPU's cache is drawn on no host
+        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+    rows = (batch, heads.kv, context, heads.head_dim)
+    key, value = draw(*rows), draw(*rows)
+    query = draw(batch, heads.query, 1, heads.head_dim)
+    components = sparq_kernels.allocate_components(*rows, dtype, device)
+    sparq_kernels.write_components(components, key, 0)
+    lengths = torch.full((batch,), context, device=device)
+    x = Inputs(query, key, components, value, value.sum(2, dtype=torch.float32), lengths)
+    knobs = dict(k_divisor=config.k_divisor, local=config.local)
+    fast = decode(shape, x, **knobs).output
+    # Row by row: one in float64 takes enough memory.
+    slow = torch.cat([decode(shape, x.row(index, torch.float64), **knobs).output for index in range(batch)])
+    error = relative_error(fast, slow)
+    if not error < tolerance(dtype):
+        return f"the operator differs from the reference by {error:.1e} at context {context}, {dtype}"
+    return None
