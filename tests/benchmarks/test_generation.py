@@ -14,6 +14,8 @@ from opponents import DYNAMIC, LAYERS_ALONE, OWN_CACHE, SPARQ_WAY, STATIC, bytes
 from tables import generation_grid, ways_grid
 from transformers import GPTNeoXConfig, LlamaConfig
 
+pytestmark = pytest.mark.slow
+
 
 def tiny_llama() -> LlamaConfig:
     return LlamaConfig(

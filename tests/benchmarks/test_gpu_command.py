@@ -22,6 +22,8 @@ from gpu_stages.report import FAILED, OK, OUT_OF_TIME, Outcome
 from gpu_stages.stage import Limits, Stage
 from tables import Grid
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 # What the image lacks that has a GPU, or need not have: none of it may be needed.
 ABSENT = (

@@ -17,6 +17,8 @@ from harness import Measured
 from models import Heads
 from opponents import GRAPHED, SPARQ_GRAPHED, STATIC, GraphRunner, Runner, Way, make_runner
 
+pytestmark = pytest.mark.slow
+
 WAYS = {
     "stock dynamic",
     "stock static",

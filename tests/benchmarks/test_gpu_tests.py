@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from gpu_stages import tests
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SAMPLE = """
 import pytest

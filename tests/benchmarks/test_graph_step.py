@@ -17,6 +17,8 @@ from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedModel, StaticCach
 import sparq
 from sparq.cache import upgrade
 
+pytestmark = pytest.mark.slow
+
 KNOBS = dict(r=4, k=12, min_length=0)
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_a_gpu])]
