@@ -88,6 +88,7 @@ def test_run(
     command = [sys.executable, "-m", "pytest", *options, str(sample)]
     monkeypatch.setattr(tests, "command", lambda device, processes: command)
     monkeypatch.setattr(tests, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "benchmarks"))  # as gpu.py sets it for its stages
     out.write_text('{"passed": 99}')  # of an earlier run
     known = tests.run("cpu", out, seconds, 1)
     assert json.loads(out.read_text()) == known
