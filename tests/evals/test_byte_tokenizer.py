@@ -3,6 +3,8 @@ from byte_tokenizer import save_byte_tokenizer
 from recall_model import BOS, PAD
 from transformers import AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):

@@ -9,6 +9,8 @@ from recall_text import RecallText
 from train_recall import ARCHITECTURES, make_optimizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 MODELS = Path(__file__).parents[2] / "evals" / "models"
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TASKS = Path(__file__).parents[2] / "evals" / "tasks"
 SHARED = 32  # tokens at the end of a context that a sweep decodes: questions of one text differ in these alone
 
@@ -69,7 +71,6 @@ def test_documentation_is_scored_by_its_last_bytes():
     assert score == {"bits_per_byte": (-128 * math.log(2), 128)}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("needles", "letters"), [("single_1", 7), ("multikey_2", 7), ("multikey_3", 36)])
 def test_needles_are_asked_for_in_their_own_words(needles, letters):
     ruler = load(TASKS / "ruler" / "ruler_tasks.py")

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from recall_text import PASS_KEY_FORM, PASSAGE_CUE, RecallText, Role, held_out_text, training_text
 
+pytestmark = pytest.mark.slow
+
 
 def role_bytes(text, role):
     return text.data[text.roles == role].tobytes()

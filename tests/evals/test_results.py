@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
 import results
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,9 @@ from byte_tokenizer import save_byte_tokenizer
 
 from tests.sparq.tiny import build
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_a_task_left_out_is_a_dash(scores):
     documentation = [score for score in scores if score.task == "recall_documentation_1k"]
     elsewhere = [dataclasses.replace(score, task="recall_documentation_4k") for score in documentation[:1]]

@@ -20,6 +20,8 @@ from transformers.cache_utils import DynamicCache
 import sparq
 from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_forced
 
+pytestmark = pytest.mark.slow
+
 SPARSE = dict(r=4, k=12, min_length=0)
 CPU = torch.device("cpu")
 SPREAD = {

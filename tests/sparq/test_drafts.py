@@ -26,6 +26,8 @@ from transformers.cache_utils import StaticLayer
 import sparq
 from tests.sparq.tiny import build, generate, next_tokens, prompt
 
+pytestmark = pytest.mark.slow
+
 SPARSE: dict[str, Any] = dict(r=4, k=12, min_length=0)
 
 
@@ -58,7 +60,6 @@ def queries_of(model: PreTrainedModel) -> list[int]:
     return seen
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("drafted", [5, 15, 16, 30])
 def test_long_drafts_give_the_tokens_of_greedy_decoding(drafted: int) -> None:
     how = dict(tokens=64, logits_processor=LogitsProcessorList([Repeating()]))
@@ -73,7 +74,6 @@ def test_long_drafts_give_the_tokens_of_greedy_decoding(drafted: int) -> None:
     assert total.dense_steps == {} and total.sparse_steps > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs", [{}, dict(num_assistant_tokens=24, num_assistant_tokens_schedule="constant")], ids=str
 )

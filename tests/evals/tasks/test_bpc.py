@@ -2,6 +2,8 @@ import math
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # 6,000 characters end inside the word "prefill", 400 more inside "reference".
 PREFILL = " = Title = \n \n ".ljust(5996, "x") + " prefill"
 REFERENCE = " reads".ljust(396, "y") + " reference"

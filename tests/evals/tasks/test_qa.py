@@ -2,6 +2,8 @@ import re
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TITLES = {"A": "Ostrava", "B": "Ostrava", "C": "New_York_City", "D": "New_York_City", "E": "Oxygen", "F": "Oxygen"}
 
 # What the authors' own llminference/tasks/qa.py makes of the rows below: question, passages, the example's question.

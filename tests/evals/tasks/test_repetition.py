@@ -2,6 +2,8 @@ import itertools
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 WHOLE = object()
 # The first five that the authors' own llminference/tasks/repetition.py makes of the text below.
 ORDER = [7965, 17107, 1175, 6789, 8749]

@@ -2,6 +2,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HIGHLIGHTS = "The cat sat on the mat .\nIt slept ."  # 35 bytes
 
 

@@ -1,3 +1,8 @@
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
 def test_the_tag_names_the_five(tasks_folder):
     from lm_eval.tasks import TaskManager
 
