@@ -192,6 +192,19 @@ def test_a_new_token_that_is_padding() -> None:
         check(layer, plain, seen(step + 1, start))
 
 
+def test_a_single_position_that_changes_makes_the_mean_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is read back, as on a GPU."""
+    layer, _ = pair(20)
+    layer.index(None, seen(20))
+    monkeypatch.setattr("sparq.index.can_read", lambda device: False)
+    doubt = layer.index(None, seen(20)).mean_is_stale
+    assert doubt is not None and not doubt
+    changed = seen(20)
+    changed[1, 3] = False
+    doubt = layer.index(None, changed).mean_is_stale
+    assert doubt is not None and doubt
+
+
 def test_validity_that_changes() -> None:
     layer, plain = pair()
     for start in (torch.tensor([0, 5]), torch.tensor([3, 0]), None):
