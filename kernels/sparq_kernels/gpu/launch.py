@@ -10,7 +10,8 @@ dependent launch, 64 rows at once in `gather`, two stages instead of three, rows
 
 A plan holds each kernel's arguments but for the addresses, and the compiled kernel once there is one: what a step costs
 in Python is the allocation of its results and of one piece of scratch memory, and one call for each kernel
-(benchmarks/launch_cost.py).  Parameters of kernels that have the same name have the same value.
+(benchmarks/launch_cost.py).  Parameters of kernels that have the same name have the same value.  They are long flat
+lists, not groups, because a launch fills them by place: with addresses, and one number that changes.
 
 Scratch memory is allocated per call, from PyTorch's caching allocator: that is a cache per device and stream, known to
 CUDA graphs, and never shared by two streams.  No kernel expects it to be initialised.
