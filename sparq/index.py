@@ -158,7 +158,7 @@ class Index:
                 elif not (_equal(self.start, start) and _equal(self.mask, mask, summed)):
                     value_sum = None
             if value_sum is None:
-                value_sum, self.stale = values.new_zeros(values[:, :, 0].shape, dtype=torch.float32), None
+                value_sum, self.stale = torch.zeros_like(values[:, :, 0], dtype=torch.float32), None
                 self.unsummed = length
             if self.unsummed:
                 value_sum = value_sum + _sum(values, length - self.unsummed, length, start, mask)
