@@ -201,7 +201,7 @@ def _prepare(call: Call) -> _Ready | str:
     indexed = layer.index(newest.start, newest.mask)
     if later:
         indexed = indexed._replace(value_sum=layer.sum_before(later))
-    if isinstance(plan.valid, Tensor) or indexed.mean_is_stale is not None:
+    if not call.is_fixed and (isinstance(plan.valid, Tensor) or indexed.mean_is_stale is not None):
         step.stats.prepare(call.layer_idx, key.device, key.dtype)
     return _Ready(plan, *indexed)
 
