@@ -49,6 +49,9 @@ class Use:
     method: Method
     stats: Stats = dataclasses.field(default_factory=Stats)
 
+    def report(self, decoder: PreTrainedModel) -> Report:
+        return Report.of(self.stats, self.method.settings, self.method.implementation(self.stats, decoder))
+
 
 _blocks: ContextVar[tuple[Use, ...]] = ContextVar("sparq_blocks", default=())  # that this thread or task is inside of
 
@@ -247,7 +250,7 @@ def report(model: nn.Module) -> Report:
     if use is None:
         yet = " yet: it has not run" if decoder.config._attn_implementation == NAME else ""
         raise ValueError(f"model must be patched to have a report, this {type(model).__name__} is not{yet}")
-    return Report.of(use.stats, use.method.settings, use.method.implementation(use.stats, decoder))
+    return use.report(decoder)
 
 
 def _prepared(model: nn.Module, config: SparqConfig | None, knobs: dict[str, Any]) -> tuple[Use, Patch]:

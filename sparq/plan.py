@@ -96,7 +96,7 @@ def _host_plan(
     """`counts`: for each row, how many positions its queries see, the last query's first."""
     seen = [count for row in counts for count in row]
     read = [config.positions(count) for count in seen]
-    lengths = torch.full((keys.shape[0],), length, dtype=torch.int64, device=keys.device)
+    lengths = _lengths(length, keys)
     rows = None if mask is None else count_once(mask, lengths, len(counts[0]), config)
     once = sum(row[0] for row in counts)
     reason = reasons.COVERED if read == seen else None
@@ -136,9 +136,12 @@ def _read_mask(
     return _host_plan(length, keys, config, counts, mask=mask.clone(memory_format=torch.contiguous_format))
 
 
+def _lengths(length: int, keys: Tensor) -> Tensor:
+    return torch.full((keys.shape[0],), length, dtype=torch.int64, device=keys.device)
+
+
 def _dense(length: int, keys: Tensor, queries: int, reason: str) -> Plan:
-    lengths = torch.full((keys.shape[0],), length, dtype=torch.int64, device=keys.device)
-    return Plan(lengths, None, None, None, 0, 0, 0, queries, dense_reason=reason)
+    return Plan(_lengths(length, keys), None, None, None, 0, 0, 0, queries, dense_reason=reason)
 
 
 def _device_plan(

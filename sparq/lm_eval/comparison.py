@@ -154,7 +154,7 @@ class Comparison:
     def report(self) -> Report:
         """What has been done so far. Mean α is the exact attention mass of the positions attended; positions read are
         those of one set, on average over the heads."""
-        return Report.of(self._use.stats, self.method, self._use.method.implementation(self._use.stats, self._decoder))
+        return self._use.report(self._decoder)
 
 
 def _dense(call: Call, reason: str) -> tuple[Tensor, Tensor | None]:

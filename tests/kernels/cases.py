@@ -216,16 +216,13 @@ def run_operator(case: Case) -> sparq_kernels.DecodeOutput:
 
 def decode_call(call: Arguments) -> sparq_kernels.DecodeOutput:
     """By the public function."""
-    return sparq_kernels.decode(
-        call.query,
-        call.cached,
-        call.visible,
-        call.budget,
-        scale=call.scale,
-        softcap=call.softcap,
-        mean_value=call.mean_value,
-        return_positions=call.return_positions,
-    )
+    return _called(sparq_kernels.decode, call, call.scale)
+
+
+def _called(function: Callable[..., Any], call: Arguments, scale: float | None) -> Any:
+    """The public function and the reference take the same, but for a scale that may be left out."""
+    options = {name: getattr(call, name) for name in ("softcap", "mean_value", "return_positions")}
+    return function(call.query, call.cached, call.visible, call.budget, scale=scale, **options)
 
 
 def append_call(call: AppendArguments) -> None:
@@ -244,17 +241,7 @@ def run_reference(case: Case, **changes: Any) -> sparq_kernels.DecodeOutput:
 
 
 def reference_call(call: Arguments) -> sparq_kernels.DecodeOutput:
-    results = decode_reference(
-        call.query,
-        call.cached,
-        call.visible,
-        call.budget,
-        scale=call.softmax_scale,
-        softcap=call.softcap,
-        mean_value=call.mean_value,
-        return_positions=call.return_positions,
-    )
-    return sparq_kernels.DecodeOutput(*results)
+    return sparq_kernels.DecodeOutput(*_called(decode_reference, call, call.softmax_scale))
 
 
 def check_against_equations(case: Case, result: sparq_kernels.DecodeOutput) -> None:

@@ -55,7 +55,7 @@ def sizes(shape: Shape) -> Sizes:
 def arguments(shape: Shape, sizes: Sizes) -> dict[str, Any]:
     """Of these kernels, besides those that all have."""
     return {
-        "parts": triton.cdiv(shape.cached, sizes.width),
+        "parts": _row_parts(shape, sizes),
         "TILE": shape.tile(sizes.warps),
         "WIDTH": sizes.width,
         "SPLITS": sizes.splits,
@@ -75,7 +75,7 @@ def scratch(shape: Shape, sizes: Sizes) -> Scratch:
         "partial_y": (f32, N * sizes.parts * G * shape.DP),
     }
     if sizes.distributed:
-        parts = triton.cdiv(shape.cached, sizes.width)
+        parts = _row_parts(shape, sizes)
         needed["keys"] = needed["compact"] = (i32, N * shape.chunks * CHUNK.value)
         needed["bin_counts"], needed["before"] = (i32, N * parts * BINS), (i32, N * parts * 2)
     return needed
@@ -87,7 +87,7 @@ def launches(shape: Shape, sizes: Sizes) -> Iterator[tuple[Any, tuple[int, ...],
     of_rows, of_keys = {"num_warps": sizes.warps}, {"num_warps": warps_for(sizes.width)}
     yield score, (N, sizes.splits), of_rows
     if sizes.distributed:
-        parts = triton.cdiv(shape.cached, sizes.width)
+        parts = _row_parts(shape, sizes)
         for kernel in (histogram, candidates, choose):
             yield kernel, (N, parts), of_keys
     else:
@@ -95,6 +95,11 @@ def launches(shape: Shape, sizes: Sizes) -> Iterator[tuple[Any, tuple[int, ...],
     yield gather, (N, sizes.parts), of_rows
     if shape.amd:
         yield merge, (N,), of_rows
+
+
+def _row_parts(shape: Shape, sizes: Sizes) -> int:
+    """Programs that hold a row's keys together."""
+    return triton.cdiv(shape.cached, sizes.width)
 
 
 def _power_of_2_up_to(number: int) -> int:
