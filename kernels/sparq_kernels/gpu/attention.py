@@ -222,16 +222,16 @@ def merge_parts(
     total = tl.load(stats + 1, mask=active_part, other=0.0, cache_modifier=".cg")
     alpha = tl.sum(tl.load(stats + 2, mask=active_part, other=0.0, cache_modifier=".cg"), 0)
     z = tl.sum(total * tl.exp2(each - M[None, :]), 0)
-    y = tl.zeros([GS, DP], tl.float32)
+    y_part = tl.zeros([AT_ONCE, GS, DP], tl.float32)  # brought together behind the loop
     for first in range(0, active, AT_ONCE):
         place = first + some
         there = (place < active)[:, None] & in_group
         at = place[:, None] * G + g[None, :]
         highest = tl.load(partial + at * 3, mask=there, other=float("-inf"), cache_modifier=".cg")
-        y_part = tl.load(
-            partial_y + at[:, :, None] * DP + d[None, None, :], mask=there[:, :, None], other=0.0, cache_modifier=".cg"
-        )
-        y += tl.sum(y_part * tl.exp2(highest - M[None, :])[:, :, None], 0)
+        y_of = partial_y + at[:, :, None] * DP + d[None, None, :]
+        y = tl.load(y_of, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+        y_part += y * tl.exp2(highest - M[None, :])[:, :, None]
+    y = tl.sum(y_part, 0)
     store_results(
         y / z[:, None],
         alpha,

@@ -25,7 +25,7 @@ from .topk import NAN_BITS, NEVER
 LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK_SIZE = tl.constexpr(BLOCK)
 LOWEST_LOGIT = tl.constexpr(-3.0e38)  # stands for -inf where differences are formed
-COMPARED = tl.constexpr(4096)  # pairs of components at once
+COMPARED = tl.constexpr(16384)  # pairs of components at once
 COMPONENTS_AT_ONCE = tl.constexpr(8)  # of a single query: loads in flight
 LANE_LOGITS = tl.constexpr(4)  # that a thread has side by side, or more, of a single query
 LANES = tl.constexpr(64)  # rows of the smallest product of four warps
@@ -53,12 +53,11 @@ def choose_components(q, D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DP:
     key = tl.where(d < D, key, NEVER - d)
     rank = tl.zeros([DP], tl.int32)
     for first in range(0, DP, AT_ONCE):
-        rank += tl.sum((tl.gather(key, first + some, 0)[:, None] > key[None, :]).to(tl.int32), 0)
-    if tl.sum(rank, 0) != DP * (DP - 1) // 2:  # some are equal: the earlier goes before
-        for first in range(0, DP, AT_ONCE):
-            other = first + some
-            before = (tl.gather(key, other, 0)[:, None] == key[None, :]) & (other[:, None] < d[None, :])
-            rank += tl.sum(before.to(tl.int32), 0)
+        other = first + some
+        others = key if AT_ONCE == DP else tl.gather(key, other, 0)
+        # Of two that are equal the earlier goes before.
+        before = others[:, None] + (other[:, None] < d[None, :]).to(tl.int32) > key[None, :]
+        rank += tl.sum(before.to(tl.int32), 0)
     slot = tl.arange(0, RP)
     chosen = (rank[None, :] == slot[:, None]) & (slot < R)[:, None]
     component = tl.sum(tl.where(chosen, d[None, :], 0), 1)
