@@ -14,6 +14,7 @@ import ast
 import functools
 import importlib
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -150,7 +151,7 @@ def empty_call(
         local=None,
         scale=None,
         softcap=softcap,
-        mean_value=mean_value,
+        mean_from=0.0 if mean_value else math.inf,
         return_positions=False,
     )
 

@@ -116,7 +116,7 @@ def reference_results(shape: Shape, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         *x.groups(shape),
         scale=shape.head_dim**-0.5,
         softcap=None,
-        mean_value=True,
+        mean_from=0.0,
         return_positions=True,
     )
     return output, alpha, positions

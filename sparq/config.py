@@ -20,7 +20,8 @@ class SparqConfig:
         ratio: the compression wanted of the bytes read, 1, 1.5, 2, ...; fills in `r` and `k` where they are None. Half
             steps only: k is then the same integer division on every device.
         local: the most recent positions, the current one included, that are always among the k. None: k / 4.
-        mean_value: whether the mean value stands in for the positions that were not attended.
+        mean_value: whether the mean value stands in for the positions that were not attended (step 5). A number, 0..1:
+            only in query heads whose positions have at least that share of the approximate score mass.
         dense_layers: the first layers of the model that stay dense.
         min_length: below this number of cached positions a step is dense. None: the point where sparsity begins to pay
             on this device. 0: every step with more than k valid positions is sparse. The size of a static cache counts,
@@ -34,7 +35,7 @@ class SparqConfig:
     k: int | None = None
     ratio: float = 8
     local: int | None = None
-    mean_value: bool = True
+    mean_value: bool | float = True
     dense_layers: int = 0
     min_length: int | None = None
 
@@ -53,8 +54,10 @@ class SparqConfig:
             raise ValueError(f"ratio must be a finite number of at least 1, got {self.ratio!r}")
         if 2 * self.ratio != int(2 * self.ratio):
             raise ValueError(f"ratio must be a multiple of 0.5, got {self.ratio!r}; r and k can be given instead")
-        if not isinstance(self.mean_value, bool):
-            raise TypeError(f"mean_value must be True or False, got {self.mean_value!r}")
+        if not isinstance(self.mean_value, (bool, float)):
+            raise TypeError(f"mean_value must be True, False or a float of 0 to 1, got {self.mean_value!r}")
+        if not 0 <= self.mean_value <= 1:
+            raise ValueError(f"mean_value must be True, False or a float of 0 to 1, got {self.mean_value!r}")
         if self.local is not None and self.local > self.min_k:
             raise ValueError(
                 f"local must not be larger than k, which counts the local window: got local={self.local} and "

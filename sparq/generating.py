@@ -11,6 +11,8 @@ Both methods are listened to on a patched model; what they say is noted for as l
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -89,6 +91,25 @@ class GenerateNotes:
             prompt = kwargs["input_ids"] if embeds is None else embeds
             cache._sparq_drafting = Drafting(generator, prompt.shape[1])  # type: ignore[attr-defined]
         return generator
+
+
+@contextmanager
+def each_token_decides(cache: Cache) -> Iterator[None]:
+    """In a `with` block every new token of a pass on `cache` is a decode step, however many there are: each chooses its
+    own positions, and the logits are those of feeding one token after the other.
+
+    For measuring what is known beforehand, in one pass instead of hundreds. `generate` does the same with a draft.
+    """
+    pass_by_pass = _Held()
+    cache._sparq_drafting = Drafting(pass_by_pass)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        cache._sparq_drafting = None  # type: ignore[attr-defined]
+
+
+class _Held:
+    """An object that can be referred to weakly."""
 
 
 def is_prefill() -> bool:

@@ -39,7 +39,7 @@ class Arguments(NamedTuple):
     local: int | None
     scale: float | None
     softcap: float | None
-    mean_value: bool
+    mean_from: float
     return_positions: bool
 
     @property
@@ -108,7 +108,7 @@ def check_arguments(call: Arguments) -> None:
     """Raise for a shape, dtype, device, stride or option that an implementation could not survive."""
     check_tensors(call)
     query, key, key_components, value, value_sum, length, start, mask, counts = tensors_of(call)
-    r, k, k_divisor, local, scale, softcap, _, _ = options_of(call)
+    r, k, k_divisor, local, scale, softcap, mean_from, _ = options_of(call)
     batch, num_heads, query_length, head_dim = query.shape
     num_kv_heads, cached = key.shape[1], key.shape[2]
     if not 1 <= query_length <= MAX_QUERY_LENGTH:
@@ -172,6 +172,8 @@ def check_arguments(call: Arguments) -> None:
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
     if softcap is not None and not 1e-30 <= softcap <= 1e30:
         raise ValueError(f"softcap must be 1e-30 to 1e30, which float32 arithmetic can divide by, got {softcap}")
+    if not mean_from >= 0:
+        raise ValueError(f"mean_value must be True, False or the least alpha it is blended in with, got {mean_from}")
 
 
 def check_per_row(batch: int, **tensors: Tensor | None) -> None:

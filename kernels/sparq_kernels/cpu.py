@@ -42,7 +42,7 @@ SOURCE, FILES = SOURCES / "decode.cpp", sorted(SOURCES.iterdir())
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # csrc/arguments.h in two parts: what changes with every call, and what does not.
 POINTERS = struct.Struct("@12Pq")
-LAYOUT = struct.Struct("@30q2d")
+LAYOUT = struct.Struct("@29q3d")
 
 
 class CompilerError(Exception):
@@ -119,9 +119,9 @@ def plan(call: Arguments) -> Plan:
         call.k_divisor or 0,
         -1 if call.local is None else call.local,
         call.k_max,
-        call.mean_value,
         call.softmax_scale,
         call.softcap or 0.0,
+        call.mean_from,
     )
     positions_shape = (batch, num_kv_heads, query_length, call.k_max if call.return_positions else 0)
     return Plan(layout, (batch, num_heads, query_length, head_dim), positions_shape)

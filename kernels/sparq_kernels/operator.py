@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ def decode(
     *,
     scale: float | None = None,
     softcap: float | None = None,
-    mean_value: bool = True,
+    mean_value: bool | float = True,
     return_positions: bool = False,
 ) -> DecodeOutput:
     """SparQ attention of new tokens (arXiv 2312.04985, algorithm 1; the group sums the scores, not the logits).
@@ -49,7 +50,8 @@ def decode(
     budget: how much is read for each query.
     scale: multiplies q.K; None means d ** -0.5.
     softcap: logits x become softcap * tanh(x / softcap), approximate ones too; None means no cap.
-    mean_value: blend in the mean of V by the score mass left out (step 5).
+    mean_value: whether to blend in the mean of V by the score mass left out (step 5). A number: only for query heads
+        whose alpha is at least that; where less of the mass was attended, the mean says little of the rest.
     return_positions: also give the chosen positions.
 
     Ties, of components and of positions, go to the lower index.  A query that sees nothing gives zeros and alpha 1.
@@ -70,7 +72,7 @@ def decode(
         raise wrong_group("visible", visible, Visible)
     if not isinstance(budget, Budget):
         raise wrong_group("budget", budget, Budget)
-    arguments = (query, *cached, *visible, *budget, scale, softcap, mean_value, return_positions)
+    arguments = (query, *cached, *visible, *budget, scale, softcap, mean_from(mean_value), return_positions)
     key, value = cached.key, cached.value
     if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (query, key, value)):
         with torch.no_grad():
@@ -79,6 +81,13 @@ def decode(
     else:
         output, alpha, positions, lse = _decode_op(*arguments)
     return DecodeOutput(output, alpha, positions if return_positions else None, lse)
+
+
+def mean_from(mean_value: bool | float) -> float:
+    """The least alpha with which the mean value is blended in; infinity: never."""
+    if isinstance(mean_value, bool):
+        return 0.0 if mean_value else math.inf
+    return float(mean_value)
 
 
 class _NoGradient(torch.autograd.Function):
@@ -109,7 +118,7 @@ def decode_default(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         call.budget,
         scale=call.softmax_scale,
         softcap=call.softcap,
-        mean_value=call.mean_value,
+        mean_from=call.mean_from,
         return_positions=call.return_positions,
     )
 

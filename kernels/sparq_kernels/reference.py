@@ -6,6 +6,8 @@ and one set of positions for all query heads of a KV head.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def decode_reference(
     *,
     scale: float,
     softcap: float | None,
-    mean_value: bool,
+    mean_from: float,
     return_positions: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results as in `operator.decode`; the arguments must have been checked.
@@ -48,7 +50,7 @@ def decode_reference(
                 budget,
                 scale,
                 softcap,
-                mean_value,
+                mean_from,
                 return_positions,
             )
         )
@@ -63,7 +65,7 @@ def _decode_one(
     limits: Budget,
     scale: float,
     softcap: float | None,
-    mean_value: bool,
+    mean_from: float,
     return_positions: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The five steps for one query of each row; the sum of V is over what it sees."""
@@ -114,15 +116,15 @@ def _decode_one(
     y = masked_softmax(logits, chosen[:, :, None]) @ rows(value)  # [B, Hkv, G, d]
     lse = logits.masked_fill(~chosen[:, :, None], -torch.inf).logsumexp(-1)  # [B, Hkv, G]
 
-    # 5. Blend with the mean value by the score mass that was not attended.
+    # 5. Blend with the mean value by the score mass that was not attended, unless that is too much.
     picked = s_hat.gather(-1, p_safe[:, :, None].expand(-1, -1, q.shape[2], -1)).masked_fill(~chosen[:, :, None], 0.0)
     everything = (budget >= n)[:, None, None]
     alpha = torch.where(everything, 1.0, picked.sum(-1))  # [B, Hkv, G]
     output = y
-    if mean_value:
+    if mean_from < math.inf:
         mean = (value_sum.to(compute) / n.clamp(min=1)[:, None, None])[:, :, None]  # [B, Hkv, 1, d]
         blended = alpha[..., None] * y + (1 - alpha[..., None]) * mean
-        output = torch.where(everything[..., None], y, blended)
+        output = torch.where((everything | (alpha < mean_from))[..., None], y, blended)
 
     positions = (
         p.masked_fill(p == cached, -1)[:, :, None] if return_positions else p.new_empty(batch, num_kv_heads, 1, 0)

@@ -50,7 +50,8 @@ class Compared(method.Method):
         return cache, args, kwargs
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        """A step of the method where one new token comes to a filled cache; everything else is dense."""
+        """A step of the method for each new token that comes to a filled cache by itself, or in a pass of which every
+        token is a step; everything else is dense."""
         rule, query, key, value, kwargs = self.rule, call.query, call.key, call.value, call.kwargs
         _check_call(key, value, kwargs)
         queries, (batch, kv_heads, length, head_dim) = query.shape[2], key.shape
@@ -65,22 +66,29 @@ class Compared(method.Method):
             attention_mask = causal_mask(queries, length, length - queries, key.device)
         mask = _allowed(attention_mask, batch, queries, length)
         state = self._state(call) if rule.observes else None
-        if queries > 1 or queries == length:
+        is_each_a_step = call.step.drafting is not None and state is None and not call.step.prompt_length(queries)
+        if queries == length or (queries > 1 and not is_each_a_step):
             if state is not None:
                 rule.observe(grouped, key, mask, scale, state)
             return _dense(call, "more than one new token at once")
 
-        valid = torch.ones(batch, length, dtype=torch.bool, device=key.device) if mask is None else mask[:, 0]
-        attended = rule.attend(grouped[:, :, :, 0], key, value, valid, scale, state)
-        if bool((attended.kept == valid[:, None, None]).all()):
-            return _dense(call, reasons.COVERED)
-        count = int(valid.sum())
-        read = round(attended.kept.sum((0, 3)).double().mean().item())
-        bytes_read = attended.elements * key.element_size()
-        bytes_dense = 2 * count * kv_heads * head_dim * key.element_size()
-        counts = (1, count, read, bytes_read, bytes_dense, attended.mass.numel())
-        call.step.sparse.append(SparseStep(call.layer_idx, key.dtype, attended.mass, counts))
-        return attended.output.reshape(batch, 1, -1, head_dim), None
+        everything = torch.ones(batch, 1, dtype=torch.bool, device=key.device).expand(-1, length)
+        outputs = []
+        for i in range(queries):
+            seen = length - queries + 1 + i
+            valid = (everything if mask is None else mask[:, i])[:, :seen]
+            attended = rule.attend(grouped[:, :, :, i], key[:, :, :seen], value[:, :, :seen], valid, scale, state)
+            if bool((attended.kept == valid[:, None, None]).all()):
+                outputs.append(_dense(call.part(i, i + 1), reasons.COVERED)[0])
+                continue
+            count = int(valid.sum())
+            read = round(attended.kept.sum((0, 3)).double().mean().item())
+            bytes_read = attended.elements * key.element_size()
+            bytes_dense = 2 * count * kv_heads * head_dim * key.element_size()
+            counts = (1, count, read, bytes_read, bytes_dense, attended.mass.numel())
+            call.step.sparse.append(SparseStep(call.layer_idx, key.dtype, attended.mass, counts))
+            outputs.append(attended.output.reshape(batch, 1, -1, head_dim))
+        return torch.cat(outputs, 1), None
 
     def _state(self, call: Call) -> H2OLayer | None:
         """The layer that holds the keys, made one that remembers the attention; None without a cache: nothing

@@ -13,6 +13,7 @@ import torch
 from sparq_kernels import BLOCK, Cached
 from sparq_kernels.append import AppendArguments
 from sparq_kernels.arguments import Arguments, tensors_of
+from sparq_kernels.operator import mean_from
 from sparq_kernels.reference import decode_reference, valid_positions
 from torch import Tensor
 
@@ -71,6 +72,7 @@ CASES: dict[str, dict[str, Any]] = {
     "scale": {"r": 4, "k": 20, "scale": 2.5},
     "negative scale": {"r": 4, "k": 20, "scale": -0.3},
     "no mean value": {"r": 4, "k": 20, "mean_value": False},
+    "mean value where enough was attended": {"r": 4, "k": 20, "mean_value": 0.3, "cached": 50},
     "two queries": {"query_length": 2, "r": 4, "k": 20},
     "sixteen queries": {"query_length": 16, "r": 4, "k": 20},
     "more queries than positions": {"query_length": 5, "cached": 3, "r": 4, "k": 2},
@@ -206,8 +208,9 @@ def small_integers(shape: tuple[int, ...], generator: torch.Generator) -> Tensor
 def call_of(case: Case, **changes: Any) -> Arguments:
     """The operator's arguments, positions asked for."""
     tensors = {name: getattr(case, name) for name in tensors_of(Arguments._fields) if name != "counts"}
-    options = {"r": 4, "k": 20, "mean_value": True, "return_positions": True}
-    return Arguments(**{**dict.fromkeys(Arguments._fields), **tensors, **options, **case.options, **changes})
+    options = {"r": 4, "k": 20, "mean_value": True, "return_positions": True, **case.options, **changes}
+    options["mean_from"] = mean_from(options.pop("mean_value"))
+    return Arguments(**{**dict.fromkeys(Arguments._fields), **tensors, **options})
 
 
 def run_operator(case: Case) -> sparq_kernels.DecodeOutput:
@@ -216,12 +219,12 @@ def run_operator(case: Case) -> sparq_kernels.DecodeOutput:
 
 def decode_call(call: Arguments) -> sparq_kernels.DecodeOutput:
     """By the public function."""
-    return _called(sparq_kernels.decode, call, call.scale)
+    return _called(sparq_kernels.decode, call, call.scale, mean_value=call.mean_from)
 
 
-def _called(function: Callable[..., Any], call: Arguments, scale: float | None) -> Any:
-    """The public function and the reference take the same, but for a scale that may be left out."""
-    options = {name: getattr(call, name) for name in ("softcap", "mean_value", "return_positions")}
+def _called(function: Callable[..., Any], call: Arguments, scale: float | None, **mean: float) -> Any:
+    """The public function and the reference take the same, but for defaults that have been filled in."""
+    options = {"softcap": call.softcap, "return_positions": call.return_positions, **mean}
     return function(call.query, call.cached, call.visible, call.budget, scale=scale, **options)
 
 
@@ -241,7 +244,7 @@ def run_reference(case: Case, **changes: Any) -> sparq_kernels.DecodeOutput:
 
 
 def reference_call(call: Arguments) -> sparq_kernels.DecodeOutput:
-    return sparq_kernels.DecodeOutput(*_called(decode_reference, call, call.softmax_scale))
+    return sparq_kernels.DecodeOutput(*_called(decode_reference, call, call.softmax_scale, mean_from=call.mean_from))
 
 
 def check_against_equations(case: Case, result: sparq_kernels.DecodeOutput) -> None:

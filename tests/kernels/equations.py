@@ -67,7 +67,7 @@ class Head:
         others.sort(key=lambda s: (-sum(row[s] for row in scores), s))
         return sorted(window + others[: self.budget(k, k_divisor) - len(window)])
 
-    def output(self, r: int, positions: list[int], mean_value: bool) -> tuple[list[Row], Row]:
+    def output(self, r: int, positions: list[int], mean_value: bool | float) -> tuple[list[Row], Row]:
         """Steps 4 and 5 for given positions: output [G][d] and alpha [G]."""
         outputs, alphas = [], []
         n, head_dim = len(self.valid_positions), len(self.queries[0])
@@ -80,7 +80,9 @@ class Head:
             )
             y = [sum(weights[s] * self.values[s][i] for s in positions) for i in range(head_dim)]
             alpha = sum(scores[s] for s in positions)
-            outputs.append([alpha * a + (1 - alpha) * b for a, b in zip(y, mean, strict=True)] if mean_value else y)
+            if mean_value is True or (mean_value is not False and alpha >= mean_value):
+                y = [alpha * a + (1 - alpha) * b for a, b in zip(y, mean, strict=True)]
+            outputs.append(y)
             alphas.append(alpha)
         return outputs, alphas
 

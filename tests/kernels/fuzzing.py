@@ -386,7 +386,7 @@ def decodes(draw: st.DrawFn) -> Decode:
         "local": draw(st.none() | st.integers(0, k)),
         "scale": draw(st.none() | st.floats(0.01, 2.0)),
         "softcap": draw(st.none() | st.floats(0.5, 50.0)),
-        "mean_value": draw(st.booleans()),
+        "mean_value": draw(st.booleans() | st.floats(0, 1)),
         "return_positions": draw(st.booleans()),
     }
     poisoned = st.tuples(

@@ -335,7 +335,7 @@ def any_case(draw: st.DrawFn) -> Case:
         local=local,
         k_divisor=draw(st.none() | st.integers(1, 9)),
         softcap=draw(st.none() | st.just(3.0)),
-        mean_value=draw(st.booleans()),
+        mean_value=draw(st.booleans() | st.floats(0, 1)),
     )
 
 

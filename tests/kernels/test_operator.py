@@ -67,7 +67,7 @@ def test_positions_only_when_asked_for() -> None:
 SCHEMAS = {
     "decode": "(Tensor query, Tensor key, Tensor key_components, Tensor value, Tensor value_sum, Tensor length, "
     "Tensor? start, Tensor? mask, Tensor? counts, SymInt r, SymInt k, SymInt? k_divisor, SymInt? local, float? scale, "
-    "float? softcap, bool mean_value, bool return_positions) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float? softcap, float mean_from, bool return_positions) -> (Tensor, Tensor, Tensor, Tensor)",
     "append": "(Tensor(a!) key, Tensor(b!) value, Tensor(c!) key_components, Tensor(d!)? value_sum, Tensor new_key, "
     "Tensor new_value, Tensor? position, SymInt offset) -> ()",
     "count_valid": "(Tensor mask, Tensor length, Tensor? start, SymInt queries, SymInt k, SymInt? k_divisor, "
@@ -86,7 +86,7 @@ def test_schema(name: str) -> None:
 
 def test_the_groups_are_the_fields_of_a_call() -> None:
     """What is added to a group has one place in the call: where `decode` puts it."""
-    options = ("scale", "softcap", "mean_value", "return_positions")
+    options = ("scale", "softcap", "mean_from", "return_positions")
     assert Arguments._fields == ("query", *Cached._fields, *Visible._fields, *Budget._fields, *options)
     call = call_of(make_case(starts=[3], holes=0.1, r=4, k=20, local=3))
     assert (call.query, *call.cached, *call.visible, *call.budget) == call[: -len(options)]
@@ -240,6 +240,8 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scale": float("nan")}, ValueError, "scale must be finite or None, got nan"),
     ({"softcap": 0.0}, ValueError, "softcap must be a positive number or None, got 0.0"),
     ({"softcap": float("inf")}, ValueError, "softcap must be a positive number"),
+    ({"mean_value": -0.5}, ValueError, "mean_value must be True, False or the least alpha .* got -0.5"),
+    ({"mean_value": float("nan")}, ValueError, "mean_value must be .* got nan"),
 ]
 
 

@@ -14,6 +14,7 @@ SHAPES = [
     {"num_heads": 6, "r": 5, "k": 40, "local": 40},
     {"r": 4, "k": 12, "local": 0},
     {"r": 4, "k": 60, "mean_value": False},
+    {"r": 4, "k": 20, "mean_value": 0.6},
     {"r": 4, "k": 3, "k_divisor": 5},
     {"r": 4, "k": 12, "softcap": 3.0, "scale": 0.7},
     {"cached": 1, "r": 4, "k": 1},

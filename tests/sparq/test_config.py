@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
@@ -25,7 +26,9 @@ WRONG = [
     (dict(k=10, local=11), ValueError, "local=11 and k=10"),
     (dict(local=129), ValueError, "local=129 and k=128"),
     (dict(local=-1), ValueError, "local must be at least 0"),
-    (dict(mean_value=1), TypeError, "mean_value must be True or False"),
+    (dict(mean_value=1), TypeError, "mean_value must be True, False or a float of 0 to 1, got 1"),
+    (dict(mean_value=1.5), ValueError, "mean_value must be True, False or a float of 0 to 1, got 1.5"),
+    (dict(mean_value=math.nan), ValueError, "mean_value must be True, False or a float of 0 to 1, got nan"),
     (dict(mean_value=None), TypeError, "mean_value"),
     (dict(dense_layers=-1), ValueError, "dense_layers must be at least 0"),
     (dict(dense_layers=None), TypeError, "dense_layers must be an integer,"),

@@ -37,9 +37,9 @@ struct Arguments {
     int64_t k_divisor;  // 0: none
     int64_t local;      // -1: a quarter of the budget
     int64_t k_max;
-    int64_t mean_value;
     double scale;
     double softcap;     // 0: none
+    double mean_from;   // infinite: no mean value
 };
 
 }  // namespace sparq

@@ -735,7 +735,7 @@ class Decoder {
         for (int64_t c = 0; c < chunks; c++)
             z += s.partial_sum[c * group + g] * power_of_two_or_zero(splat(s.partial_max[c * group + g] - highest))[0];
         float alpha = row.everything() ? 1.f : s.mass[g];
-        bool blend = a.mean_value && !row.everything();
+        bool blend = std::isfinite(a.mean_from) && !row.everything() && !(alpha < static_cast<float>(a.mean_from));
         float attended = blend ? alpha : 1.f;
         for (int64_t c = 0; c < chunks; c++) {
             const float* partial = s.partial + (c * group + g) * padded_dim;

@@ -137,6 +137,7 @@ def store_results(
     alpha_out,
     lse_out,
     Q,
+    mean_from,
     D: tl.constexpr,
     G: tl.constexpr,
     MEAN_VALUE: tl.constexpr,
@@ -146,7 +147,8 @@ def store_results(
     everything = budget >= count
     alpha = tl.where(everything, 1.0, alpha)
     if MEAN_VALUE:
-        y = tl.where(everything, y, alpha[:, None] * y + (1 - alpha[:, None]) * mean[None, :])
+        blended = alpha[:, None] * y + (1 - alpha[:, None]) * mean[None, :]
+        y = tl.where((everything | (alpha < mean_from))[:, None], y, blended)
     y = tl.where(count > 0, y, 0.0)
     inside = (g < G)[:, None] & (d < D)[None, :]
     tl.store(output + g[:, None] * (Q * D) + d[None, :], y.to(output.dtype.element_ty), mask=inside)
@@ -180,6 +182,7 @@ def merge_parts(
     lse_out,
     Hkv,
     Q,
+    mean_from,
     G: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -243,6 +246,7 @@ def merge_parts(
         alpha_out + first_result,
         lse_out + first_result,
         Q,
+        mean_from,
         D,
         G,
         MEAN_VALUE,
@@ -284,6 +288,7 @@ def gather(
     logits_chunks,
     scale,
     softcap,
+    mean_from,
     G: tl.constexpr,
     D: tl.constexpr,
     GP: tl.constexpr,
@@ -370,6 +375,7 @@ def gather(
                 lse_out,
                 Hkv,
                 Q,
+                mean_from,
                 G,
                 D,
                 DP,
@@ -399,6 +405,7 @@ def merge(
     lse_out,
     Hkv,
     Q,
+    mean_from,
     G: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -427,6 +434,7 @@ def merge(
         lse_out,
         Hkv,
         Q,
+        mean_from,
         G,
         D,
         DP,

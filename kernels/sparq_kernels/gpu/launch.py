@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
@@ -209,6 +210,7 @@ def _plan(call: Arguments, cached: int, variant: str | None, forced: Mapping[str
         "logits_chunks": shape.chunks,
         "scale": float(call.softmax_scale),
         "softcap": float(call.softcap or 0.0),
+        "mean_from": float(call.mean_from),
         **{name: getattr(shape, name) for name in ("Q", "k_max", "G", "D", "R", "GP", "DP", "RP")},
         "ROWS": shape.rows,
         "STAGES": shape.stages,
@@ -217,7 +219,7 @@ def _plan(call: Arguments, cached: int, variant: str | None, forced: Mapping[str
         "HAS_START": call.start is not None,
         "HAS_MASK": call.mask is not None,
         "HAS_SOFTCAP": call.softcap is not None,
-        "MEAN_VALUE": call.mean_value,
+        "MEAN_VALUE": call.mean_from < math.inf,
         **kind.arguments(shape, sizes),
     }
 

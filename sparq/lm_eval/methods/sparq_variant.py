@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sparq_kernels.operator import mean_from
 from sparq_kernels.reference import masked_softmax
 from torch import Tensor
 
@@ -31,7 +32,7 @@ class SparqVariant(Method):
 
     r: int | None = None
     local: int | None = None
-    mean_value: bool = True
+    mean_value: bool | float = True
     score_temperature: bool = True
     shared: bool = True
 
@@ -65,12 +66,13 @@ class SparqVariant(Method):
         kept = self._choose(approximate, valid, q.shape[-1])
         logits = q @ keys.transpose(-1, -2) * scale
         output = masked_softmax(logits, kept) @ values
-        if self.mean_value:
+        if self.mean_value is not False:
             count = valid.sum(-1)[:, None, None]  # [B, 1, 1]
             alpha = approximate.masked_fill(~kept, 0).sum(-1)  # [B, Hkv, G]
             alpha = torch.where(kept.sum(-1) >= count, 1.0, alpha)[..., None]
             mean = valid[:, None, None].to(values.dtype) @ values / count.clamp(min=1)[..., None]  # [B, Hkv, 1, d]
-            output = alpha * output + (1 - alpha) * mean
+            blended = alpha * output + (1 - alpha) * mean
+            output = torch.where(alpha < mean_from(self.mean_value), output, blended)
         mass = exact_mass(logits, kept, valid)
         return Attended(output.to(query.dtype), kept, mass, self._elements(kept, valid, query))
 

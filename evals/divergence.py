@@ -1,0 +1,243 @@
+"""How far sparse decoding moves a model's predictions from those of dense attention, token by token.
+
+    python evals/divergence.py MODEL --json evals/results/divergence.json
+
+Real documents are read densely; the tokens that follow are fed one by one, each a decode step that chooses its own
+positions (all in one forward pass: `sparq.generating.each_token_decides`). For every such token the distribution of the
+next one is compared with that of dense attention on the same tokens: KL(dense, sparse) in bits, the change of the next
+token's negative log-likelihood in bits, and whether the likeliest token is the same. *plain* goes on in the document;
+*repeat* comes back to a passage from 35 % of it, which only a long look back can predict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+LENGTHS = (1024, 2048, 4096, 7424)
+TOKENS = 64  # scored after each context
+CUE = 32  # tokens of a passage that come back before the scored ones, read densely
+PASSAGE = 0.35  # of the context: where the passage stands that comes back
+KINDS = ("plain", "repeat")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One way to decode."""
+
+    line: str  # settings of one method that differ in how much they read
+    name: str
+    method: str
+    knobs: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One document, context and setting; means over the scored tokens."""
+
+    document: str
+    context: int
+    kind: str
+    line: str
+    name: str
+    kl: float  # bits
+    kl_high: float  # 95 % of the tokens lie below it
+    nll_change: float  # bits
+    same: float  # share of equal first choices
+    less: float  # bytes that dense attention reads, over those read
+    alpha: float  # as the report gives it
+
+
+def ratios(line: str, method: str, ratios: tuple[float, ...], **knobs: Any) -> list[Setting]:
+    return [Setting(line, f"{line}, {ratio:g}x", method, {"ratio": ratio, **knobs}) for ratio in ratios]
+
+
+def settings() -> list[Setting]:
+    """What is compared."""
+    found = []
+    for line, knobs in (("the paper's SparQ", {"mean_value": True}), ("SparQ", {})):
+        found += ratios(line, "sparq", (2, 4, 8, 16), **knobs)
+        found += ratios(line + ", first layer dense", "sparq", (4, 8), dense_layers=1, **knobs)
+    found += ratios("SparQ without the mean", "sparq", (4, 8), mean_value=False)
+    found.append(Setting("SparQ, r = 12", "SparQ, r = 12, k = S/32", "sparq", {"r": 12, "ratio": 16}))
+    for line, method in (("oracle top-k", "oracle"), ("Quest", "quest"), ("sinks + window", "window")):
+        found += ratios(line, method, (4, 8, 16))
+        found += ratios(line + ", first layer dense", method, (8,), dense_layers=1)
+    return found
+
+
+class Reader:
+    """A model and its cache of one document."""
+
+    def __init__(self, folder: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        torch.set_num_threads(1)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer.model_max_length = 10**9  # the whole document is tokenised, and cut
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+
+    def read(self, tokens: Any) -> None:
+        """Densely, into a new cache."""
+        from transformers import DynamicCache
+
+        from sparq.cache import upgrade
+
+        self.cache = DynamicCache(config=self.model.config)
+        upgrade(self.cache)  # what all methods can decode on
+        self.go_on(tokens)
+
+    def go_on(self, tokens: Any) -> None:
+        from sparq.lm_eval.prefill import step
+
+        step(self.model, self.cache, tokens[None], None)
+
+    def back_to(self, length: int) -> None:
+        surplus = self.cache.get_seq_length() - length
+        if surplus:
+            self.cache.crop(-surplus)  # negative in all versions of transformers: that many tokens less
+
+    def decode(self, tokens: Any) -> Any:
+        """Log-probabilities [T, vocabulary] after each of the tokens; the cache is afterwards what it was before."""
+        from sparq.generating import each_token_decides
+        from sparq.lm_eval.prefill import step
+
+        length = self.cache.get_seq_length()
+        with each_token_decides(self.cache):
+            logits = step(self.model, self.cache, tokens[None], None, all_logits=True)[0]
+        self.back_to(length)
+        return logits.float().log_softmax(-1)
+
+
+def contexts(tokens: Any, lengths: tuple[int, ...]) -> Iterator[tuple[int, str, int, Any, Any]]:
+    """Length, kind, how much of the document comes first, what is read densely behind it, and what is decoded (with
+    one token more, to be predicted): the longest context first, each a cut of the one before."""
+    import torch
+
+    for length in sorted(lengths, reverse=True):
+        yield length, "plain", length, tokens[:0], tokens[length : length + TOKENS + 1]
+        passage = tokens[int(PASSAGE * length) :][: CUE + TOKENS + 1]
+        yield length, "repeat", length - CUE, torch.as_tensor(passage[:CUE]), passage[CUE:]
+
+
+def measure(
+    folder: str, document: str, text: str, lengths: tuple[int, ...], chosen: list[Setting]
+) -> list[Measured]:
+    """All settings on one document; runs in a process of its own."""
+    import torch
+
+    reader = Reader(folder)
+    tokens = torch.tensor(reader.tokenizer(text)["input_ids"])
+    lengths = tuple(length for length in lengths if length + TOKENS < len(tokens))
+    if not lengths:
+        raise ValueError(f"{document} has {len(tokens)} tokens, not more than {min(lengths) + TOKENS}")
+    results = []
+    with torch.no_grad():
+        reader.read(tokens[: max(lengths)])
+        for length, kind, prefix, cue, decoded in contexts(tokens, lengths):
+            reader.back_to(prefix)
+            if len(cue):
+                reader.go_on(cue)
+            dense = reader.decode(decoded[:-1])
+            for setting in chosen:
+                with decoding(setting, reader.model) as report:
+                    sparse = reader.decode(decoded[:-1])
+                    total = report().total
+                found = compare(dense, sparse, decoded[1:])
+                results.append(
+                    Measured(document, length, kind, setting.line, setting.name, *found, total.bytes_dense / total.bytes_read, total.mean_alpha or math.nan)
+                )
+    return results
+
+
+def decoding(setting: Setting, model: Any) -> Any:
+    from sparq.lm_eval.decoding import Decoding
+
+    return Decoding.of(setting.method, setting.knobs).on(model)
+
+
+def compare(dense: Any, sparse: Any, targets: Any) -> tuple[float, float, float, float]:
+    """KL in bits, mean and 95th percentile; change of the targets' negative log-likelihood in bits; equal choices."""
+    kl = (dense.exp() * (dense - sparse)).sum(-1) / math.log(2)
+    chosen = targets[:, None]
+    change = (dense.gather(-1, chosen) - sparse.gather(-1, chosen)) / math.log(2)
+    same = (dense.argmax(-1) == sparse.argmax(-1)).float()
+    return kl.mean().item(), kl.quantile(0.95).item(), change.mean().item(), same.mean().item()
+
+
+def all_measured(
+    folder: str, texts: dict[str, str], lengths: tuple[int, ...], chosen: list[Setting], processes: int,
+    on_document: Callable[[str, float], None] = lambda document, seconds: None,
+) -> list[Measured]:
+    begin, results = time.perf_counter(), []
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        todo = {pool.submit(measure, folder, name, text, lengths, chosen): name for name, text in texts.items()}
+        for future in as_completed(todo):
+            results += future.result()
+            on_document(todo[future], time.perf_counter() - begin)
+    return results
+
+
+def main() -> None:
+    from documents import documents
+    from rich.console import Console
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder with a causal model and its tokenizer")
+    parser.add_argument("--json", type=Path, help="write what was measured here")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of context")
+    parser.add_argument("--documents", type=int, help="only the first so many (default: all)")
+    parser.add_argument("--settings", help="only those whose line holds this text")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
+    arguments = parser.parse_args()
+    os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+    import sparq_kernels
+
+    sparq_kernels.backend("cpu")  # compiled once, before several processes want it
+    console = Console(highlight=False)
+    texts = dict(list(documents().items())[: arguments.documents])
+    chosen = [one for one in settings() if arguments.settings is None or arguments.settings in one.line]
+    results = all_measured(
+        arguments.model, texts, tuple(arguments.lengths), chosen, arguments.processes,
+        lambda document, seconds: console.print(f"{document}: {seconds:.0f} s"),
+    )
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n")
+    show(console, results)
+
+
+def show(console: Any, results: list[Measured]) -> None:
+    """Means over documents and contexts, plain and repeat."""
+    from rich.table import Table
+
+    table = Table("setting", "kind", "less", "KL", "±", "95 %", "NLL", "same", "alpha")
+    for kind in KINDS:
+        for name in dict.fromkeys(one.name for one in results):
+            rows = [one for one in results if one.name == name and one.kind == kind]
+            kl, error = mean_and_error([one.kl for one in rows])
+            means = [mean_and_error([getattr(one, key) for one in rows])[0] for key in ("less", "kl_high", "nll_change", "same", "alpha")]
+            table.add_row(name, kind, f"{means[0]:.1f}x", f"{kl:.4f}", f"{error:.4f}", f"{means[1]:.3f}", f"{means[2]:+.3f}", f"{means[3]:.1%}", f"{means[4]:.2f}")
+    console.print(table)
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """And the standard error of the mean, nan for a single value."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+if __name__ == "__main__":
+    main()

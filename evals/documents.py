@@ -1,0 +1,39 @@
+"""Real texts of several kinds that lie on every machine with Python and SparQ's dependencies; none is committed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sysconfig
+from pathlib import Path
+from pydoc_data.topics import topics
+
+STANDARD = Path(sysconfig.get_paths()["stdlib"])
+PACKAGES = Path(sysconfig.get_paths()["purelib"])
+
+
+def documents() -> dict[str, str]:
+    """By kind; each has some 30,000 characters or more."""
+    return {
+        "language reference": topics["compound"],
+        "data model": topics["specialnames"],
+        "type reference": topics["types"],
+        "debugger, strings": topics["debugger"] + "\n\n" + topics["string-methods"],
+        "Python, parsing": (STANDARD / "argparse.py").read_text(encoding="utf-8"),
+        "Python, arithmetic": (STANDARD / "_pydecimal.py").read_text(encoding="utf-8"),
+        "C++ header": (PACKAGES / "torch/include/ATen/core/TensorBase.h").read_text(encoding="utf-8"),
+        "API reference": (PACKAGES / "torch/_torch_docs.py").read_text(encoding="utf-8"),
+        "README": _metadata("lm_eval"),
+        "licences": _licence("numpy"),
+    }
+
+
+def _metadata(package: str) -> str:
+    text = importlib.metadata.distribution(package).read_text("METADATA")
+    assert text is not None
+    return text
+
+
+def _licence(package: str) -> str:
+    files = importlib.metadata.files(package) or []
+    longest = max((file for file in files if "LICENSE" in file.name), key=lambda file: file.locate().stat().st_size)
+    return longest.read_text(encoding="utf-8")
