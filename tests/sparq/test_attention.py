@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import sparq_kernels
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
 import sparq
 from sparq.attention import sparq_attention
@@ -314,61 +314,6 @@ def test_where_it_pays_depends_on_the_device(device: str, positions: int) -> Non
     step = Step(None, sparq.SparqConfig(), Stats())
     key = SimpleNamespace(shape=(1, 8, 5000, 128), element_size=lambda: 2, device=torch.device(device))
     assert sparq.attention._min_length(step, key) == positions
-
-
-@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
-def test_a_mask_is_counted_once_for_all_layers(is_static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where each layer would start a kernel to count it."""
-    counted, given = [], []
-    decode = sparq_kernels.decode
-
-    def count(mask: torch.Tensor, length: torch.Tensor, queries: int, config: sparq.SparqConfig) -> torch.Tensor:
-        budget = sparq_kernels.Budget(4, config.min_k, config.k_divisor, config.local)
-        counted.append(sparq_kernels.count_valid(sparq_kernels.Visible(length, mask=mask), budget, queries=queries))
-        return counted[-1]
-
-    def noted(
-        query: torch.Tensor,
-        cached: sparq_kernels.Cached,
-        visible: sparq_kernels.Visible,
-        budget: sparq_kernels.Budget,
-        **options: object,
-    ) -> object:
-        assert torch.equal(visible.counts, sparq_kernels.count_valid(visible, budget))
-        given.append(visible.counts)
-        return decode(query, cached, visible, budget, **options)
-
-    monkeypatch.setattr(sparq.plan, "count_once", count)
-    monkeypatch.setattr(sparq_kernels, "decode", noted)
-    model = sparq.patch(build(), **SPARSE)
-    inputs = prompt()
-    inputs["attention_mask"][0, 20:23] = 0  # a hole: what is valid is no range
-    cache = StaticCache(config=model.config, max_cache_len=64) if is_static else DynamicCache()
-    mask = torch.zeros(2, 64, dtype=torch.int64) if is_static else inputs["attention_mask"]
-    mask[:, :40] = inputs["attention_mask"]
-    model(inputs["input_ids"], attention_mask=mask, past_key_values=cache)
-    counted.clear()
-    for step in range(3):
-        if is_static:
-            mask[:, 40 + step] = 1
-        else:
-            mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
-        model(next_tokens(2, 1), attention_mask=mask.clone(), past_key_values=cache)
-    layers = model.config.num_hidden_layers
-    assert len(counted) == 3 and len(given) == 3 * layers
-    assert sparq.report(model).total.sparse_steps == 3 * layers
-
-
-def test_the_score_mass_of_all_layers_is_summed_at_once() -> None:
-    """On a GPU a sum for each layer would be two kernels more a layer."""
-    model = sparq.patch(build(), **SPARSE)
-    teacher_forced(model, prompt(), next_tokens())
-    stats = model.base_model._sparq_patch.current().stats
-    assert list(stats.alphas) == [tuple(range(model.config.num_hidden_layers))]
-    report = sparq.report(model)
-    assert report.total.mean_alpha == pytest.approx(
-        sum(layer.mean_alpha for layer in report.layers.values()) / len(report.layers)
-    )
 
 
 def test_a_row_becomes_sparse_when_it_has_more_than_k_positions() -> None:

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraph
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import sparq
-from tests.sparq.test_static import same_report
+from tests.sparq.test_static_cache import same_report
 from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_forced
 
 pytestmark = pytest.mark.slow

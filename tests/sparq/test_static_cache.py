@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
 from collections.abc import Callable
 
@@ -611,16 +610,6 @@ def test_normal_use_is_silent() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate(model, prompt(), cache_implementation="static")
-
-
-def test_threads_lose_no_count() -> None:
-    inputs, tokens, model = prompt(batch=1, padding=0), next_tokens(1, 6), sparq.patch(build(), **SPARSE)
-    threads = [threading.Thread(target=lambda: teacher_forced(model, inputs, tokens, static(model))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sparq.report(model).total.sparse_steps == 4 * 3 * 6
 
 
 @torch.no_grad()
