@@ -14,9 +14,8 @@ import sparq
 import sparq.cache
 import sparq.index
 from sparq.cache import SparqLayer, upgrade
-from tests.sparq import test_cache
+from tests.sparq.caches import assign, check
 from tests.sparq.slow import Slow
-from tests.sparq.test_cache import assign
 from tests.sparq.tiny import build, generate, next_tokens, prompt
 
 SPARSE: dict[str, Any] = dict(r=4, k=12, min_length=0)
@@ -71,7 +70,7 @@ def as_from_a_fresh_cache(
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     for layer in cache.layers:
         own = fresh([(layer.keys.clone(), layer.values.clone())]).layers[0]
-        test_cache.check(layer, own)
+        check(layer, own)
 
 
 @pytest.mark.parametrize("edit", EDITS)

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 import sparq
-from tests.sparq.test_static_cache import static
+from tests.sparq.caches import static
 from tests.sparq.tiny import build, next_tokens, prompt, teacher_forced
 
 SPARSE = dict(r=4, k=12, min_length=0)
