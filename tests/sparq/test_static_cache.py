@@ -4,20 +4,18 @@ knows."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
 from sparq_kernels import BLOCK
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 from transformers.cache_utils import StaticLayer
 
 import sparq
 from sparq.cache import upgrade
 from sparq.static_cache import SparqStaticLayer
-from tests.sparq.caches import SIZE, assign, filled, index, states, static
-from tests.sparq.slow import Slow
+from tests.sparq.caches import SIZE, filled, index, states, static
 from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_forced
 
 SPARSE = dict(r=4, k=12, min_length=0)
@@ -71,39 +69,6 @@ def test_upgrade_takes_over_the_tensors(is_filled: bool) -> None:
 # Models
 
 
-def edited(model, edit: Callable, cache: StaticCache) -> Tensor:
-    """Logits of steps of which others change the cache before every second one."""
-    inputs, tokens, logits = prompt(batch=1, padding=0), next_tokens(1, 6), []
-    with torch.no_grad():
-        model(**inputs, past_key_values=cache)
-        for step in range(6):
-            if step % 2:
-                for layer in cache.layers:
-                    edit(layer)
-            logits.append(model(tokens[:, step : step + 1], past_key_values=cache).logits[:, -1])
-    return torch.stack(logits, 1)
-
-
-EDITS: dict[str, Callable] = {
-    "keys and values": lambda layer: assign(layer, lambda t: t.roll(2, 2)),
-    "values and keys": lambda layer: assign(layer, lambda t: t.roll(2, 2), values_first=True),
-    "write": lambda layer: (layer.keys[:, :, 5:9].neg_(), layer.values[:, :, 5:9].mul_(-2)),
-}
-
-
-@pytest.mark.parametrize("edit", EDITS)
-def test_a_cache_that_others_change_between_steps(edit: str) -> None:
-    """Sparse steps are those of the definition, which knows no index, on a cache that was changed in the same way."""
-    stock, covering = build(), sparq.patch(build(), k=SIZE, min_length=0)
-    dense = edited(stock, EDITS[edit], static(stock))
-    torch.testing.assert_close(edited(covering, EDITS[edit], static(covering)), dense, rtol=1e-4, atol=1e-4)
-    slow, model = Slow(r=4, k=12).install(build()), sparq.patch(build(), **SPARSE)
-    expected = edited(slow, EDITS[edit], static(slow))
-    torch.testing.assert_close(edited(model, EDITS[edit], static(model)), expected, rtol=1e-4, atol=1e-4)
-    assert sparq.report(model).total.sparse_steps == 3 * 6
-    assert (expected - edited(build(), lambda layer: None, static(stock))).abs().max() > 0.1
-
-
 PROMPTS = {"padded": prompt(), "unpadded": prompt(padding=0), "one row": prompt(batch=1), "one token": prompt(2, 1, 0)}
 
 
@@ -121,23 +86,6 @@ def test_generate_gives_the_same_tokens(family: str) -> None:
             assert total.sparse_steps == 2 * dynamic.sparse_steps > 0
         assert total.decode_steps == 2 * dynamic.decode_steps
         sparq.unpatch(model)
-
-
-@pytest.mark.parametrize(
-    "how", [dict(num_beams=3), dict(num_beams=3, num_return_sequences=2), dict(do_sample=True)], ids=str
-)
-def test_other_ways_to_generate(how: dict) -> None:
-    inputs, model = prompt(), sparq.patch(build(), **SPARSE)
-    torch.manual_seed(3)
-    expected = generate(model, inputs, **how)
-    torch.manual_seed(3)
-    assert generate(model, inputs, cache_implementation="static", **how) == expected
-
-
-def test_a_prompt_in_chunks() -> None:
-    inputs, model = prompt(), sparq.patch(build(), **SPARSE)
-    expected = generate(model, inputs)
-    assert generate(model, inputs, cache_implementation="static", prefill_chunk_size=20) == expected
 
 
 def test_a_cache_that_is_reset_and_used_again() -> None:
@@ -230,23 +178,6 @@ def test_inference_mode_may_be_left_between_calls() -> None:
         expected = generate(model, inputs, cache_implementation="static")
     assert generate(model, inputs, cache_implementation="static") == expected
     assert sparq.report(model).total.sparse_steps == 2 * 3 * 11
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("visible", [True, False])
-def test_a_chunk_whose_mask_is_not_causal_is_dense(visible: bool) -> None:
-    """A later token that an earlier one sees, or drafts side by side."""
-    outputs = []
-    for model in (sparq.patch(build(), **SPARSE), build()):
-        cache = static(model)
-        model(**prompt(batch=1, padding=0), past_key_values=cache)
-        mask = torch.zeros(1, 1, 2, SIZE, dtype=torch.bool)
-        mask[..., 0, :41] = mask[..., 1, :42] = True
-        mask[(0, 0, 0, 41) if visible else (0, 0, 1, 40)] = visible
-        outputs.append(model(next_tokens(1, 2), attention_mask=mask, past_key_values=cache).logits)
-        if model.config._attn_implementation == "sparq":
-            assert sparq.report(model).total.dense_steps == {"attention mask that is not causal": 3}
-    torch.testing.assert_close(*outputs)
 
 
 def test_initialised_early_and_first_used_in_inference_mode() -> None:
