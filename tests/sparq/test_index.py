@@ -262,3 +262,16 @@ def test_of_fixed_size_a_single_position_that_changes_makes_the_mean_stale(monke
     changed[1, 3] = False
     doubt = index(layer, mask=changed).mean_is_stale
     assert doubt is not None and doubt
+
+
+def test_of_fixed_size_it_is_of_nothing_after_a_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is read back, as on a GPU: no comparison of masks makes up for what it would still hold."""
+    layer, plain = pair(FIXED, 20)
+    index(layer)
+    monkeypatch.setattr("sparq.index.can_read", lambda device: False)
+    for one in (layer, plain):
+        one.reset()
+        one.update(*states(1, seed=1))
+    indexed = index(layer)
+    assert indexed.mean_is_stale is not None and not indexed.mean_is_stale
+    torch.testing.assert_close(indexed.value_sum, plain.values[:, :, 0])
