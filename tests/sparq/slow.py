@@ -24,9 +24,11 @@ def slow_head(
     softcap: float | None,
     mean_value: bool,
     sinks: Tensor | None = None,
+    temperature: bool = True,
 ) -> tuple[Tensor, Tensor, list[int]]:
     """One KV head over its valid positions: q [G, d], keys and values [n, d], sinks [G], float64.
 
+    temperature: whether the scores are softened for the components that they lack, as the paper has it.
     Returns the output [G, d], α [G] and the positions read.
     """
     n, head_dim = keys.shape
@@ -36,7 +38,7 @@ def slow_head(
     scores = []
     for row in q:
         total = float(row.abs().sum())
-        tau = math.sqrt(float(row[c].abs().sum()) / total) if total else 1.0
+        tau = math.sqrt(float(row[c].abs().sum()) / total) if temperature and total else 1.0
         scores.append(torch.softmax(cap(keys[:, c] @ row[c] * scale / tau, softcap), dim=0))
     s_hat = torch.stack(scores)  # [G, n]
 

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import sparq_kernels
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 import sparq
 from sparq.attention import sparq_attention
-from sparq.cache import SparqLayer
+from sparq.cache import SparqLayer, upgrade
 from sparq.config import SparqConfig
 from sparq.stats import Stats
 from sparq.step import Step
+from tests.sparq.caches import SIZE, dynamic, on_either_cache, same_report, static
 from tests.sparq.slow import Slow
 from tests.sparq.tiny import attention_module, build, check_beams, generate, next_tokens, prompt, teacher_forced
 
 SPARSE = dict(r=4, k=12, min_length=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
 @pytest.mark.parametrize(
     "knobs",
     [
@@ -36,27 +39,33 @@ SPARSE = dict(r=4, k=12, min_length=0)
     ids=str,
 )
 def test_every_step_equals_the_definition(family: str, knobs: dict) -> None:
+    """On a cache that the model makes, and on a static one, for which the report says the same."""
     inputs, tokens = prompt(), next_tokens()
     expected = teacher_forced(Slow(**knobs).install(build(family)), inputs, tokens)
     stock = teacher_forced(build(family), inputs, tokens)
 
-    model = sparq.patch(build(family), min_length=0, **knobs)
-    actual = teacher_forced(model, inputs, tokens)
+    reports = []
+    for make_cache in (lambda model: None, static):
+        model = sparq.patch(build(family), min_length=0, **knobs)
+        actual = teacher_forced(model, inputs, tokens, make_cache(model))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        # the test has power only where sparsity changes something
+        assert (stock - expected).abs().mean() > 100 * (actual - expected).abs().mean()
+        reports.append(sparq.report(model))
+    sparse_layers = [i for i in ([1] if family == "gemma2" else range(3)) if i >= knobs.get("dense_layers", 0)]
+    assert reports[0].total.sparse_steps == len(sparse_layers) * tokens.shape[1]
+    same_report(reports[1], reports[0])
 
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    # the test has power only where sparsity changes something
-    assert (stock - expected).abs().mean() > 100 * (actual - expected).abs().mean()
-    sparse_layers = 3 - knobs.get("dense_layers", 0)
-    assert sparq.report(model).total.sparse_steps == sparse_layers * tokens.shape[1]
 
-
-def test_k_follows_the_context_of_each_row() -> None:
-    """300 positions give k = 150 and more; the padded row of 200 has the least, 128."""
+@on_either_cache
+def test_k_follows_the_context_of_each_row(make_cache: Callable) -> None:
+    """300 positions give k = 150 and more; the padded row of 200 has the least, 128. The static cache has room for ten
+    times as many."""
     inputs, tokens = prompt(length=300, padding=100), next_tokens()
-    slow = Slow(r=4, ratio=1)
-    expected = teacher_forced(slow.install(build()), inputs, tokens)
-    model = sparq.patch(build(), r=4, ratio=1, min_length=0)
-    actual = teacher_forced(model, inputs, tokens)
+    slow, room = Slow(r=4, ratio=1), dict(max_position_embeddings=4096)
+    expected = teacher_forced(slow.install(build(**room)), inputs, tokens)
+    model = sparq.patch(build(**room), r=4, ratio=1, min_length=0)
+    actual = teacher_forced(model, inputs, tokens, make_cache(model, 3000))
 
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     growing = sum((300 + step) // 2 for step in range(1, 13))
@@ -147,11 +156,13 @@ def test_positional_cache_argument() -> None:
 
 
 @torch.no_grad()
-def test_takes_over_a_cache_that_an_unpatched_model_has_filled() -> None:
-    inputs, tokens = prompt(), next_tokens()
-    expected = teacher_forced(sparq.patch(build(), **SPARSE), inputs, tokens)
+@on_either_cache
+def test_takes_over_a_cache_that_an_unpatched_model_has_filled(make_cache: Callable) -> None:
+    inputs, tokens, model = prompt(), next_tokens(), sparq.patch(build(), **SPARSE)
+    expected = teacher_forced(model, inputs, tokens, make_cache(model))
     model = build()
-    cache = model(**inputs).past_key_values
+    cache = make_cache(model)
+    model(**inputs, past_key_values=cache)
     given = [(layer.keys, layer.keys.clone()) for layer in cache.layers]
     sparq.patch(model, **SPARSE)
     mask, logits = inputs["attention_mask"], []
@@ -159,7 +170,9 @@ def test_takes_over_a_cache_that_an_unpatched_model_has_filled() -> None:
         mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
         logits.append(model(tokens[:, step : step + 1], attention_mask=mask, past_key_values=cache).logits[:, -1])
     torch.testing.assert_close(torch.stack(logits, 1), expected)
-    assert all(torch.equal(tensor, before) for tensor, before in given)
+    assert sparq.report(model).total.sparse_steps == 3 * 12
+    if make_cache is dynamic:  # a static cache is written in place
+        assert all(torch.equal(tensor, before) for tensor, before in given)
 
 
 def causal_mask(valid: torch.Tensor, new: int) -> torch.Tensor:
@@ -170,9 +183,9 @@ def causal_mask(valid: torch.Tensor, new: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def decode_with_masks(model, inputs, tokens, make_mask) -> torch.Tensor:
+def decode_with_masks(model, inputs, tokens, make_mask, cache=None) -> torch.Tensor:
     ids, valid = inputs["input_ids"], inputs["attention_mask"]
-    output = model(ids, attention_mask=make_mask(valid, ids.shape[1]))
+    output = model(ids, attention_mask=make_mask(valid, ids.shape[1]), past_key_values=cache)
     logits = []
     for step in range(tokens.shape[1]):
         valid = torch.cat([valid, valid.new_ones(valid.shape[0], 1)], dim=1)
@@ -185,38 +198,54 @@ def decode_with_masks(model, inputs, tokens, make_mask) -> torch.Tensor:
     return torch.stack(logits, 1)
 
 
-@pytest.mark.parametrize("form", ["bool", "float", "infinite", "holes", "batch of one"])
-def test_masks_of_four_dimensions(form: str) -> None:
+def forgetful(valid: torch.Tensor, new: int) -> torch.Tensor:
+    """With each step one more of the old positions is forgotten."""
+    valid = valid.clone()
+    valid[0, 3 : valid.shape[1] - 38] = 0
+    return causal_mask(valid, new)
+
+
+def as_wide_as(cache: Cache | None, mask: torch.Tensor) -> torch.Tensor:
+    """A static cache has masks of its size; what lies behind the newest token may not be seen."""
+    return torch.nn.functional.pad(mask, (0, SIZE - mask.shape[3])) if isinstance(cache, StaticCache) else mask
+
+
+@on_either_cache
+@pytest.mark.parametrize(
+    "form", ["bool", "float", "infinite", "holes", "batch of one", "forgetful", "beyond the length"]
+)
+def test_masks_of_four_dimensions(form: str, make_cache: Callable) -> None:
     inputs, tokens = prompt(), next_tokens()
-    if form == "holes":
+    if form in ("holes", "forgetful", "beyond the length"):
         inputs["attention_mask"][0, 5:9] = 0
         inputs["attention_mask"][1, 30] = 0
     if form == "batch of one":
         inputs["attention_mask"][0] = inputs["attention_mask"][1]
+    what_is_seen = forgetful if form == "forgetful" else causal_mask
+    model = sparq.patch(build(), **SPARSE)
+    cache = make_cache(model)
 
     def make_mask(valid: torch.Tensor, new: int) -> torch.Tensor:
-        mask = causal_mask(valid, new)
+        mask = as_wide_as(cache, what_is_seen(valid, new))
+        if form == "beyond the length" and new == 1:
+            mask = torch.nn.functional.pad(mask, (0, SIZE - mask.shape[3]))
+            mask[..., valid.shape[1] :] = True
         if form in ("float", "infinite"):
             # a padded query that sees nothing at all is NaN under -inf, in the stock model too
             masked_out = torch.finfo(torch.float32).min if form == "float" or new > 1 else -torch.inf
             return torch.where(mask, 0.0, masked_out)
         return mask[:1] if form == "batch of one" else mask
 
-    expected = decode_with_masks(Slow(r=4, k=12).install(build()), inputs, tokens, causal_mask)
-    model = sparq.patch(build(), **SPARSE)
-    actual = decode_with_masks(model, inputs, tokens, make_mask)
+    expected = decode_with_masks(Slow(r=4, k=12).install(build()), inputs, tokens, what_is_seen)
+    actual = decode_with_masks(model, inputs, tokens, make_mask, cache)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    assert sparq.report(model).total.dense_steps == {}
+    total = sparq.report(model).total
+    assert total.dense_steps == {} and total.sparse_steps == 3 * 12
 
 
 def test_a_mask_that_the_caller_changes_in_place() -> None:
     inputs, tokens = prompt(), next_tokens()
     buffer = torch.zeros(2, 1, 1, 64, dtype=torch.bool)
-
-    def forgetful(valid: torch.Tensor, new: int) -> torch.Tensor:
-        valid = valid.clone()
-        valid[0, 3 : valid.shape[1] - 38] = 0  # with each step one more of the old positions is forgotten
-        return causal_mask(valid, new)
 
     def in_place(valid: torch.Tensor, new: int) -> torch.Tensor:
         mask = forgetful(valid, new)
@@ -231,22 +260,27 @@ def test_a_mask_that_the_caller_changes_in_place() -> None:
     torch.testing.assert_close(expected, slow, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", ["heads", "bias"])
-def test_masks_that_sparq_cannot_read_are_dense(shape: str) -> None:
-    inputs, tokens = prompt(), next_tokens(steps=2)
-
-    def make_mask(valid: torch.Tensor, new: int) -> torch.Tensor:
-        mask = causal_mask(valid, new)
-        if shape == "heads":
-            return mask.expand(-1, 4, -1, -1)
-        return torch.where(mask, -0.1 * torch.arange(mask.shape[3]), torch.finfo(torch.float32).min)
-
+@on_either_cache
+@pytest.mark.parametrize(
+    ("shape", "reason"), [("heads", "attention mask that is not"), ("bias", "attention mask with a bias")]
+)
+def test_masks_that_sparq_cannot_read_are_dense(shape: str, reason: str, make_cache: Callable) -> None:
+    inputs, tokens, logits = prompt(), next_tokens(steps=2), []
     model = sparq.patch(build(), **SPARSE)
-    expected = decode_with_masks(build(), inputs, tokens, make_mask)
-    torch.testing.assert_close(decode_with_masks(model, inputs, tokens, make_mask), expected, rtol=1e-4, atol=1e-4)
+    for either in (model, build()):
+        cache = make_cache(either)
+
+        def make_mask(valid: torch.Tensor, new: int, cache: Cache = cache) -> torch.Tensor:
+            mask = as_wide_as(cache, causal_mask(valid, new))
+            if shape == "heads":
+                return mask.expand(-1, 4, -1, -1)
+            return torch.where(mask, -0.1 * torch.arange(mask.shape[3]), torch.finfo(torch.float32).min)
+
+        logits.append(decode_with_masks(either, inputs, tokens, make_mask, cache))
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
     total = sparq.report(model).total
     assert total.sparse_steps == 0 and sum(total.dense_steps.values()) == 6
-    assert all(reason.startswith("attention mask") for reason in total.dense_steps)
+    assert all(text.startswith(reason) for text in total.dense_steps)
 
 
 def test_no_mask_is_a_mask_of_ones() -> None:
@@ -314,61 +348,6 @@ def test_where_it_pays_depends_on_the_device(device: str, positions: int) -> Non
     step = Step(None, sparq.SparqConfig(), Stats())
     key = SimpleNamespace(shape=(1, 8, 5000, 128), element_size=lambda: 2, device=torch.device(device))
     assert sparq.attention._min_length(step, key) == positions
-
-
-@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
-def test_a_mask_is_counted_once_for_all_layers(is_static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where each layer would start a kernel to count it."""
-    counted, given = [], []
-    decode = sparq_kernels.decode
-
-    def count(mask: torch.Tensor, length: torch.Tensor, queries: int, config: sparq.SparqConfig) -> torch.Tensor:
-        budget = sparq_kernels.Budget(4, config.min_k, config.k_divisor, config.local)
-        counted.append(sparq_kernels.count_valid(sparq_kernels.Visible(length, mask=mask), budget, queries=queries))
-        return counted[-1]
-
-    def noted(
-        query: torch.Tensor,
-        cached: sparq_kernels.Cached,
-        visible: sparq_kernels.Visible,
-        budget: sparq_kernels.Budget,
-        **options: object,
-    ) -> object:
-        assert torch.equal(visible.counts, sparq_kernels.count_valid(visible, budget))
-        given.append(visible.counts)
-        return decode(query, cached, visible, budget, **options)
-
-    monkeypatch.setattr(sparq.plan, "count_once", count)
-    monkeypatch.setattr(sparq_kernels, "decode", noted)
-    model = sparq.patch(build(), **SPARSE)
-    inputs = prompt()
-    inputs["attention_mask"][0, 20:23] = 0  # a hole: what is valid is no range
-    cache = StaticCache(config=model.config, max_cache_len=64) if is_static else DynamicCache()
-    mask = torch.zeros(2, 64, dtype=torch.int64) if is_static else inputs["attention_mask"]
-    mask[:, :40] = inputs["attention_mask"]
-    model(inputs["input_ids"], attention_mask=mask, past_key_values=cache)
-    counted.clear()
-    for step in range(3):
-        if is_static:
-            mask[:, 40 + step] = 1
-        else:
-            mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
-        model(next_tokens(2, 1), attention_mask=mask.clone(), past_key_values=cache)
-    layers = model.config.num_hidden_layers
-    assert len(counted) == 3 and len(given) == 3 * layers
-    assert sparq.report(model).total.sparse_steps == 3 * layers
-
-
-def test_the_score_mass_of_all_layers_is_summed_at_once() -> None:
-    """On a GPU a sum for each layer would be two kernels more a layer."""
-    model = sparq.patch(build(), **SPARSE)
-    teacher_forced(model, prompt(), next_tokens())
-    stats = model.base_model._sparq_patch.current().stats
-    assert list(stats.alphas) == [tuple(range(model.config.num_hidden_layers))]
-    report = sparq.report(model)
-    assert report.total.mean_alpha == pytest.approx(
-        sum(layer.mean_alpha for layer in report.layers.values()) / len(report.layers)
-    )
 
 
 def test_a_row_becomes_sparse_when_it_has_more_than_k_positions() -> None:
@@ -441,13 +420,22 @@ def test_training_on_a_prompt() -> None:
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-3, atol=1e-5)
 
 
-def test_steps_outside_of_no_grad_leave_no_graph_behind() -> None:
-    model = sparq.patch(build(), **SPARSE)
-    cache = model(**prompt(batch=1)).past_key_values
-    output = model(next_tokens(1, 1), past_key_values=cache)
+@on_either_cache
+@pytest.mark.parametrize("prompt_grad", [True, False])
+def test_steps_outside_of_no_grad_leave_no_graph_behind(make_cache: Callable, prompt_grad: bool) -> None:
+    inputs, token, model = prompt(batch=1, padding=0), next_tokens(1, 1), sparq.patch(build(), **SPARSE)
+    expected = teacher_forced(model, inputs, token, make_cache(model))
+    sparq.patch(model, **SPARSE)
+    cache = make_cache(model)
+    with torch.set_grad_enabled(prompt_grad):
+        model(**inputs, past_key_values=cache)
+    output = model(token, past_key_values=cache)
     assert output.logits.requires_grad
-    held = model.base_model._sparq_patch.current().stats.alphas
-    assert held and not any(sums.requires_grad for sums in held.values())
+    torch.testing.assert_close(output.logits[:, -1], expected[:, 0])
+    stats = model.base_model._sparq_patch.current().stats
+    held = [one.alpha for one in stats.on_device.values()] if make_cache is static else [*stats.alphas.values()]
+    held += [layer._index.value_sum for layer in cache.layers]
+    assert len(held) == (6 if make_cache is static else 4) and not any(tensor.requires_grad for tensor in held)
 
 
 def test_inference_mode_can_be_left_and_entered() -> None:
@@ -462,28 +450,43 @@ def test_inference_mode_can_be_left_and_entered() -> None:
         torch.testing.assert_close(logits, expected[:, step])
 
 
-def test_an_offloaded_cache_is_dense_with_one_warning() -> None:
-    layer = SparqLayer()
+def offloaded_dynamic() -> tuple[Cache, torch.Tensor]:
+    layer, cache = SparqLayer(), DynamicCache()
     layer.update(torch.zeros(1, 2, 41, 16), torch.zeros(1, 2, 41, 16))
-    cache = DynamicCache()
     cache.layers.append(layer)
-    step = Step(cache, SparqConfig(min_length=0, k=12), Stats())
-    there = torch.empty(1, 2, 41, 16, device="meta")  # where the model is; the layer's own have been moved away
+    return cache, torch.empty(1, 2, 41, 16, device="meta")  # the layer's own have been moved away
+
+
+def offloaded_static() -> tuple[Cache, torch.Tensor]:
+    cache, keys = static(build()), torch.zeros(1, 2, SIZE, 16)
+    cache.update(keys, keys, 0)
+    cache.offloading = True  # what makes one needs a GPU
+    upgrade(cache)
+    assert all(type(layer) is StaticLayer for layer in cache.layers)
+    return cache, keys
+
+
+@pytest.mark.parametrize("offloaded", [offloaded_dynamic, offloaded_static])
+def test_an_offloaded_cache_is_dense_with_one_warning(offloaded: Callable) -> None:
+    """The keys are where the model is."""
+    (cache, keys), stats = offloaded(), Stats()
     with pytest.warns(UserWarning, match="offloaded") as caught:
         for _ in range(2):
-            sparq_attention("sdpa", attention_module(), there[:, :, :1], there, there, None, sparq_step=step)
+            step = Step(cache, SparqConfig(min_length=0, k=12), stats)
+            sparq_attention("sdpa", attention_module(), keys[:, :, :1], keys, keys, None, sparq_step=step)
     assert len(caught) == 1
-    assert step.stats.layers[0].dense_steps == {"an offloaded cache cannot be read sparsely": 2}
+    assert stats.layers[0].dense_steps == {"an offloaded cache cannot be read sparsely": 2}
 
 
-def test_normal_use_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("family", "how"), [("llama", {}), ("gemma2", dict(cache_implementation="static"))])
+def test_normal_use_is_silent(family: str, how: dict, capfd: pytest.CaptureFixture[str]) -> None:
     inputs = prompt()
-    generate(sparq.patch(build(), **SPARSE), inputs)  # the first use may compile
+    generate(sparq.patch(build(family), **SPARSE), inputs, **how)  # the first use may compile
     capfd.readouterr()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = sparq.patch(build(), **SPARSE)
-        generate(model, inputs)
+        model = sparq.patch(build(family), **SPARSE)
+        generate(model, inputs, **how)
         sparq.report(model)
         sparq.unpatch(model)
     assert capfd.readouterr() == ("", "")

@@ -1,22 +1,22 @@
-"""Models that decode on a dynamic cache which others change between the steps, or go on using."""
+"""Models that decode on a cache which others change between the steps, or go on using."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 import sparq
 import sparq.cache
 import sparq.index
 from sparq.cache import SparqLayer, upgrade
-from tests.sparq import test_cache
+from tests.sparq.caches import assign, check, dynamic, static
 from tests.sparq.slow import Slow
-from tests.sparq.test_cache import assign
 from tests.sparq.tiny import build, generate, next_tokens, prompt
 
 SPARSE: dict[str, Any] = dict(r=4, k=12, min_length=0)
@@ -29,19 +29,38 @@ def write(layer: Any) -> None:
 
 
 EDITS: dict[str, Callable] = {
-    "a window": lambda layer: assign(layer, lambda t: t[:, :, -24:]),
-    "a window, values first": lambda layer: assign(layer, lambda t: t[:, :, -24:], values_first=True),
-    "sinks and the newest": lambda layer: assign(layer, lambda t: torch.cat([t[:, :, :4], t[:, :, -20:]], 2)),
-    "another document behind": lambda layer: assign(layer, lambda t: torch.cat([t, t[:, :, :8]], 2)),
     "other tokens, as many": lambda layer: assign(layer, lambda t: t[:, :, torch.arange(t.shape[2]) // 2]),
     "write": write,
     "one row of two": lambda layer: assign(layer, lambda t: t[-1:]),
 }
+EDITS_OF_THE_LENGTH: dict[str, Callable] = {
+    "a window": lambda layer: assign(layer, lambda t: t[:, :, -24:]),
+    "a window, values first": lambda layer: assign(layer, lambda t: t[:, :, -24:], values_first=True),
+    "sinks and the newest": lambda layer: assign(layer, lambda t: torch.cat([t[:, :, :4], t[:, :, -20:]], 2)),
+    "another document behind": lambda layer: assign(layer, lambda t: torch.cat([t, t[:, :, :8]], 2)),
+}
+EDITS_OF_STORAGE: dict[str, Callable] = {  # what lies behind the newest token comes in front
+    "rolled": lambda layer: assign(layer, lambda t: t.roll(2, 2)),
+    "rolled, values first": lambda layer: assign(layer, lambda t: t.roll(2, 2), values_first=True),
+}
+on_every_edit = pytest.mark.parametrize(
+    ("make_cache", "edit"),
+    [
+        *[pytest.param(dynamic, edit, id=f"dynamic-{name}") for name, edit in (EDITS | EDITS_OF_THE_LENGTH).items()],
+        *[pytest.param(static, edit, id=f"static-{name}") for name, edit in (EDITS | EDITS_OF_STORAGE).items()],
+    ],
+)
 
 
-def edited(model: PreTrainedModel, edit: Callable, mode: Any = torch.no_grad, watch: Callable | None = None) -> Tensor:
+def edited(
+    model: PreTrainedModel,
+    edit: Callable,
+    make_cache: Callable,
+    mode: Any = torch.no_grad,
+    watch: Callable | None = None,
+) -> Tensor:
     """Logits of six steps; the cache is edited after the prompt and after the third."""
-    cache, logits, batch = DynamicCache(config=model.config), [], 2
+    cache, logits, batch = make_cache(model), [], 2
     with mode():
         model(prompt(padding=0)["input_ids"], past_key_values=cache)
         for step in range(6):
@@ -50,45 +69,51 @@ def edited(model: PreTrainedModel, edit: Callable, mode: Any = torch.no_grad, wa
                     edit(layer)
                 batch = cache.layers[0].keys.shape[0]
             token, position = next_tokens(2, 6)[:batch, step : step + 1], torch.full((batch, 1), 60 + step)
-            before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+            before = None if watch is None else fresh(cache)
             logits.append(model(token, position_ids=position, past_key_values=cache).logits[:, -1])
             if watch is not None:
                 watch(model, cache, before, token, position, logits[-1])
     return torch.stack([row[-1:] for row in logits], 1)
 
 
-def fresh(tensors: list[tuple[Tensor, Tensor]]) -> DynamicCache:
-    cache = DynamicCache(tensors)
-    upgrade(cache)
-    return cache
+def fresh(cache: Cache) -> Cache:
+    """A cache that has just been given the same tokens, and has no index yet."""
+    if isinstance(cache, StaticCache):
+        other: Cache = copy.deepcopy(cache)
+        for layer in other.layers:
+            layer._drop_index()
+        return other
+    other = DynamicCache([(layer.keys.clone(), layer.values.clone()) for layer in cache.layers])
+    upgrade(other)
+    return other
 
 
 def as_from_a_fresh_cache(
-    model: PreTrainedModel, cache: DynamicCache, before: list, token: Tensor, position: Tensor, logits: Tensor
+    model: PreTrainedModel, cache: Cache, before: Cache, token: Tensor, position: Tensor, logits: Tensor
 ) -> None:
     """The step, and the index it has left, are those of a cache that has just been given the same tokens."""
-    expected = model(token, position_ids=position, past_key_values=fresh(before)).logits[:, -1]
+    expected = model(token, position_ids=position, past_key_values=before).logits[:, -1]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    for layer in cache.layers:
-        own = fresh([(layer.keys.clone(), layer.values.clone())]).layers[0]
-        test_cache.check(layer, own)
+    for layer, own in zip(cache.layers, fresh(cache).layers, strict=True):
+        check(layer, own)
 
 
-@pytest.mark.parametrize("edit", EDITS)
-def test_full_budget_is_the_stock_model(edit: str) -> None:
-    expected = edited(build(), EDITS[edit])
+@on_every_edit
+def test_full_budget_is_the_stock_model(make_cache: Callable, edit: Callable) -> None:
+    expected = edited(build(), edit, make_cache)
     model = sparq.patch(build(), k=1000, min_length=0)
-    torch.testing.assert_close(edited(model, EDITS[edit]), expected, rtol=1e-4, atol=1e-4)
-    if edit != "one row of two":
-        assert (expected - edited(build(), lambda layer: None)).abs().max() > 0.1
+    torch.testing.assert_close(edited(model, edit, make_cache), expected, rtol=1e-4, atol=1e-4)
+    if edit is not EDITS["one row of two"]:
+        assert (expected - edited(build(), lambda layer: None, make_cache)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("edit", EDITS)
-def test_sparse_steps_see_what_is_held_now(edit: str, mode: Any) -> None:
-    expected = edited(Slow(r=4, k=12).install(build()), EDITS[edit])
+@on_every_edit
+def test_sparse_steps_see_what_is_held_now(make_cache: Callable, edit: Callable, mode: Any) -> None:
+    """The definition knows no index."""
+    expected = edited(Slow(r=4, k=12).install(build()), edit, make_cache)
     model = sparq.patch(build(), **SPARSE)
-    actual = edited(model, EDITS[edit], mode, as_from_a_fresh_cache)
+    actual = edited(model, edit, make_cache, mode, as_from_a_fresh_cache)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert sparq.report(model).total.sparse_steps == 2 * 3 * 6
 

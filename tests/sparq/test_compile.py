@@ -14,13 +14,12 @@ from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraph
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import sparq
-from tests.sparq.test_static import same_report
+from tests.sparq.caches import SIZE, same_report, static
 from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_forced
 
 pytestmark = pytest.mark.slow
 
 SPARSE = dict(r=4, k=12, min_length=0)
-SIZE = 64
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +28,6 @@ def fresh() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
-
-
-def static(model) -> StaticCache:
-    return StaticCache(config=model.config, max_cache_len=SIZE)
 
 
 @torch.no_grad()

@@ -73,14 +73,15 @@ def test_full_budget_is_the_stock_model(way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_sparse_steps_equal_the_definition(way: str) -> None:
     expected = seeded(Slow(**SPARSE, several=False).install(build()), **WAYS[way])
-    model = sparq.patch(build(), **SPARSE, min_length=0)
-    assert seeded(model, **WAYS[way]) == expected
     assert expected != seeded(build(), **WAYS[way])  # or there is nothing to see
-    steps = sparq.report(model).total.sparse_steps
-    if way in STEPS:
-        assert 0 < steps <= 3 * 11
-    else:
-        assert steps == 3 * (12 if way == "prompt in chunks, the last of one token" else 11)
+    for cache in ({}, dict(cache_implementation="static")):
+        model = sparq.patch(build(), **SPARSE, min_length=0)
+        assert seeded(model, **WAYS[way], **cache) == expected
+        steps = sparq.report(model).total.sparse_steps
+        if way in STEPS:
+            assert 0 < steps <= 3 * 11
+        else:
+            assert steps == 3 * (12 if way == "prompt in chunks, the last of one token" else 11)
 
 
 def test_beams_with_scores_equal_the_definition() -> None:

@@ -11,9 +11,10 @@ import sparq_kernels
 import torch
 from sparq_kernels import Budget, Cached, Visible
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 import sparq
+from tests.sparq.caches import dynamic, static
 from tests.sparq.tiny import build, next_tokens, prompt
 
 SPARSE: dict[str, Any] = dict(r=4, k=12, min_length=0)
@@ -23,14 +24,6 @@ DENSE: dict[str, dict[str, Any]] = {
     "dense layers": SPARSE | dict(dense_layers=3),
 }
 NO_GRADIENT = "sparq: sparse decode steps have no gradient"
-
-
-def dynamic(model: PreTrainedModel) -> Cache:
-    return DynamicCache(config=model.config)
-
-
-def static(model: PreTrainedModel) -> Cache:
-    return StaticCache(config=model.config, max_cache_len=64)
 
 
 def loss_of(

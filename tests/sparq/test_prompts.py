@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 import sparq
 from sparq.attention import sparq_attention
@@ -17,22 +17,14 @@ from sparq.config import SparqConfig
 from sparq.static_cache import SparqStaticLayer
 from sparq.stats import Stats
 from sparq.step import Step
+from tests.sparq.caches import dynamic, static
 from tests.sparq.tiny import attention_module, build, generate, next_tokens, prompt, teacher_forced
 
 SPARSE: dict[str, Any] = dict(r=4, k=12, min_length=0)
-SIZE = 64
-
-
-def dynamic(model: PreTrainedModel) -> Cache:
-    return DynamicCache(config=model.config)
 
 
 def lazy(model: PreTrainedModel) -> Cache:
     return DynamicCache()
-
-
-def static(model: PreTrainedModel) -> Cache:
-    return StaticCache(config=model.config, max_cache_len=SIZE)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import sparq
 from sparq.reasons import EXPECTED, NO_KERNEL, REASONS
+from tests.sparq.caches import dynamic, static
 from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_forced
 
 SPARSE: dict[str, Any] = dict(r=4, k=12, min_length=0)
@@ -115,14 +116,6 @@ def steps_on(model: PreTrainedModel, cache: Any, tokens: int = 1, **how: Any) ->
     with torch.no_grad():
         model(**prompt(padding=0), past_key_values=cache)
         return model(next_tokens(2, tokens), past_key_values=cache, **how).logits
-
-
-def dynamic(model: PreTrainedModel) -> DynamicCache:
-    return DynamicCache(config=model.config)
-
-
-def static(model: PreTrainedModel) -> StaticCache:
-    return StaticCache(config=model.config, max_cache_len=64)
 
 
 def autocast(model: PreTrainedModel, cache: Any) -> None:

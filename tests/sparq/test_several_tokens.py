@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from sparq_kernels.arguments import MAX_QUERY_LENGTH
 from transformers import DynamicCache, PreTrainedModel
 
 import sparq
+from tests.sparq.caches import SIZE, on_either_cache, static
 from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_forced
 
 SPARSE: dict[str, Any] = dict(r=4, k=12, min_length=0)
@@ -79,14 +81,18 @@ def test_the_kernel_serves_chunks_too() -> None:
 
 
 @torch.no_grad()
-def test_a_mask_that_is_not_causal_is_dense() -> None:
-    """Two drafts side by side, which must not see each other."""
+@on_either_cache
+@pytest.mark.parametrize("visible", [True, False])
+def test_a_mask_that_is_not_causal_is_dense(make_cache: Callable, visible: bool) -> None:
+    """A later token that an earlier one sees, or two drafts side by side, which must not see each other."""
     inputs, model = prompt(batch=1, padding=0), sparq.patch(build(), **SPARSE)
-    mask = torch.ones(1, 1, 2, 42, dtype=torch.bool)
-    mask[..., 1, 40] = mask[..., 0, 41] = False
+    mask = torch.zeros(1, 1, 2, SIZE if make_cache is static else 42, dtype=torch.bool)
+    mask[..., 0, :41] = mask[..., 1, :42] = True
+    mask[(0, 0, 0, 41) if visible else (0, 0, 1, 40)] = visible
     outputs = []
     for either in (model, build()):
-        cache = either(**inputs, use_cache=True).past_key_values
+        cache = make_cache(either)
+        either(**inputs, past_key_values=cache)
         outputs.append(either(next_tokens(1, 2), attention_mask=mask, past_key_values=cache).logits)
     torch.testing.assert_close(*outputs)
     assert sparq.report(model).total.dense_steps == {"attention mask that is not causal": 3}

@@ -1,5 +1,5 @@
 """The compared methods written out from their papers' definitions, one row and one head at a time, in plain Python
-numbers. They share no code with the package: they are what it is compared with.
+numbers. They share no code with the package: they are what it is compared with. (SparQ's own is tests/sparq/slow.py.)
 
 A head is its keys and values, a list of S lists of d numbers; `valid` the positions that may be seen, ascending."""
 
@@ -103,41 +103,3 @@ class H2O:
         for q in queries:
             self.see(attention(q, keys, left, scale))
         return left
-
-
-def sparq_scores(q: Vector, keys: list[Vector], valid: list[int], scale: float, c: list[int], temperature: bool):
-    total = math.fsum(abs(x) for x in q)
-    tau = math.sqrt(math.fsum(abs(q[i]) for i in c) / total) if temperature and total else 1.0
-    return softmax({s: dot([q[i] for i in c], [keys[s][i] for i in c]) * scale / tau for s in valid})
-
-
-def sparq(
-    queries: list[Vector],
-    keys: list[Vector],
-    values: list[Vector],
-    valid: list[int],
-    scale: float,
-    *,
-    r: int,
-    k: int,
-    local: int,
-    mean_value: bool,
-    score_temperature: bool,
-) -> tuple[list[Vector], list[int]]:
-    """Outputs of the queries and the positions kept, which they share."""
-    d = range(len(queries[0]))
-    size = {i: math.fsum(abs(q[i]) for q in queries) for i in d}
-    c = largest(size, r)
-    approximate = [sparq_scores(q, keys, valid, scale, c, score_temperature) for q in queries]
-    recent = valid[len(valid) - min(local, len(valid)) :]
-    others = {s: x for s, x in summed(approximate).items() if s not in recent}
-    kept = sorted(recent + largest(others, min(k, len(valid)) - len(recent)))
-    outputs = []
-    for q, estimate in zip(queries, approximate, strict=True):
-        y = attend(q, keys, values, kept, scale)
-        if mean_value:
-            alpha = math.fsum(estimate[s] for s in kept)
-            mean = [math.fsum(values[s][i] for s in valid) / len(valid) for i in d]
-            y = [alpha * a + (1 - alpha) * b for a, b in zip(y, mean, strict=True)]
-        outputs.append(y)
-    return outputs, kept

@@ -17,6 +17,7 @@ from sparq.lm_eval.methods import H2O, H2OLayer, Method, Oracle, Quest, SparqVar
 from sparq.lm_eval.methods import h2o as h2o_module
 from sparq.lm_eval.methods.method import best
 from tests.sparq.lm_eval import slow_methods as slow
+from tests.sparq.slow import slow_head
 
 SCALE = 0.5
 
@@ -228,6 +229,17 @@ def test_h2o_observes_several_new_tokens_in_the_middle() -> None:
         torch.testing.assert_close(layer.scores, whole.scores)
 
 
+def sparq_of_group(
+    queries: list, keys: list, values: list, valid: list[int], score_temperature: bool, **knobs: Any
+) -> tuple[list, list[list[int]]]:
+    """The definition's outputs for a group that shares its positions, and these for each of its queries."""
+    q, k, v = (torch.tensor(x, dtype=torch.float64) for x in (queries, keys, values))
+    outputs, _, read = slow_head(
+        q, k[valid], v[valid], scale=SCALE, softcap=None, temperature=score_temperature, **knobs
+    )
+    return outputs.tolist(), [[valid[i] for i in read]] * len(queries)
+
+
 @PADDINGS
 @pytest.mark.parametrize("mean_value", [True, False])
 @pytest.mark.parametrize("score_temperature", [True, False])
@@ -237,10 +249,8 @@ def test_sparq_variant(padding: str, mean_value: bool, score_temperature: bool, 
 
     def definition(b, h, queries, keys, values, valid):
         groups = [queries] if shared else [[q] for q in queries]
-        parts = [slow.sparq(group, keys, values, valid, SCALE, **knobs) for group in groups]
-        outputs = [y for ys, _ in parts for y in ys]
-        kept = [p for ys, p in parts for _ in ys]
-        return outputs, kept
+        parts = [sparq_of_group(group, keys, values, valid, **knobs) for group in groups]
+        return [y for ys, _ in parts for y in ys], [p for _, ps in parts for p in ps]
 
     def elements(kept: list[list[int]], counts: list[int]) -> int:
         sets = 1 if shared else 2
@@ -251,10 +261,7 @@ def test_sparq_variant(padding: str, mean_value: bool, score_temperature: bool, 
 
 def test_sparq_variants_local_window_is_a_quarter() -> None:
     def definition(b, h, queries, keys, values, valid):
-        outputs, kept = slow.sparq(
-            queries, keys, values, valid, SCALE, r=1, k=8, local=2, mean_value=True, score_temperature=True
-        )
-        return outputs, [kept] * 2
+        return sparq_of_group(queries, keys, values, valid, r=1, k=8, local=2, mean_value=True, score_temperature=True)
 
     of = case("left")
     compare(of, SparqVariant(r=1, k=8), definition, lambda kept, n: attended_only(kept, n) + 2 * sum(n) + 4 * 8 * 6)
