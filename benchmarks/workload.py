@@ -109,21 +109,11 @@ def sparq(shape: Shape, x: Inputs) -> Tensor:
     return decode(shape, x).output
 
 
-def reference_results(shape: Shape, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+def reference(shape: Shape, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Output, alpha and positions of the plain PyTorch reference."""
-    output, alpha, positions, _ = decode_reference(
-        x.query,
-        *x.groups(shape),
-        scale=shape.head_dim**-0.5,
-        softcap=None,
-        mean_value=True,
-        return_positions=True,
-    )
+    how = dict(scale=shape.head_dim**-0.5, softcap=None, mean_value=True, return_positions=True)
+    output, alpha, positions, _ = decode_reference(x.query, *x.groups(shape), **how)
     return output, alpha, positions
-
-
-def reference(shape: Shape, x: Inputs) -> Tensor:
-    return reference_results(shape, x)[0]
 
 
 def relative_error(output: Tensor, expected: Tensor) -> float:
@@ -149,7 +139,7 @@ def disagreement(shape: Shape, x: Inputs) -> str | None:
     """How the operator differs from the reference, or None: output and alpha must be equal up to the dtype's rounding,
     and so must nearly all positions: scores within rounding of the k-th may change places."""
     ours = decode(shape, x, return_positions=True)
-    output, alpha, positions = reference_results(shape, x)
+    output, alpha, positions = reference(shape, x)
     # A kernel may take another path when nobody asks for positions, and that is the one measured.
     for what, mine in (("output", ours.output), ("output without positions", sparq(shape, x))):
         error = relative_error(mine, output)
