@@ -29,6 +29,7 @@ import sparq_kernels
 import torch
 from dense import DENSE_ERROR, TORCH_WAYS, dense_attention, exact
 from harness import SPARQ, Measured, Row, available_memory, finish, parser_of, positive, progress
+from models import SHAPES, Heads
 from sparq_kernels.cpu import CompilerError
 from tables import KERNEL, attention_grid, show
 from torch import Tensor
@@ -42,21 +43,15 @@ TRIALS = 3  # turns of every way of PyTorch, before those that are clearly not i
 CLEARLY_SLOWER = 1.3  # times the fastest
 SECONDS = 8  # of one case's rounds, about, on a quiet machine ...
 FEWEST_ROUNDS = 5  # ... unless these take longer
-SHAPES = {  # query heads, KV heads, head_dim
-    "llama-3.2-1b": (32, 8, 64),
-    "llama-3-8b": (32, 8, 128),
-    "llama-2-7b": (32, 32, 128),
-    "pythia-1.4b": (16, 16, 128),
-}
 RATIO = 8  # the plugin's own default
 
 
 def sized(name: str, batch: int, context: int, ratio: int = RATIO, r: int | None = None, k: int | None = None) -> Case:
     """r and k by the plugin's rule where they are not given."""
-    heads, kv_heads, head_dim = SHAPES[name]
-    r = r or max(8, round(head_dim / ratio))
-    k = k or max(128, round(context / (2 * ratio)))
-    return Case(name, Shape(batch, heads, kv_heads, head_dim, context, min(r, head_dim), min(k, context)))
+    heads = Heads.of(SHAPES[name]())
+    r = min(heads.head_dim, r or max(8, round(heads.head_dim / ratio)))
+    k = min(context, k or max(128, round(context / (2 * ratio))))
+    return Case(name, Shape(batch, heads.query, heads.kv, heads.head_dim, context, r, k))
 
 
 # The paper's r for Llama, at what an eighth of the bytes allows.

@@ -6,11 +6,10 @@
     python benchmarks/generation.py --scaling --json scaling.json
     python benchmarks/generation.py --device cuda --graphs --all-layers --dtypes bfloat16
 
-A named shape has the true layers of that model with random weights; `--layers` says how many of them (two, unless all
-or other are asked for), and where layers are cut off, the vocabulary is cut to 256, so that nothing but the layers
-costs time. Its cache is filled with random keys and values instead of an hour of prefill (`--prefill` computes a prompt
-of random tokens instead, as is always done for a real model); greedy `generate` then decodes from it, as a user would.
-The ways take turns, round after round, so that a drifting machine favours none:
+A named shape has the true layers of that model with random weights, two unless all or other are asked for; where layers
+are cut off, so is the vocabulary, to 256: nothing but the layers shall cost time. Its cache is filled with random keys
+and values instead of an hour of prefill; a real model computes a prompt of random tokens, as `--prefill` does. Greedy
+`generate` then decodes from it, as a user would. The ways take turns, so that a drifting machine favours none:
 
     layers alone    the stock model with 16 cached positions: what nothing that makes attention faster can go below
     stock dynamic   transformers' `generate` as it is: DynamicCache, which copies the whole cache at every token
@@ -40,25 +39,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import opponents
 import torch
 from gpu_stages.clocks import Device
 from harness import Measured, Row, at_least_2, finish, line_of, machine, parser_of, positive, progress
 from models import SHAPES, Subject, build, is_real
-from opponents import (
-    COMPILED_WAYS,
-    DYNAMIC,
-    GRAPHED_WAYS,
-    SPARQ_WAY,
-    STATIC,
-    WAYS,
-    GraphRunner,
-    Runner,
-    Way,
-    check,
-    make_runner,
-    steps_of,
-    take_turns,
-)
 from tables import generation_grid, model_title, parts_grid, show, slopes_grid, ways_grid
 from torch import nn
 from transformers import AttentionInterface
@@ -69,17 +54,21 @@ import sparq
 
 MEASURED_LAYERS = 2  # of a named shape
 SETTINGS = [(512, 1), (16384, 1), (65536, 1), (131072, 1), (16384, 8)]  # cached, batch
-SCALING_WAYS = (DYNAMIC, STATIC, SPARQ_WAY)
+SCALING_WAYS = (opponents.DYNAMIC, opponents.STATIC, opponents.SPARQ_WAY)
 SCALING_CONTEXTS, SCALING_BATCHES = [4096, 8192, 16384, 32768, 65536], [1, 2, 4, 8]
 BATCH_CONTEXT = 8192  # cached tokens of every row, where the batch grows
 AXES = {"cached": ("1,000 cached tokens", 1000), "batch": ("row of the batch", 1)}  # unit, and how many are one
 PARTS = ("attention", "cache update", "linear layers", "rest of the model", "generate")
 
 
-def ways_of(args: argparse.Namespace) -> tuple[Way, ...]:
+def ways_of(args: argparse.Namespace) -> tuple[opponents.Way, ...]:
     if args.scaling:
         return SCALING_WAYS
-    return WAYS + (COMPILED_WAYS if args.compile else ()) + (GRAPHED_WAYS if args.graphs else ())
+    return (
+        opponents.WAYS
+        + (opponents.COMPILED_WAYS if args.compile else ())
+        + (opponents.GRAPHED_WAYS if args.graphs else ())
+    )
 
 
 def knobs_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -88,15 +77,17 @@ def knobs_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure(subject: Subject, context: int, batch: int, args: argparse.Namespace) -> Row:
     model, knobs = subject.model, knobs_of(args)
-    check(model, context, batch, knobs)
-    room = steps_of(args.rounds, args.tokens) + (args.profile and args.tokens + 1) + 2  # 2: the first ones of a prompt
-    runners = [make_runner(model, way, context, batch, room, knobs, args.prefill) for way in ways_of(args)]
-    take_turns(runners, args.rounds, args.tokens)
+    opponents.check(model, context, batch, knobs)
+    room = (
+        opponents.steps_of(args.rounds, args.tokens) + (args.profile and args.tokens + 1) + 2
+    )  # 2: the first ones of a prompt
+    runners = [opponents.make_runner(model, way, context, batch, room, knobs, args.prefill) for way in ways_of(args)]
+    opponents.take_turns(runners, args.rounds, args.tokens)
     for runner in runners:
-        if isinstance(runner, GraphRunner) and runner.wrong:
+        if isinstance(runner, opponents.GraphRunner) and runner.wrong:
             raise SystemExit(f"wrong, so nothing was measured: {runner.way.name}: {runner.wrong}")
     row = Row({"dtype": str(model.dtype).removeprefix("torch."), "cached": context, "batch": batch})
-    total = sparq.report(next(runner.model for runner in runners if runner.way is SPARQ_WAY)).total
+    total = sparq.report(next(runner.model for runner in runners if runner.way is opponents.SPARQ_WAY)).total
     steps = max(1, total.decode_steps)
     row.facts = dict(bytes_dense=total.bytes_dense / steps, bytes_sparq=total.bytes_read / steps)
     row.facts |= dict(mean_alpha=total.mean_alpha, dense_steps=dict(total.dense_steps))
@@ -109,7 +100,7 @@ def measure(subject: Subject, context: int, batch: int, args: argparse.Namespace
     return row
 
 
-def profile(runner: Runner, tokens: int) -> dict[str, float]:
+def profile(runner: opponents.Runner, tokens: int) -> dict[str, float]:
     """Median seconds of a decode step of `generate`, by part (`PARTS`), from `tokens` steps that nothing else counts.
 
     `generate` is what is neither of the model's: choosing the token, stopping criteria, preparing inputs. The rest of

@@ -3,14 +3,14 @@
     pip install llama-cpp-python gguf
     python benchmarks/llamacpp.py --contexts 512 4096 16384 65536 --dtypes float32 float16
 
-The model is the one of benchmarks/generation.py: true layers of Llama-3.2-1B with random weights, and a vocabulary of
-256. llama.cpp loads it from a GGUF file, through the low-level interface of llama-cpp-python; weights and cache have
-the dtype named. Unless its logits agree with those of transformers' LlamaForCausalLM, nothing is measured.
+The model has true layers of Llama-3.2-1B with random weights, and a vocabulary of 256. llama.cpp loads it from a GGUF
+file, through the low-level interface of llama-cpp-python; weights and cache have the dtype named. Unless its logits
+agree with those of transformers' LlamaForCausalLM, nothing is measured.
 
 A step of llama.cpp is one `llama_decode` of one token; one of SparQ, what a user of `generate` waits for, with its
-Python. llama.cpp runs in a process of its own and waits while SparQ runs, and the other way round: in every round each
-way decodes a few tokens at each context. The first round is not counted. llama.cpp's cache is filled with the keys and
-values of a few random tokens, moved to further and further positions, SparQ's with random numbers.
+Python. They take turns, llama.cpp in a process of its own: in every round each way decodes a few tokens at each
+context. llama.cpp's cache is filled with the keys and values of a few random tokens, moved to further and further
+positions, SparQ's with random numbers.
 """
 
 from __future__ import annotations

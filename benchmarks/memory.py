@@ -67,10 +67,6 @@ def main() -> None:
     shape = f"{config.num_hidden_layers} layers, {heads.kv} KV heads of {heads.head_dim}"
     print(f"{args.model}'s shape ({shape}), batch {args.batch}, {', '.join(args.dtypes)}")
     show(memory_grid(finish(args, rows)))
-    print(
-        "SparQ, used: half as much again as stock, for the component copy of K. After a prompt: rounded up to whole\n"
-        "blocks. Just grown: one token behind the last position there was room for."
-    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import sparq_kernels
 import torch
 from gpu_stages import graph_step
 from harness import BARE_CONTEXT, SPARQ
@@ -274,11 +273,7 @@ def wrong_operator(model: PreTrainedModel, context: int, batch: int, config: spa
 
     rows = (batch, heads.kv, context, heads.head_dim)
     key, value = draw(*rows), draw(*rows)
-    query = draw(batch, heads.query, 1, heads.head_dim)
-    components = sparq_kernels.allocate_components(*rows, dtype, device)
-    sparq_kernels.write_components(components, key, 0)
-    lengths = torch.full((batch,), context, device=device)
-    x = Inputs(query, key, components, value, value.sum(2, dtype=torch.float32), lengths)
+    x = Inputs.of(draw(batch, heads.query, 1, heads.head_dim), key, value)
     knobs = dict(k_divisor=config.k_divisor, local=config.local)
     fast = decode(shape, x, **knobs).output
     # Row by row: one in float64 takes enough memory.

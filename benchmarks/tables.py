@@ -13,7 +13,7 @@ import argparse
 import json
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,9 @@ class Grid:
         return f"**{self.title}**\n\n{self.markdown()}"
 
 
-def show(*grids: Grid, width: int = 160) -> None:
+def show(*grids: Grid) -> None:
     for grid in grids:
-        Console(width=width).print(grid.table())
+        Console(width=160).print(grid.table())
 
 
 def ms(way: Content, layers: int = 1) -> float:
@@ -81,8 +81,8 @@ def is_right(way: Content | None) -> bool:
     return way is not None and "time" in way and "wrong" not in way
 
 
-def times(ratio: Content | None, digits: int = 2) -> str:
-    return UNKNOWN if ratio is None else f"{ratio['value']:.{digits}f}x" + " unclear" * ratio["unclear"]
+def times(ratio: Content | None) -> str:
+    return UNKNOWN if ratio is None else f"{ratio['value']:.2f}x" + " unclear" * ratio["unclear"]
 
 
 def setting(row: Content) -> tuple[str, str, str]:
@@ -282,20 +282,12 @@ def crossover_grid(content: Content) -> Grid:
     return Grid("µs per layer and token, dense / sparse (ratio=8)", columns, rows)
 
 
-def gpu_grids(content: Content) -> Iterator[Grid]:
-    """The first table of attention and of generation; `gpu-<card>.md` has all."""
-    machine = content["machine"]
-    for stage in ("attention", "generation"):
-        for table in content.get(stage, {}).get("tables", [])[:1]:
-            grid = Grid.of(table)
-            yield replace(grid, title=f"{machine['device']}, torch {machine['torch']}: {grid.title}")
-
-
 def read(folder: Path, name: str) -> Content | None:
     path = folder / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
+# Which tables are made of which file.
 IN_README = {"generation": [glance_grid]}
 IN_DOCS = {
     "attention": [papers_grid],
@@ -316,15 +308,22 @@ OTHERS = {
 
 
 def made(wanted: dict[str, list[Callable[[Content], Grid]]], folder: Path = RESULTS) -> Iterator[Grid]:
-    """The tables of those files that are there; the documents show every card's, too."""
+    """The tables of those files that are there."""
     for name, grids in wanted.items():
         if content := read(folder, name):
             for grid in grids:
                 if grid is not parts_grid or content["settings"]["profile"]:
                     yield grid(content)
-    if wanted is IN_DOCS:
-        for path in sorted(folder.glob("gpu-*.json")):
-            yield from gpu_grids(json.loads(path.read_text()))
+
+
+def gpu_grids(folder: Path = RESULTS) -> Iterator[Grid]:
+    """Of every card the first table of attention and of generation, for docs/speed.md; `gpu-<card>.md` has all."""
+    for path in sorted(folder.glob("gpu-*.json")):
+        content = json.loads(path.read_text())
+        card = f"{content['machine']['device']}, torch {content['machine']['torch']}"
+        for stage in ("attention", "generation"):
+            for table in content.get(stage, {}).get("tables", [])[:1]:
+                yield Grid.of({**table, "title": f"{card}: {table['title']}"})
 
 
 def everything(folder: Path = RESULTS) -> str:
@@ -332,7 +331,8 @@ def everything(folder: Path = RESULTS) -> str:
         "# Tables of speed",
         "Made by `python benchmarks/tables.py` of the JSON files beside it; `../README.md` says how to read them.",
     ]
-    parts += [grid.titled_markdown() for wanted in (IN_README, IN_DOCS, OTHERS) for grid in made(wanted, folder)]
+    grids = (*made(IN_README, folder), *made(IN_DOCS, folder), *gpu_grids(folder), *made(OTHERS, folder))
+    parts += [grid.titled_markdown() for grid in grids]
     return "\n\n".join(parts) + "\n"
 
 

@@ -70,6 +70,14 @@ class Inputs:
     value_sum: Tensor
     length: Tensor
 
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
+        """All positions are visible."""
+        components = sparq_kernels.allocate_components(*key.shape, key.dtype, key.device)
+        sparq_kernels.write_components(components, key, 0)
+        length = torch.full(key.shape[:1], key.shape[2], device=key.device)
+        return cls(query, key, components, value, value.sum(2, dtype=torch.float32), length)
+
     def groups(self, shape: Shape, **knobs: Any) -> tuple[Cached, Visible, Budget]:
         """As the operator and its reference take them; knobs: of the budget, which a shape does not have."""
         cached = Cached(self.key, self.components, self.value, self.value_sum)
@@ -94,10 +102,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs
     rows = (shape.batch, shape.num_kv_heads, shape.cached, shape.head_dim)
     query = 2 * torch.randn(shape.batch, shape.num_heads, 1, shape.head_dim, generator=generator, device=device)
     key, value = (torch.randn(rows, generator=generator, device=device).to(dtype) for _ in range(2))
-    components = sparq_kernels.allocate_components(*rows, dtype, device)
-    sparq_kernels.write_components(components, key, 0)
-    length = torch.full((shape.batch,), shape.cached, device=device)
-    return Inputs(query.to(dtype), key, components, value, value.sum(2, dtype=torch.float32), length)
+    return Inputs.of(query.to(dtype), key, value)
 
 
 def decode(shape: Shape, x: Inputs, return_positions: bool = False, **knobs: Any) -> sparq_kernels.DecodeOutput:
