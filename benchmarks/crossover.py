@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 
-from harness import Measured, Row, at_least_2, finish, parser_of, positive, progress
+from harness import Measured, Row, finish, parser_of, positive, progress
 from models import Heads, from_config
 from opponents import OWN_CACHE, SPARQ_WAY, make_runner, steps_of, take_turns
 from tables import crossover_grid, show
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=positive, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=positive, default=4, help="of several the first is not counted")
-    parser.add_argument("--tokens", type=at_least_2, default=16, help="decode steps of each way in each round")
+    parser.add_argument("--tokens", type=positive, default=16, help="decode steps of each way in each round")
     args = parser.parse_args()
     work = list(itertools.product(SHAPES, args.dtypes, sorted(args.contexts)))
     rows = [measure(*case, args.rounds, args.tokens) for case in progress(work)]

@@ -42,7 +42,7 @@ from unittest import mock
 import opponents
 import torch
 from gpu_stages.clocks import Device
-from harness import Measured, Row, at_least_2, finish, line_of, machine, parser_of, positive, progress
+from harness import Measured, Row, finish, line_of, machine, parser_of, positive, progress
 from models import SHAPES, Subject, build, is_real
 from tables import generation_grid, model_title, parts_grid, show, slopes_grid, ways_grid
 from torch import nn
@@ -64,11 +64,9 @@ PARTS = ("attention", "cache update", "linear layers", "rest of the model", "gen
 def ways_of(args: argparse.Namespace) -> tuple[opponents.Way, ...]:
     if args.scaling:
         return SCALING_WAYS
-    return (
-        opponents.WAYS
-        + (opponents.COMPILED_WAYS if args.compile else ())
-        + (opponents.GRAPHED_WAYS if args.graphs else ())
-    )
+    compiled = opponents.COMPILED_WAYS if args.compile else ()
+    graphed = opponents.GRAPHED_WAYS if args.graphs else ()
+    return opponents.WAYS + compiled + graphed
 
 
 def knobs_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -78,9 +76,7 @@ def knobs_of(args: argparse.Namespace) -> dict[str, Any]:
 def measure(subject: Subject, context: int, batch: int, args: argparse.Namespace) -> Row:
     model, knobs = subject.model, knobs_of(args)
     opponents.check(model, context, batch, knobs)
-    room = (
-        opponents.steps_of(args.rounds, args.tokens) + (args.profile and args.tokens + 1) + 2
-    )  # 2: the first ones of a prompt
+    room = opponents.steps_of(args.rounds + args.profile, args.tokens) + 2  # the first ones after a prompt
     runners = [opponents.make_runner(model, way, context, batch, room, knobs, args.prefill) for way in ways_of(args)]
     opponents.take_turns(runners, args.rounds, args.tokens)
     for runner in runners:
@@ -184,7 +180,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batches", type=positive, nargs="+", help="of each context (default: 1)")
     add("--dtypes", nargs="+", choices=list(DTYPES), help="default: float32 bfloat16; with --scaling float32")
     add("--rounds", type=positive, default=4, help="of several the first is not counted")
-    add("--tokens", type=at_least_2, help="decode steps of each way in each round (default: 12; with --scaling 6)")
+    add("--tokens", type=positive, help="decode steps of each way in each round (default: 12; with --scaling 6)")
     add("--r", type=positive, help="of SparqConfig, as k and ratio")
     add("--k", type=positive)
     add("--ratio", type=float, default=8)

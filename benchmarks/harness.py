@@ -185,14 +185,10 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def positive(text: str, least: int = 1) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {least}")
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
     return int(text)
-
-
-def at_least_2(text: str) -> int:
-    return positive(text, 2)
 
 
 def progress(work: Sequence[T], what: str = "") -> Iterable[T]:

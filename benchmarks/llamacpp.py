@@ -33,7 +33,6 @@ from harness import (
     SPARQ,
     Measured,
     Row,
-    at_least_2,
     finish,
     line_of,
     parser_of,
@@ -187,7 +186,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contexts", type=positive, nargs="+", default=[512, 4096, 16384, 65536])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float16"], choices=list(TOLERANCE))
     parser.add_argument("--layers", type=positive, default=2)
-    parser.add_argument("--rounds", type=at_least_2, default=4, help="counted; one more goes ahead")
+    parser.add_argument("--rounds", type=positive, default=4, help="counted; one more goes ahead")
     parser.add_argument("--tokens", type=positive, default=12, help="decode steps of each way in each round")
     args = parser.parse_args()
     if min(args.contexts) <= BARE_CONTEXT:

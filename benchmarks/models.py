@@ -21,26 +21,19 @@ from transformers import (
 LONG_ENOUGH = 1 << 20  # positions: more than any context measured, whatever the real model was trained for
 SMALL_VOCABULARY = 256
 
-LLAMAS = {  # vocabulary, hidden, intermediate, layers, query heads, KV heads, head_dim, theta, tied embeddings
-    "llama-3.2-1b": (128256, 2048, 8192, 16, 32, 8, 64, 500000.0, True),
-    "llama-3-8b": (128256, 4096, 14336, 32, 32, 8, 128, 500000.0, False),
-    "llama-2-7b": (32000, 4096, 11008, 32, 32, 32, 128, 10000.0, False),
+LLAMA_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+LLAMA_FIELDS += ("num_key_value_heads", "head_dim", "tie_word_embeddings")
+LLAMAS = {  # these, and the base of the rotary positions
+    "llama-3.2-1b": (128256, 2048, 8192, 16, 32, 8, 64, True, 500000.0),
+    "llama-3-8b": (128256, 4096, 14336, 32, 32, 8, 128, False, 500000.0),
+    "llama-2-7b": (32000, 4096, 11008, 32, 32, 32, 128, False, 10000.0),
 }
 
 
 def llama(name: str) -> LlamaConfig:
-    vocabulary, hidden, intermediate, layers, heads, kv_heads, head_dim, theta, tied = LLAMAS[name]
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-    )
+    *sizes, theta = LLAMAS[name]
+    fields = dict(zip(LLAMA_FIELDS, sizes, strict=True))
+    return LlamaConfig(**fields, rope_parameters={"rope_type": "default", "rope_theta": theta})
 
 
 def pythia_1_4b() -> GPTNeoXConfig:

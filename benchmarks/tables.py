@@ -73,12 +73,10 @@ def ms(way: Content, layers: int = 1) -> float:
 
 
 def fastest(row: Content, names: Iterable[str]) -> str | None:
-    ways = row["ways"]
-    return min((n for n in names if is_right(ways.get(n))), key=lambda n: ways[n]["time"]["median"], default=None)
-
-
-def is_right(way: Content | None) -> bool:
-    return way is not None and "time" in way and "wrong" not in way
+    """Of those that were measured and are right."""
+    ways = {name: row["ways"][name] for name in names}
+    right = [name for name, way in ways.items() if "time" in way and "wrong" not in way]
+    return min(right, key=lambda name: ways[name]["time"]["median"], default=None)
 
 
 def times(ratio: Content | None) -> str:

@@ -105,7 +105,6 @@ def test_settings_are_what_was_asked_for():
     ("arguments", "message"),
     (
         (["--contexts", "0"], "must be an integer of at least 1"),
-        (["--tokens", "1"], "must be an integer of at least 2"),
         (["--layers", "2", "--all-layers"], "exclude each other"),
         (["--model", "llama-9"], "--model must be one of"),
         (["--ratio", "0.5"], "ratio must be"),
