@@ -1,7 +1,6 @@
 """Dense attention of one new token on the CPU: PyTorch's ways, and a C++ kernel written with the same care as SparQ's.
 
-That one is csrc/dense.cpp, with the vectors of SparQ's own kernel, compiled and cached as sparq_kernels compiles that
-one, by the same compiler and with the same flags. The operator has no use for it, so it is kept with the benchmark.
+That one is csrc/dense.cpp, with the vectors of SparQ's own kernel, by the same compiler and with the same flags.
 """
 
 from __future__ import annotations
@@ -49,44 +48,31 @@ def exact(shape: Shape, x: Inputs) -> Tensor:
     return torch.stack(rows).reshape(x.query.shape)
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, length: Tensor, scale: float | None = None) -> Tensor:
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> Tensor:
     """Softmax attention of one new token over the first `length` positions of each row, [B, Hq, 1, d].
 
-    query: [B, Hq, 1, d]; key and value: [B, Hkv, S, d], all float32, bfloat16 or float16 and contiguous in d; length:
-    int64 [B], 1 to S. scale: d^-1/2 unless given.
+    query: [B, Hq, 1, d]; key and value: [B, Hkv, S, d], of one dtype and contiguous in d; length: int64 [B], 1 to S.
     Raises ValueError for arguments that do not belong together, CompilerError where the kernel cannot be built.
     """
-    batch, num_heads, query_length, head_dim = query.shape
-    _, num_kv_heads, cached, _ = key.shape
-    fits = query_length == 1 and num_heads % num_kv_heads == 0 and key.shape == value.shape
-    if not fits or (key.shape[0], key.shape[3]) != (batch, head_dim) or length.shape != (batch,):
-        shapes = ", ".join(str(list(x.shape)) for x in (query, key, value, length))
-        raise ValueError(f"shapes do not belong together: {shapes}")
-    if not query.dtype == key.dtype == value.dtype or query.dtype not in cpu.DTYPE_CODES or length.dtype != torch.int64:
-        raise ValueError("query, key and value must share float32, bfloat16 or float16; length must be int64")
-    if not all(x.stride(-1) == 1 for x in (query, key, value)) or not length.is_contiguous():
-        raise ValueError("head_dim must be contiguous, and length")
+    batch, num_kv_heads, cached, head_dim = key.shape
+    group = query.shape[1] // num_kv_heads
+    if not (
+        query.shape == (batch, num_kv_heads * group, 1, head_dim)
+        and key.shape == value.shape
+        and length.shape == (batch,)
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in cpu.DTYPE_CODES
+        and length.dtype == torch.int64
+        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+        and length.is_contiguous()
+    ):
+        said = ", ".join(f"{x.dtype} {list(x.shape)}" for x in (query, key, value, length))
+        raise ValueError(f"shapes, dtypes or strides do not belong together: {said}")
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    status = compiled()(
-        ARGUMENTS.pack(
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            length.data_ptr(),
-            output.data_ptr(),
-            torch.get_num_threads(),
-            batch,
-            num_kv_heads,
-            num_heads // num_kv_heads,
-            head_dim,
-            cached,
-            *query.stride()[:2],
-            *key.stride()[:3],
-            *value.stride()[:3],
-            cpu.DTYPE_CODES[query.dtype],
-            head_dim**-0.5 if scale is None else scale,
-        )
-    )
+    pointers = (x.data_ptr() for x in (query, key, value, length, output))
+    sizes = (torch.get_num_threads(), batch, num_kv_heads, group, head_dim, cached)
+    strides = (*query.stride()[:2], *key.stride()[:3], *value.stride()[:3])
+    status = compiled()(ARGUMENTS.pack(*pointers, *sizes, *strides, cpu.DTYPE_CODES[query.dtype], head_dim**-0.5))
     if status == 3:
         raise ValueError(f"length must be 1 to {cached}, got {length.tolist()}")
     if status:

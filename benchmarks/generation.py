@@ -1,17 +1,15 @@
 """Time per token and tokens per second of `generate`, stock and with SparQ, and where the difference comes from.
 
-    python benchmarks/generation.py --json generation.json
-    python benchmarks/generation.py --contexts 512 16384 65536 --dtypes float32 bfloat16
+    python benchmarks/generation.py --contexts 512 16384 65536 --dtypes float32 bfloat16 --json generation.json
     python benchmarks/generation.py --model llama-2-7b --layers 1 --batches 1 4 --profile
     python benchmarks/generation.py --model path/to/a/model --contexts 4000
     python benchmarks/generation.py --scaling --json scaling.json
     python benchmarks/generation.py --device cuda --graphs --all-layers --dtypes bfloat16
 
-A named shape has the true layers of that model with random weights; `--layers` says how many of them (two, unless all
-or other are asked for), and where layers are cut off, the vocabulary is cut to 256, so that nothing but the layers
-costs time. Its cache is filled with random keys and values instead of an hour of prefill (`--prefill` computes a prompt
-of random tokens instead, as is always done for a real model); greedy `generate` then decodes from it, as a user would.
-The ways take turns, round after round, so that a drifting machine favours none:
+A named shape has the true layers of that model with random weights, two unless all or other are asked for; where layers
+are cut off, so is the vocabulary, to 256: nothing but the layers shall cost time. Its cache is filled with random keys
+and values instead of an hour of prefill; a real model computes a prompt of random tokens, as `--prefill` does. Greedy
+`generate` then decodes from it, as a user would. The ways take turns, so that a drifting machine favours none:
 
     layers alone    the stock model with 16 cached positions: what nothing that makes attention faster can go below
     stock dynamic   transformers' `generate` as it is: DynamicCache, which copies the whole cache at every token
@@ -21,9 +19,8 @@ The ways take turns, round after round, so that a drifting machine favours none:
     with --compile  stock and SparQ on a static cache under torch.compile (minutes of compiling on a CPU)
     with --graphs   stock and SparQ on a static cache, a CUDA graph of the model's own step replayed for each token
 
-`--scaling` lets stock's caches and SparQ decode at growing contexts (batch 1), then at growing batches. Straight lines
-are fitted to the medians by least squares: their slopes, with standard errors, are what one more cached token and one
-more row of the batch cost in each layer.
+`--scaling` lets stock's caches and SparQ decode at growing contexts (batch 1), then at growing batches. The slopes of
+lines through the medians are what one more cached token and one more row of the batch cost in each layer.
 
 Before anything is measured the patched model has to give the stock model's logits where k covers the context, and the
 operator the reference's output on a cache of the size measured.
@@ -35,95 +32,71 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import wraps
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import opponents
 import torch
 from gpu_stages.clocks import Device
-from harness import Line, Measured, Row, document, fill_in, parser_of, positive, progress_of, write_json
-from models import (
-    Subject,
-    add_knobs,
-    add_model_arguments,
-    build_subject,
-    check_arguments,
-    is_real,
-    knobs_of,
-)
-from opponents import (
-    COMPILED_WAYS,
-    DYNAMIC,
-    GRAPHED_WAYS,
-    SPARQ_WAY,
-    STATIC,
-    WAYS,
-    GraphRunner,
-    Runner,
-    Way,
-    check,
-    make_runner,
-    steps_of,
-    take_turns,
-)
-from tables import generation_grid, parts_grid, show, slopes_grid, ways_grid
+from harness import Measured, Row, finish, line_of, machine, parser_of, positive, progress
+from models import SHAPES, Subject, build, is_real
+from tables import generation_grid, model_title, parts_grid, show, slopes_grid, ways_grid
 from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from workload import DTYPES
 
 import sparq
 
-FULL = dict(dtypes=["float32", "bfloat16"], rounds=4, tokens=12)
-FULL_SETTINGS = [(512, 1), (16384, 1), (65536, 1), (131072, 1), (16384, 8)]  # cached, batch
-QUICK = dict(dtypes=["float32"], rounds=2, tokens=4)
-QUICK_SETTINGS = [(8192, 1)]
-SCALING_WAYS = (DYNAMIC, STATIC, SPARQ_WAY)
-SCALING = dict(contexts=[4096, 8192, 16384, 32768, 65536], batches=[1, 2, 4, 8], dtypes=["float32"], rounds=4, tokens=6)
-QUICK_SCALING = dict(contexts=[2048, 4096, 8192], batches=[1, 2, 3], dtypes=["float32"], rounds=2, tokens=3)
+MEASURED_LAYERS = 2  # of a named shape
+SETTINGS = [(512, 1), (16384, 1), (65536, 1), (131072, 1), (16384, 8)]  # cached, batch
+SCALING_WAYS = (opponents.DYNAMIC, opponents.STATIC, opponents.SPARQ_WAY)
+SCALING_CONTEXTS, SCALING_BATCHES = [4096, 8192, 16384, 32768, 65536], [1, 2, 4, 8]
 BATCH_CONTEXT = 8192  # cached tokens of every row, where the batch grows
 AXES = {"cached": ("1,000 cached tokens", 1000), "batch": ("row of the batch", 1)}  # unit, and how many are one
 PARTS = ("attention", "cache update", "linear layers", "rest of the model", "generate")
 
 
-def ways_of(args: argparse.Namespace) -> tuple[Way, ...]:
+def ways_of(args: argparse.Namespace) -> tuple[opponents.Way, ...]:
     if args.scaling:
         return SCALING_WAYS
-    return WAYS + (COMPILED_WAYS if args.compile else ()) + (GRAPHED_WAYS if args.graphs else ())
+    compiled = opponents.COMPILED_WAYS if args.compile else ()
+    graphed = opponents.GRAPHED_WAYS if args.graphs else ()
+    return opponents.WAYS + compiled + graphed
 
 
-def measure(subject: Subject, context: int, batch: int, args: argparse.Namespace, tick: Callable[[str], object]) -> Row:
-    knobs = knobs_of(args)
-    dtype = str(subject.model.dtype).removeprefix("torch.")
-    what = f"{dtype}, {context:,} cached, batch {batch}: "
-    tick(what + "checking")
-    check(subject.model, context, batch, knobs)
-    room = steps_of(args.rounds, args.tokens) + (args.profile and args.tokens + 1) + 2  # 2: the first ones of a prompt
-    runners = []
-    for way in ways_of(args):
-        tick(what + ("prefilling, " if args.prefill else "filling, ") + way.name)
-        runners.append(make_runner(subject.model, way, context, batch, room, knobs, args.prefill))
-    take_turns(runners, args.rounds, args.tokens, lambda name: tick(what + name))
+def knobs_of(args: argparse.Namespace) -> dict[str, Any]:
+    return dict(r=args.r, k=args.k, ratio=args.ratio)
+
+
+def measure(subject: Subject, context: int, batch: int, args: argparse.Namespace) -> Row:
+    model, knobs = subject.model, knobs_of(args)
+    opponents.check(model, context, batch, knobs)
+    room = opponents.steps_of(args.rounds + args.profile, args.tokens) + 2  # the first ones after a prompt
+    runners = [opponents.make_runner(model, way, context, batch, room, knobs, args.prefill) for way in ways_of(args)]
+    opponents.take_turns(runners, args.rounds, args.tokens)
     for runner in runners:
-        if isinstance(runner, GraphRunner) and runner.wrong:
+        if isinstance(runner, opponents.GraphRunner) and runner.wrong:
             raise SystemExit(f"wrong, so nothing was measured: {runner.way.name}: {runner.wrong}")
-    sparse = next(runner for runner in runners if runner.way is SPARQ_WAY)
-    total = sparq.report(sparse.model).total
+    row = Row({"dtype": str(model.dtype).removeprefix("torch."), "cached": context, "batch": batch})
+    total = sparq.report(next(runner.model for runner in runners if runner.way is opponents.SPARQ_WAY)).total
     steps = max(1, total.decode_steps)
-    row = Row({"dtype": dtype, "cached": context, "batch": batch})
     row.facts = dict(bytes_dense=total.bytes_dense / steps, bytes_sparq=total.bytes_read / steps)
     row.facts |= dict(mean_alpha=total.mean_alpha, dense_steps=dict(total.dense_steps))
     for runner in runners:
-        facts: dict[str, Any] = {"cache_bytes": runner.cache_bytes}
-        facts |= dict(zip(("first token s", "second s"), runner.first_tokens, strict=False))
+        facts = {"cache_bytes": runner.cache_bytes, **runner.first_tokens}
         if args.profile and not runner.way.is_compiled:
             facts["parts"] = profile(runner, args.tokens)
         row.ways[runner.way.name] = Measured(runner.seconds, facts=facts)
+    torch.compiler.reset()  # what was compiled has this row's shapes
     return row
 
 
-def profile(runner: Runner, tokens: int) -> dict[str, float]:
+def profile(runner: opponents.Runner, tokens: int) -> dict[str, float]:
     """Median seconds of a decode step of `generate`, by part (`PARTS`), from `tokens` steps that nothing else counts.
 
     `generate` is what is neither of the model's: choosing the token, stopping criteria, preparing inputs. The rest of
@@ -133,14 +106,14 @@ def profile(runner: Runner, tokens: int) -> dict[str, float]:
     steps: list[dict[str, float]] = []
     timers = Timers()
     ended = time.perf_counter()
-    forward = timers.around("rest of the model", runner.model.forward)
+    whole = timers.around("rest of the model", runner.model.forward)
 
     @wraps(runner.model.forward)  # `generate` asks which arguments `forward` takes
     def step(*args: Any, **kwargs: Any) -> Any:
         nonlocal ended
         before = dict(timers.seconds)
         outside = time.perf_counter() - ended
-        output = forward(*args, **kwargs)
+        output = whole(*args, **kwargs)
         ended = time.perf_counter()
         taken = {part: timers.seconds[part] - before[part] for part in PARTS}
         steps.append({**taken, "generate": outside})
@@ -148,11 +121,13 @@ def profile(runner: Runner, tokens: int) -> dict[str, float]:
 
     implementation = runner.model.config.get_text_config(decoder=True)._attn_implementation
     with ExitStack() as undo:
-        undo.enter_context(shadowed(runner.model, "forward", step))
-        undo.enter_context(shadowed(runner.cache, "update", timers.around("cache update", runner.cache.update)))
+        undo.enter_context(mock.patch.object(runner.model, "forward", step))
+        update = timers.around("cache update", runner.cache.update)
+        undo.enter_context(mock.patch.object(runner.cache, "update", update))
         for module in runner.model.modules():
             if isinstance(module, nn.Linear):
-                undo.enter_context(shadowed(module, "forward", timers.around("linear layers", module.forward)))
+                forward = timers.around("linear layers", module.forward)
+                undo.enter_context(mock.patch.object(module, "forward", forward))
         attention = ALL_ATTENTION_FUNCTIONS[implementation]
         AttentionInterface.register(implementation, timers.around("attention", attention))
         undo.callback(AttentionInterface.register, implementation, attention)
@@ -184,100 +159,94 @@ class Timers:
         return timed
 
 
-@contextmanager
-def shadowed(holder: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of the instance in place of the method of its class."""
-    setattr(holder, name, value)
-    try:
-        yield
-    finally:
-        delattr(holder, name)
-
-
 def lines_of(rows: list[Row], layers: int) -> list[dict[str, Any]]:
-    """Through the medians of the rows of each axis: ms per layer and unit of it."""
+    """Through the rows of each axis: ms per layer and unit of it."""
     found = []
     for axis, (unit, per) in AXES.items():
+        of_axis = [row for row in rows if row.facts["axis"] == axis]
         for way in SCALING_WAYS:
-            points = [
-                (row.case[axis] / per, 1e3 * row.ways[way.name].median / layers)
-                for row in rows
-                if row.facts["axis"] == axis
-            ]
-            found.append({"axis": axis, "unit": unit, "way": way.name, **asdict(Line.through(points))})
+            line = line_of(of_axis, way.name, axis, per, layers)
+            found.append({"axis": axis, "unit": unit, "way": way.name, **line})
     return found
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    add_model_arguments(parser)
-    add_knobs(parser)
-    parser.add_argument(
-        "--contexts", type=positive, nargs="+", help="cached tokens (default: 512 to 131072, and 16384 at batch 8)"
-    )
-    parser.add_argument("--batches", type=positive, nargs="+", help="of each context (default: 1)")
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--prefill", action="store_true", help="compute the prompt (a real model always does)")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile, on static caches")
-    parser.add_argument("--graphs", action="store_true", help="also CUDA graphs, on static caches")
-    parser.add_argument("--profile", action="store_true", help="one more round that shows where a step's time goes")
-    parser.add_argument("--scaling", action="store_true", help="growing contexts, then growing batches, and the slopes")
+    add = parser.add_argument
+    add("--model", default="llama-3.2-1b", help=f"{', '.join(SHAPES)}, or a real model's folder or name")
+    add("--layers", type=positive, help="keep the first of them only (default: 2; of a real model all)")
+    add("--all-layers", action="store_true", help="of a named shape too, with its whole vocabulary")
+    add("--contexts", type=positive, nargs="+", help="cached tokens (default: 512 to 131072, and 16384 at batch 8)")
+    add("--batches", type=positive, nargs="+", help="of each context (default: 1)")
+    add("--dtypes", nargs="+", choices=list(DTYPES), help="default: float32 bfloat16; with --scaling float32")
+    add("--rounds", type=positive, default=4, help="of several the first is not counted")
+    add("--tokens", type=positive, help="decode steps of each way in each round (default: 12; with --scaling 6)")
+    add("--r", type=positive, help="of SparqConfig, as k and ratio")
+    add("--k", type=positive)
+    add("--ratio", type=float, default=8)
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--prefill", action="store_true", help="compute the prompt (a real model always does)")
+    add("--compile", action="store_true", help="also torch.compile, on static caches")
+    add("--graphs", action="store_true", help="also CUDA graphs, on static caches")
+    add("--profile", action="store_true", help="one more round that shows where a step's time goes")
+    add("--scaling", action="store_true", help="growing contexts, then growing batches, and the slopes")
     args = parser.parse_args(arguments)
-    check_arguments(parser, args)
+    if args.layers is not None and args.all_layers:
+        parser.error("--layers and --all-layers exclude each other")
+    if is_real(args.model) and "/" not in args.model and not Path(args.model).is_dir():
+        parser.error(f"--model must be one of {', '.join(SHAPES)}, a folder, or owner/name, got {args.model!r}")
+    try:
+        sparq.SparqConfig(**knobs_of(args))
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
     if args.graphs and args.device == "cpu":
         parser.error("--graphs needs --device cuda")
     if args.profile and args.device != "cpu":
         parser.error("--profile needs --device cpu: its timers do not wait for a device")
     args.prefill = args.prefill or is_real(args.model)
+    args.dtypes = args.dtypes or (["float32"] if args.scaling else ["float32", "bfloat16"])
+    args.tokens = args.tokens or (6 if args.scaling else 12)
     if args.scaling:
-        fill_in(args, SCALING, QUICK_SCALING)
+        args.contexts, args.batches = args.contexts or SCALING_CONTEXTS, args.batches or SCALING_BATCHES
         if len(args.dtypes) > 1:
             parser.error("--scaling takes one of --dtypes")
-        for name in ("contexts", "batches"):
-            if len(set(getattr(args, name))) < 2:
-                parser.error(f"--{name} must be at least two different numbers: they make a line")
+        if min(len(set(args.contexts)), len(set(args.batches))) < 2:
+            parser.error("--contexts and --batches must each be at least two different numbers: they make a line")
         args.settings = [(context, 1) for context in args.contexts]
         args.settings += [(BATCH_CONTEXT, batch) for batch in args.batches]
-        return args
-    fill_in(args, FULL, QUICK)
-    args.settings = QUICK_SETTINGS if args.quick else FULL_SETTINGS
-    if args.contexts or args.batches:
-        contexts = args.contexts or list(dict.fromkeys(context for context, _ in args.settings))
+    elif args.contexts or args.batches:
+        contexts = args.contexts or dict.fromkeys(context for context, _ in SETTINGS)
         args.settings = list(itertools.product(contexts, args.batches or [1]))
+    else:
+        args.settings = SETTINGS
     return args
 
 
 def main() -> None:
     args = parse()
-    if args.device == "cuda" and not torch.cuda.is_available():
+    on_gpu = args.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
         raise SystemExit(f"no CUDA device: torch {torch.__version__} sees none; --device cpu measures on the CPU")
+    layers = args.layers or (None if args.all_layers or is_real(args.model) else MEASURED_LAYERS)
     rows: list[Row] = []
-    turns = 1 + len(ways_of(args)) * (args.rounds + 1)
-    with progress_of(len(args.dtypes) * len(args.settings) * turns) as tick:
-        for dtype in args.dtypes:
-            subject = build_subject(args, dtype)
-            for context, batch in args.settings:
-                rows.append(measure(subject, context, batch, args, tick))
-                torch.compiler.reset()  # what was compiled has this row's shapes
-            title, said = str(subject), subject.described()
-            del subject  # one model in memory, not two
-    lines = {}
+    for dtype in args.dtypes:
+        subject = build(args.model, DTYPES[dtype], layers, args.device)
+        rows += [measure(subject, *setting, args) for setting in progress(args.settings, dtype)]
+        facts: dict[str, Any] = {"model": subject.described()}
+        del subject  # one model in memory, not two
     if args.scaling:
         for number, row in enumerate(rows):
-            row.facts["axis"] = "cached" if number % len(args.settings) < len(args.contexts) else "batch"
-        lines = {"lines": lines_of(rows, said["layers"])}
-    result = document(args, rows, model=said, **lines)
-    if args.device == "cuda":
-        result["machine"] |= Device().properties()
-    print(title)
+            row.facts["axis"] = "cached" if number < len(args.contexts) else "batch"
+        facts["lines"] = lines_of(rows, facts["model"]["layers"])
+    if on_gpu:
+        facts["machine"] = machine() | Device().properties()
+    result = finish(args, rows, **facts)
+    print(model_title(result))
     show(ways_grid(result), generation_grid(result))
     if args.profile:
         show(parts_grid(result))
     if args.scaling:
         show(slopes_grid(result))
-    if args.json:
-        write_json(args.json, result)
 
 
 if __name__ == "__main__":

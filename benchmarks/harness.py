@@ -1,8 +1,7 @@
-"""What every benchmark does the same way: statistics, rows, JSON files, arguments, and what is said of the machine.
+"""What every benchmark does the same way: statistics, rows, JSON files, and what is said of the machine.
 
-All times are seconds. Opponents take turns, so the n-th measurement of one is compared with the n-th of another: what
-slows the machine slows both. README.md says how its numbers are to be read. PyTorch is imported only where it is
-needed: gpu.py starts without it.
+All times are seconds. README.md says how the numbers are to be read. PyTorch is imported only where it is needed:
+gpu.py starts without it.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import track
 
 SPARQ = "SparQ"  # ways that are SparQ's begin with it, transformers' with the other
 STOCK = "stock"
 BARE_CONTEXT = 16  # cached positions, next to none: "layers alone"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -114,30 +113,30 @@ class Row:
         return {"case": self.case, "ways": ways, "ratios": ratios, **self.facts}
 
 
-@dataclass(frozen=True)
-class Line:
-    """y = at_zero + slope * x, by least squares."""
+def line_of(rows: Iterable[Row], way: str, axis: str, per: int, layers: int) -> dict[str, float | None]:
+    """Milliseconds per layer = at_zero + slope * case[axis] / per, by least squares through the rows' medians.
 
-    slope: float
-    at_zero: float
-    slope_error: float | None  # standard error; None where two points leave nothing to judge it by
-
-    @classmethod
-    def through(cls, points: Sequence[tuple[float, float]]) -> Line:
-        n, mean_x, mean_y = len(points), *(sum(values) / len(points) for values in zip(*points, strict=True))
-        spread = sum((x - mean_x) ** 2 for x, _ in points)
-        slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
-        at_zero = mean_y - slope * mean_x
+    `slope_error` is the slope's standard error; None where two points leave nothing to judge it by."""
+    points = [(row.case[axis] / per, 1e3 * row.ways[way].median / layers) for row in rows]
+    xs, ys = zip(*points, strict=True)
+    slope, at_zero = statistics.linear_regression(xs, ys)
+    error = None
+    if len(points) > 2:
         residuals = sum((y - at_zero - slope * x) ** 2 for x, y in points)
-        return cls(slope, at_zero, math.sqrt(residuals / (n - 2) / spread) if n > 2 else None)
+        spread = sum((x - statistics.fmean(xs)) ** 2 for x in xs)
+        error = math.sqrt(residuals / (len(points) - 2) / spread)
+    return {"slope": slope, "at_zero": at_zero, "slope_error": error}
 
 
-def document(args: argparse.Namespace, rows: Iterable[Row], **facts: Any) -> dict[str, Any]:
-    """What a benchmark writes: settings without paths of the machine, the machine, and the rows."""
+def finish(args: argparse.Namespace, rows: Iterable[Row], **facts: Any) -> dict[str, Any]:
+    """What was found, written to --json: settings without paths of the machine, the machine, and the rows."""
     settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     if "model" in settings:
         settings["model"] = Path(settings["model"]).name
-    return {"settings": settings, "machine": machine(), **facts, "rows": [row.json() for row in rows]}
+    result = {"settings": settings, "machine": machine(), **facts, "rows": [row.json() for row in rows]}
+    if args.json:
+        write_json(args.json, result)
+    return result
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
@@ -167,20 +166,6 @@ def machine() -> dict[str, object]:
     }
 
 
-def streaming_read(megabytes: int = 512, repeats: int = 7) -> float:
-    """GB/s at which PyTorch sums a large contiguous tensor with all its threads: the best of several passes."""
-    import torch
-
-    buffer = torch.ones(megabytes << 18)  # float32
-    buffer.sum()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        buffer.sum()
-        seconds.append(time.perf_counter() - started)
-    return buffer.numel() * buffer.element_size() / min(seconds) / 1e9
-
-
 def available_memory() -> int | None:
     """Bytes that can be taken without swapping, or None where the system does not say."""
     value = _first_value("/proc/meminfo", "MemAvailable")
@@ -201,33 +186,14 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def at_least_2(text: str) -> int:
-    return _at_least(2, text)
-
-
-def fill_in(args: argparse.Namespace, full: dict[str, Any], quick: dict[str, Any]) -> None:
-    """Give every option that was left out its value, of `quick` under --quick."""
-    for name, value in (quick if args.quick else full).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-
-
-@contextmanager
-def progress_of(total: int) -> Iterator[Any]:
-    """A bar on stderr, and the function that moves it on and says what is being done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda what: progress.update(task, advance=1, description=what)
-
-
-def _at_least(least: int, text: str) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {least}")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least 1")
     return int(text)
+
+
+def progress(work: Sequence[T], what: str = "") -> Iterable[T]:
+    """`work`, with a bar on stderr."""
+    return track(work, description=what, console=Console(stderr=True), transient=True)
 
 
 def _commit() -> str | None:

@@ -1,20 +1,16 @@
 """Milliseconds per layer and token of llama.cpp on the CPU, and of SparQ on the same weights, by cached positions.
 
     pip install llama-cpp-python gguf
-    python benchmarks/llamacpp.py --contexts 512 4096 16384 65536 --dtypes float32 float16 --flash-attention on off
+    python benchmarks/llamacpp.py --contexts 512 4096 16384 65536 --dtypes float32 float16
 
-The model is the one of benchmarks/generation.py: true layers of Llama-3.2-1B with random weights, and a vocabulary of
-256. llama.cpp loads it from a GGUF file, through the low-level interface of llama-cpp-python; weights and cache have
-the dtype named. Unless its logits agree with those of transformers' LlamaForCausalLM, nothing is measured.
+The model has true layers of Llama-3.2-1B with random weights, and a vocabulary of 256. llama.cpp loads it from a GGUF
+file, through the low-level interface of llama-cpp-python; weights and cache have the dtype named. Unless its logits
+agree with those of transformers' LlamaForCausalLM, nothing is measured.
 
 A step of llama.cpp is one `llama_decode` of one token; one of SparQ, what a user of `generate` waits for, with its
-Python. llama.cpp runs in a process of its own and waits while SparQ runs, and the other way round: in every round each
-way decodes a few tokens at each context. The first round is not counted. llama.cpp's cache is filled with the keys and
-values of a few random tokens, moved to further and further positions, SparQ's with random numbers.
-
-"Layers alone" is a step with 16 cached positions. The slope with the context, ms per layer per 1,000 cached positions,
-is that of the line of least squares through the medians of every round, layers alone among them; its standard error is
-that of the residuals, and so includes whatever is not a line.
+Python. They take turns, llama.cpp in a process of its own: in every round each way decodes a few tokens at each
+context. llama.cpp's cache is filled with the keys and values of a few random tokens, moved to further and further
+positions, SparQ's with random numbers.
 """
 
 from __future__ import annotations
@@ -23,14 +19,11 @@ import argparse
 import copy
 import importlib.util
 import json
-import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +31,24 @@ import torch
 from harness import (
     BARE_CONTEXT,
     SPARQ,
-    Line,
     Measured,
     Row,
-    at_least_2,
-    document,
+    finish,
+    line_of,
     parser_of,
     positive,
-    progress_of,
+    progress,
     version,
-    write_json,
 )
-from models import add_knobs, build, knobs_of
-from opponents import SPARQ_WAY, check, make_runner
+from models import build
+from opponents import SPARQ_WAY, check, make_runner, steps_of
 from tables import llamacpp_grid, show
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
+from workload import DTYPES, relative_error
 
 NEEDED = {"llama_cpp": "llama-cpp-python", "gguf": "gguf"}  # modules: packages
-LLAMA_CPP = {True: "llama.cpp, flash", False: "llama.cpp, no flash"}
+LLAMA_CPP = {"llama.cpp, flash": True, "llama.cpp, no flash": False}  # ways: whether with flash attention
 # Of the logits, relative, against float32 arithmetic on the same weights: llama.cpp rounds activations to the dtype of
 # the weights before every product.
 TOLERANCE = {"float32": 1e-2, "float16": 2e-2}
@@ -73,103 +65,63 @@ GGUF_NAMES = {  # transformers' name within a layer: GGUF's
     "post_attention_layernorm": "ffn_norm",
 }
 
-Rounds = dict[str, dict[int, list[list[float]]]]  # by way and context, of each counted round: seconds of its steps
 
+class LlamaCpp(subprocess.Popen):
+    """llamacpp_worker.py in its process, with a model and room for so many positions; use it as a context manager."""
 
-class LlamaCpp:
-    """The worker's methods, called in its process; use it as a context manager."""
+    def __init__(self, model: LlamaForCausalLM, dtype: str, room: int) -> None:
+        worker = str(Path(__file__).with_name("llamacpp_worker.py"))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.gguf"
+            write_gguf(model, path)
+            command = [sys.executable, worker, str(path), dtype, str(room), str(torch.get_num_threads())]
+            super().__init__(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.system = self._answer()
 
-    def __init__(self) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("llamacpp_worker.py"))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __call__(self, name: str, way: str, **arguments: object) -> Any:
+        """What the method of the worker's Context gives."""
+        print(json.dumps({"do": name, "flash": LLAMA_CPP[way], **arguments}), file=self.stdin, flush=True)
+        return self._answer()
 
-    def __enter__(self) -> LlamaCpp:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-    def __call__(self, name: str, **arguments: object) -> Any:
-        print(json.dumps({"do": name, **arguments}), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
+    def _answer(self) -> Any:
+        line = self.stdout.readline()
         if not line:
-            raise SystemExit(f"llama.cpp ended with status {self.process.wait()} while asked to {name}")
+            raise SystemExit(f"llama.cpp ended with status {self.wait()}")
         return json.loads(line)
 
 
-def disagreement(model: LlamaForCausalLM, llama_cpp: LlamaCpp, flash: bool) -> float:
-    """Relative error of llama.cpp's logits for a random prompt."""
+def disagreement(model: LlamaForCausalLM, llama_cpp: LlamaCpp, dtype: str, way: str) -> float:
+    """Relative error of llama.cpp's logits for a random prompt; raise if it is too large."""
     generator = random.Random(2)
     tokens = [generator.randrange(model.config.vocab_size) for _ in range(PROMPT)]
-    theirs = torch.tensor(llama_cpp("logits", flash_attention=flash, tokens=tokens))
+    theirs = torch.tensor(llama_cpp("logits", way, tokens=tokens))
     with torch.no_grad():
         ours = copy.deepcopy(model).float()(torch.tensor([tokens])).logits[0]
-    return float((theirs - ours).norm() / ours.norm())
-
-
-def check_same_work(model: LlamaForCausalLM, llama_cpp: LlamaCpp, dtype: str, flash: bool) -> float:
-    """The disagreement; raise if it is too large."""
-    error = disagreement(model, llama_cpp, flash)
+    error = relative_error(theirs, ours)
     if not error < TOLERANCE[dtype]:
-        raise SystemExit(f"{LLAMA_CPP[flash]}, {dtype}: logits are wrong by {error:.1e}, nothing is measured")
+        raise SystemExit(f"{way}, {dtype}: logits are wrong by {error:.1e}, nothing is measured")
     return error
 
 
 def measure(
-    dtype: str, args: argparse.Namespace, llama_cpp: LlamaCpp, tick: Callable[[str], object]
-) -> tuple[dict[str, float], Rounds]:
-    """By how much llama.cpp's logits differ, and all times."""
-    knobs = knobs_of(args)
-    model = build("llama-3.2-1b", getattr(torch, dtype), args.layers).model
-    check(model, max(args.contexts), batch=1, knobs=knobs)
-    contexts = sorted({BARE_CONTEXT, *args.contexts})
-    flashes = {LLAMA_CPP[flag == "on"]: flag == "on" for flag in args.flash_attention}
-    with tempfile.TemporaryDirectory() as folder:
-        tick(f"{dtype}: GGUF file")
-        path = Path(folder) / "model.gguf"
-        write_gguf(model, path)
-        room, flags = contexts[-1] + args.tokens + 1, list(flashes.values())
-        llama_cpp("load", path=str(path), dtype=dtype, flash_attention=flags, room=room, threads=args.threads)
-    errors = {way: check_same_work(model, llama_cpp, dtype, flash) for way, flash in flashes.items()}
-    for context in contexts:
-        for way, flash in flashes.items():
-            tick(f"{dtype}: filling {way}, {context:,} positions")
-            llama_cpp("fill", flash_attention=flash, length=context)
-    room = (args.rounds + 1) * (args.tokens + 1)
-    runners = {context: make_runner(model, SPARQ_WAY, context, 1, room, knobs) for context in contexts}
-    rounds: Rounds = {way: {context: [] for context in contexts} for way in (*flashes, SPARQ)}
-    for round_ in range(args.rounds + 1):
-        for context in contexts:
-            tick(f"{dtype}: round {round_}, {context:,} positions")
-            how = dict(length=context, tokens=args.tokens)
-            measured = {way: llama_cpp("times", flash_attention=flash, **how) for way, flash in flashes.items()}
-            measured[SPARQ] = runners[context].decode(args.tokens)
+    model: LlamaForCausalLM, llama_cpp: LlamaCpp, dtype: str, contexts: list[int], rounds: int, tokens: int
+) -> list[Row]:
+    """A row of each context; a round more than is counted goes ahead."""
+    rows = [Row({"dtype": dtype, "cached": context, "batch": 1}) for context in contexts]
+    runners = [make_runner(model, SPARQ_WAY, context, 1, steps_of(rounds + 1, tokens), {}) for context in contexts]
+    for row in rows:
+        row.ways = {way: Measured() for way in (*LLAMA_CPP, SPARQ)}
+        for way in LLAMA_CPP:
+            llama_cpp("fill", way, length=row.case["cached"])
+    for round_ in progress(range(rounds + 1), f"{dtype}, rounds"):
+        for row, runner in zip(rows, runners, strict=True):
+            length = row.case["cached"]
+            measured = {way: llama_cpp("times", way, length=length, tokens=tokens) for way in LLAMA_CPP}
+            measured[SPARQ] = runner.decode(tokens)
             if round_:
                 for way, seconds in measured.items():
-                    rounds[way][context].append(seconds)
-    return errors, rounds
-
-
-def rows_of(dtype: str, rounds: Rounds) -> list[Row]:
-    rows = [Row({"dtype": dtype, "cached": context, "batch": 1}) for context in rounds[SPARQ]]
-    for row in rows:
-        for way, by_context in rounds.items():
-            seconds = [second for steps in by_context[row.case["cached"]] for second in steps]
-            row.ways[way] = Measured(seconds)
+                    row.ways[way].seconds += seconds
     return rows
-
-
-def lines_of(dtype: str, rounds: Rounds, layers: int) -> list[dict[str, Any]]:
-    """Through the medians of all rounds: milliseconds per layer and 1,000 cached positions."""
-    found = []
-    for way, by_context in rounds.items():
-        medians = [
-            (context, statistics.median(one)) for context, of_context in by_context.items() for one in of_context
-        ]
-        line = Line.through([(context / 1000, 1e3 * seconds / layers) for context, seconds in medians])
-        found.append({"dtype": dtype, "way": way, "unit": "1,000 cached tokens", **asdict(line)})
-    return found
 
 
 def permute(weight: Tensor, heads: int) -> Tensor:
@@ -203,16 +155,10 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
 
     llama.cpp's own converter reads a folder with a tokenizer, which a model of random weights has none of: this writes
     the tensors and the least metadata, and declares that there is no vocabulary (tokens go in as numbers).
-
-    Raises:
-        ValueError: where the model has what this does not write.
     """
     import gguf
 
-    config: LlamaConfig = model.config
-    rope = config.rope_parameters
-    if rope["rope_type"] != "default" or config.attention_bias or config.mlp_bias:
-        raise ValueError("only default rotary embeddings and layers without biases can be written")
+    config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -223,7 +169,7 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
@@ -239,12 +185,9 @@ def parse() -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--contexts", type=positive, nargs="+", default=[512, 4096, 16384, 65536])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float16"], choices=list(TOLERANCE))
-    parser.add_argument("--flash-attention", nargs="+", default=["on", "off"], choices=["on", "off"])
     parser.add_argument("--layers", type=positive, default=2)
-    parser.add_argument("--rounds", type=at_least_2, default=4, help="counted; one more goes ahead")
+    parser.add_argument("--rounds", type=positive, default=4, help="counted; one more goes ahead")
     parser.add_argument("--tokens", type=positive, default=12, help="decode steps of each way in each round")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of llama.cpp and of PyTorch")
-    add_knobs(parser)
     args = parser.parse_args()
     if min(args.contexts) <= BARE_CONTEXT:
         parser.error(f"contexts must be larger than the {BARE_CONTEXT} positions of 'layers alone'")
@@ -255,29 +198,26 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    torch.set_num_threads(args.threads)
-    load_before = os.getloadavg()
+    contexts = sorted({BARE_CONTEXT, *args.contexts})
     rows: list[Row] = []
     lines: list[dict[str, Any]] = []
-    differ = {}
-    contexts = len({BARE_CONTEXT, *args.contexts})
-    steps = len(args.dtypes) * (1 + contexts * (len(args.flash_attention) + args.rounds + 1))
-    with progress_of(steps) as tick:
-        for dtype in args.dtypes:
-            with LlamaCpp() as llama_cpp:
-                system = llama_cpp("system")
-                differ[dtype], rounds = measure(dtype, args, llama_cpp, tick)
-            rows += rows_of(dtype, rounds)
-            lines += lines_of(dtype, rounds, args.layers)
-    versions = {package: version(package) for package in (*NEEDED.values(), "transformers")}
-    facts = dict(versions=versions, llama_cpp_system=system, logits_differ_by=differ, lines=lines)
-    result = document(args, rows, **facts)
-    result["machine"]["load averages"] = [load_before, os.getloadavg()]
+    differ: dict[str, dict[str, float]] = {}
+    for dtype in args.dtypes:
+        model = build("llama-3.2-1b", DTYPES[dtype], args.layers).model
+        check(model, contexts[-1], batch=1, knobs={})
+        with LlamaCpp(model, dtype, contexts[-1] + args.tokens + 1) as llama_cpp:
+            system = llama_cpp.system
+            differ[dtype] = {way: disagreement(model, llama_cpp, dtype, way) for way in LLAMA_CPP}
+            measured = measure(model, llama_cpp, dtype, contexts, args.rounds, args.tokens)
+        for way in (*LLAMA_CPP, SPARQ):
+            line = line_of(measured, way, "cached", 1000, args.layers)
+            lines.append({"dtype": dtype, "way": way, "unit": "1,000 cached tokens", **line})
+        rows += measured
+    versions = {package: version(package) for package in NEEDED.values()}
+    result = finish(args, rows, versions=versions, llama_cpp_system=system, logits_differ_by=differ, lines=lines)
     show(llamacpp_grid(result))
     for dtype, errors in differ.items():
         print(f"{dtype}: logits differ by " + ", ".join(f"{error:.0e} ({way})" for way, error in errors.items()))
-    if args.json:
-        write_json(args.json, result)
 
 
 if __name__ == "__main__":

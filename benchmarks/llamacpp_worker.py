@@ -1,4 +1,4 @@
-"""llama.cpp in a process of its own, told what to do by lines of JSON: {"do": NAME, ...} in, one value out for each.
+"""llama.cpp in a process of its own: it loads a model, then answers lines of JSON, {"do": NAME, "flash": BOOL, ...}.
 
 A process of its own, because llama.cpp and PyTorch each bring an OpenMP runtime, whose waiting threads would take the
 other's cores; and without PyTorch, of which nothing is needed here.
@@ -32,7 +32,7 @@ def only_errors(level: int, text: bytes, data: object) -> None:
 class Context:
     """One llama_context, its sequence 0, and copies of that sequence at several lengths."""
 
-    def __init__(self, model: object, *, dtype: str, flash_attention: bool, room: int, threads: int) -> None:
+    def __init__(self, model: object, dtype: str, flash_attention: bool, room: int, threads: int) -> None:
         params = lib.llama_context_default_params()
         params.n_ctx = room
         params.n_batch = params.n_ubatch = min(PREFILL, room)
@@ -53,27 +53,23 @@ class Context:
         self.length = 0
         self.states: dict[int, ctypes.Array] = {}
 
-    def decode(self, tokens: list[int], logits: bool) -> None:
-        """One llama_decode, and waiting for it; `logits` of every token, else of the last."""
-        self.prepare(tokens, logits)
-        self.run()
-
-    def prepare(self, tokens: list[int], logits: bool) -> None:
-        batch, last = self.batch, len(tokens) - 1
+    def decode(self, tokens: list[int]) -> float:
+        """Seconds of one llama_decode, which gives logits of every token, and of waiting for it."""
+        batch = self.batch
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
             batch.token[i] = token
             batch.pos[i] = self.length + i
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = 0
-            batch.logits[i] = logits or i == last
-
-    def run(self) -> None:
-        status = lib.llama_decode(self.pointer, self.batch)
+            batch.logits[i] = True
+        started = time.perf_counter()
+        status = lib.llama_decode(self.pointer, batch)
         if status:
             raise RuntimeError(f"llama_decode returned {status}")
         lib.llama_synchronize(self.pointer)
-        self.length += self.batch.n_tokens
+        self.length += len(tokens)
+        return time.perf_counter() - started
 
     def truncate(self, length: int) -> None:
         if not lib.llama_memory_seq_rm(self.memory, 0, length, -1):
@@ -90,7 +86,7 @@ class Context:
         self.truncate(0)
         rows = []
         for part in (tokens[:-1], tokens[-1:]):
-            self.decode(part, logits=True)
+            self.decode(part)
             rows += [lib.llama_get_logits_ith(self.pointer, i)[: self.vocabulary] for i in range(len(part))]
         self.truncate(0)
         return rows
@@ -102,7 +98,7 @@ class Context:
         it, doubles it, until it is long enough. llama.cpp rotates the copied keys to their new positions.
         """
         self.truncate(0)
-        self.decode([self.random.randrange(self.vocabulary) for _ in range(min(length, self.size))], logits=False)
+        self.decode([self.random.randrange(self.vocabulary) for _ in range(min(length, self.size))])
         while self.length < length:
             self.restore(self.state(), sequence=1)
             lib.llama_memory_seq_rm(self.memory, 1, length - self.length, -1)
@@ -111,7 +107,7 @@ class Context:
             lib.llama_memory_seq_rm(self.memory, 1, -1, -1)
             self.length = min(2 * self.length, length)
             # Moved keys are rotated ahead of the next step, and must be before they are copied again.
-            self.decode([0], logits=False)
+            self.decode([0])
             self.truncate(self.length - 1)
         self.check_length()
         self.states[length] = self.state()
@@ -134,52 +130,32 @@ class Context:
         self.truncate(0)
         self.restore(self.states[length], sequence=0)
         self.length = length
-        seconds = []
-        for _ in range(tokens + 1):
-            self.prepare([self.random.randrange(self.vocabulary)], logits=True)
-            started = time.perf_counter()
-            self.run()
-            seconds.append(time.perf_counter() - started)
+        seconds = [self.decode([self.random.randrange(self.vocabulary)]) for _ in range(tokens + 1)]
         self.check_length()
         return seconds[1:]
 
 
-class Worker:
-    """What can be asked for by name."""
-
-    def __init__(self) -> None:
-        lib.llama_log_set(only_errors, ctypes.c_void_p())
-        lib.llama_backend_init()
-        self.contexts: dict[bool, Context] = {}
-
-    def system(self) -> str:
-        return lib.llama_print_system_info().decode().strip()
-
-    def load(self, path: str, dtype: str, flash_attention: list[bool], room: int, threads: int) -> None:
-        params = lib.llama_model_default_params()
-        params.n_gpu_layers = 0
-        params.load_mode = lib.LLAMA_LOAD_MODE_NONE  # no page of a file is read while a step is timed
-        self.model = lib.llama_model_load_from_file(path.encode(), params)
-        if not self.model:
-            raise RuntimeError(f"llama.cpp could not load {path}")
-        for flash in flash_attention:
-            self.contexts[flash] = Context(self.model, dtype=dtype, flash_attention=flash, room=room, threads=threads)
-
-    def logits(self, flash_attention: bool, tokens: list[int]) -> list[list[float]]:
-        return self.contexts[flash_attention].logits(tokens)
-
-    def fill(self, flash_attention: bool, length: int) -> None:
-        self.contexts[flash_attention].fill(length)
-
-    def times(self, flash_attention: bool, length: int, tokens: int) -> list[float]:
-        return self.contexts[flash_attention].times(length, tokens)
+def load(path: str) -> object:
+    lib.llama_log_set(only_errors, ctypes.c_void_p())
+    lib.llama_backend_init()
+    params = lib.llama_model_default_params()
+    params.n_gpu_layers = 0
+    params.load_mode = lib.LLAMA_LOAD_MODE_NONE  # no page of a file is read while a step is timed
+    model = lib.llama_model_load_from_file(path.encode(), params)
+    if not model:
+        raise RuntimeError(f"llama.cpp could not load {path}")
+    return model
 
 
 def main() -> None:
-    worker = Worker()
+    path, dtype, room, threads = sys.argv[1:]
+    model = load(path)
+    contexts = {flash: Context(model, dtype, flash, int(room), int(threads)) for flash in (True, False)}
+    print(json.dumps(lib.llama_print_system_info().decode().strip()), flush=True)
     for line in sys.stdin:
-        arguments = json.loads(line)
-        print(json.dumps(getattr(worker, arguments.pop("do"))(**arguments)), flush=True)
+        request = json.loads(line)
+        method = getattr(contexts[request.pop("flash")], request.pop("do"))
+        print(json.dumps(method(**request)), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import sparq_kernels
 import torch
 from gpu_stages import graph_step
 from harness import BARE_CONTEXT, SPARQ
@@ -74,32 +73,30 @@ class Runner:
     model: PreTrainedModel
     cache: Cache
     batch: int
-    first_tokens: list[float] = field(default_factory=list)  # seconds of the first two, where the prompt was computed
+    first_tokens: dict[str, float] = field(default_factory=dict)  # seconds, where the prompt was computed
     seconds: list[float] = field(default_factory=list)  # of each decode step that counts
     cache_bytes: int = 0  # the most that the cache has held between two steps
 
     def decode(self, tokens: int) -> list[float]:
         """Seconds of each of `tokens` decode steps of `generate`, which goes on from the cache."""
-        clock, _ = self._generate(self.cache.get_seq_length() + 1, tokens + 1)
-        return clock.decode_seconds()
+        # `generate` takes the last token alone where the others are cached.
+        length = int(self.cache.get_seq_length()) + 1
+        prompt = torch.ones(self.batch, length, dtype=torch.long, device=self.model.device)
+        return self._generate(prompt, tokens + 1).decode_seconds()
 
     def prefill(self, prompt: Tensor) -> None:
         """Compute a prompt [batch, length] into the empty cache, and time the first two tokens after it."""
-        clock, started = self._generate(prompt.shape[1], 2, prompt)
-        self.first_tokens = [clock.times[0] - started, clock.times[1] - clock.times[0]]
+        started = time.perf_counter()
+        first, second = self._generate(prompt, 2).times
+        self.first_tokens = {"first token s": first - started, "second s": second - first}
 
-    def _generate(self, length: int, tokens: int, prompt: Tensor | None = None) -> tuple[DecodeClock, float]:
+    def _generate(self, prompt: Tensor, tokens: int) -> DecodeClock:
         clock = DecodeClock()
-        if prompt is None:  # `generate` takes the last token alone where the others are cached
-            prompt = torch.ones(self.batch, int(length), dtype=torch.long, device=self.model.device)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"disable_compile": True}  # a static cache on a GPU would be compiled unasked
         if self.way.is_compiled:
             # `generate` compiles by itself on a GPU; on a CPU it has to be asked.
-            options["compile_config"] = CompileConfig(mode="default")
+            options = {"compile_config": CompileConfig(mode="default")}
             options["compile_config"]._compile_all_devices = True
-        else:
-            options["disable_compile"] = True  # a static cache on a GPU would be compiled unasked
-        started = time.perf_counter()
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -110,7 +107,7 @@ class Runner:
             **options,
         )
         self.cache_bytes = max(self.cache_bytes, bytes_of(self.cache))
-        return clock, started
+        return clock
 
 
 @dataclass
@@ -118,9 +115,7 @@ class GraphRunner(Runner):
     """Replays a graph of one step, made before the first; it is checked against eager steps then."""
 
     wrong: str | None = None  # how replays differ from the steps they stand for
-
-    def __post_init__(self) -> None:
-        self._replay: Callable[[], Tensor] | None = None
+    _replay: Callable[[], Tensor] | None = None
 
     def decode(self, tokens: int) -> list[float]:
         """Seconds of each of `tokens` replays, waited for one by one as `generate` does."""
@@ -150,8 +145,7 @@ def make_runner(
 ) -> Runner:
     """A runner whose cache holds `context` positions, and has room for `room` more where its size is fixed.
 
-    Args:
-        prefill: compute a prompt of random tokens, and time it. Otherwise the cache is filled with random K and V.
+    prefill: compute a prompt of random tokens, and time it. Otherwise the cache is filled with random K and V.
     """
     if way.bare:
         context = BARE_CONTEXT
@@ -160,7 +154,13 @@ def make_runner(
     own = twin(model)
     if way.patched:
         sparq.patch(own, **knobs, **({} if way.sparse else {"dense_layers": ALL_LAYERS}))
-    cache = empty_cache(model, way, context + room)
+    if way.is_static:
+        multiple = SIZE_STEP if model.device.type == "cuda" else 1
+        cache: Cache = StaticCache(config=model.config, max_cache_len=-(-(context + room) // multiple) * multiple)
+    else:
+        cache = DynamicCache(config=model.config)
+        if way.patched:
+            upgrade(cache)  # filled as it is used: what it would adopt, it would first have to copy
     runner = (GraphRunner if way.is_graphed else Runner)(way, own, cache, batch)
     if prefill:
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -172,36 +172,23 @@ def make_runner(
     return runner
 
 
-def empty_cache(model: PreTrainedModel, way: Way, size: int) -> Cache:
-    config = model.config
-    if way.is_static:
-        if model.device.type == "cuda":
-            size = -(-size // SIZE_STEP) * SIZE_STEP
-        return StaticCache(config=config, max_cache_len=size)
-    cache = DynamicCache(config=config)
-    if way.patched:
-        upgrade(cache)  # filled as it is used: what it would adopt, it would first have to copy
-    return cache
-
-
 def fill(cache: Cache, model: PreTrainedModel, context: int, batch: int, spare: int = 0) -> None:
     """With random keys and values, the same for every cache but for what `spare` draws.
 
-    Args:
-        spare: positions that storage shall have room for, as it has between two growths. At its very end SparQ's would
-            grow: true, but once in a quarter of the tokens that are cached (`memory.py` counts both states).
+    spare: positions that storage shall have room for, as it has between two growths. At its very end SparQ's would
+    grow: true, but once in a quarter of the tokens that are cached (`memory.py` counts both states).
     """
     heads = Heads.of(model.config)
     generator = torch.Generator(model.device).manual_seed(1)
+    how: dict[str, Any] = dict(generator=generator, dtype=model.dtype, device=model.device)
     for index in range(model.config.get_text_config(decoder=True).num_hidden_layers):
-        shape = (batch, heads.kv, context + spare, heads.head_dim)
-        key, value = (torch.randn(shape, generator=generator, dtype=model.dtype, device=model.device) for _ in range(2))
+        key, value = (torch.randn(batch, heads.kv, context + spare, heads.head_dim, **how) for _ in range(2))
         cache.update(key, value, index)
         if spare:
             cache.layers[index].crop(-spare)
 
 
-def take_turns(runners: list[Runner], rounds: int, tokens: int, tick: Callable[[str], object]) -> None:
+def take_turns(runners: list[Runner], rounds: int, tokens: int) -> None:
     """Let every runner decode `tokens` tokens, round after round, so that a drifting machine favours none.
 
     The first of several rounds is not counted: it faults memory in, makes SparQ's index, compiles; later ones are what
@@ -209,7 +196,6 @@ def take_turns(runners: list[Runner], rounds: int, tokens: int, tick: Callable[[
     """
     for round_ in range(rounds):
         for runner in runners if round_ % 2 else runners[::-1]:
-            tick(runner.way.name)
             measured = runner.decode(tokens)
             if round_ or rounds == 1:
                 runner.seconds += measured
@@ -222,14 +208,15 @@ def steps_of(rounds: int, tokens: int) -> int:
 
 def bytes_of(cache: Cache) -> int:
     """Storage held: K, V, slack to grow, and SparQ's index."""
-    return sum(_layer_bytes(layer) for layer in cache.layers)
-
-
-def _layer_bytes(layer: Any) -> int:
-    if isinstance(layer, (SparqLayer, SparqStaticLayer)):
-        return layer.allocated_bytes
-    held = (getattr(layer, name, None) for name in ("keys", "values"))
-    return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+    total = 0
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if isinstance(layer, (SparqLayer, SparqStaticLayer)):
+            total += layer.allocated_bytes
+        else:
+            held = (getattr(layer, name, None) for name in ("keys", "values"))
+            total += sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
+    return total
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -238,12 +225,8 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def check(model: PreTrainedModel, context: int, batch: int, knobs: dict[str, Any]) -> None:
-    """Raise SystemExit, with the reason in one line, unless the patched model and the operator are right: a wrong
-    answer is not fast.
-
-    Args:
-        context: positions that the operator is tried on, those that are going to be measured.
-    """
+    """Raise SystemExit, with the reason in one line, unless the patched model and the operator are right on a cache of
+    the size that is going to be measured: a wrong answer is not fast."""
     why = wrong_model(model) or wrong_operator(model, context, batch, sparq.SparqConfig(**knobs))
     if why is not None:
         raise SystemExit(f"wrong, so nothing is measured: {why}")
@@ -281,9 +264,8 @@ def teacher_forced(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 def wrong_operator(model: PreTrainedModel, context: int, batch: int, config: sparq.SparqConfig) -> str | None:
     """How the operator differs from the reference in float64 on a cache of this shape, or None."""
     heads, dtype, device = Heads.of(model.config), model.dtype, model.device
-    shape = Shape(
-        batch, heads.query, heads.kv, heads.head_dim, context, config.components(heads.head_dim), config.min_k
-    )
+    r, k = config.components(heads.head_dim), config.min_k
+    shape = Shape(batch, heads.query, heads.kv, heads.head_dim, context, r, k)
     generator = torch.Generator(device).manual_seed(3)
 
     def draw(*shape: int) -> Tensor:  # where it is needed, as it is needed: a GPU's cache is drawn on no host
@@ -291,11 +273,7 @@ def wrong_operator(model: PreTrainedModel, context: int, batch: int, config: spa
 
     rows = (batch, heads.kv, context, heads.head_dim)
     key, value = draw(*rows), draw(*rows)
-    query = draw(batch, heads.query, 1, heads.head_dim)
-    components = sparq_kernels.allocate_components(*rows, dtype, device)
-    sparq_kernels.write_components(components, key, 0)
-    lengths = torch.full((batch,), context, device=device)
-    x = Inputs(query, key, components, value, value.sum(2, dtype=torch.float32), lengths)
+    x = Inputs.of(draw(batch, heads.query, 1, heads.head_dim), key, value)
     knobs = dict(k_divisor=config.k_divisor, local=config.local)
     fast = decode(shape, x, **knobs).output
     # Row by row: one in float64 takes enough memory.

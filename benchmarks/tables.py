@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,11 @@ from rich.markup import escape
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
-# The first one is the README's.
-MODELS = ("generation", "generation-r12", "generation-all-layers", "generation-llama-2-7b", "generation-pythia-1.4b")
 PAPERS_R = 32  # of Llama; the other cases have the plugin's own ratio
 GLANCE = (("float32", 16384, 1), ("float32", 65536, 1), ("float32", 131072, 1), ("bfloat16", 131072, 1))
 GLANCE += (("bfloat16", 16384, 8),)
-DYNAMIC, STATIC, OWN_CACHE, KERNEL, REFERENCE = (
-    "stock dynamic",
-    "stock static",
-    "SparQ's cache",
-    "C++ dense",
-    "reference",
-)
+DYNAMIC, STATIC, OWN_CACHE = "stock dynamic", "stock static", "SparQ's cache"
+KERNEL, REFERENCE = "C++ dense", "reference"  # the latter is in older JSON files
 UNKNOWN = "–"
 Content = dict[str, Any]
 
@@ -69,9 +63,9 @@ class Grid:
         return f"**{self.title}**\n\n{self.markdown()}"
 
 
-def show(*grids: Grid, width: int = 160) -> None:
+def show(*grids: Grid) -> None:
     for grid in grids:
-        Console(width=width).print(grid.table())
+        Console(width=160).print(grid.table())
 
 
 def ms(way: Content, layers: int = 1) -> float:
@@ -79,16 +73,14 @@ def ms(way: Content, layers: int = 1) -> float:
 
 
 def fastest(row: Content, names: Iterable[str]) -> str | None:
-    ways = row["ways"]
-    return min((n for n in names if is_right(ways.get(n))), key=lambda n: ways[n]["time"]["median"], default=None)
+    """Of those that were measured and are right."""
+    ways = {name: row["ways"][name] for name in names}
+    right = [name for name, way in ways.items() if "time" in way and "wrong" not in way]
+    return min(right, key=lambda name: ways[name]["time"]["median"], default=None)
 
 
-def is_right(way: Content | None) -> bool:
-    return way is not None and "time" in way and "wrong" not in way
-
-
-def times(ratio: Content | None, digits: int = 2) -> str:
-    return UNKNOWN if ratio is None else f"{ratio['value']:.{digits}f}x" + " unclear" * ratio["unclear"]
+def times(ratio: Content | None) -> str:
+    return UNKNOWN if ratio is None else f"{ratio['value']:.2f}x" + " unclear" * ratio["unclear"]
 
 
 def setting(row: Content) -> tuple[str, str, str]:
@@ -96,35 +88,54 @@ def setting(row: Content) -> tuple[str, str, str]:
     return case["dtype"], f"{case['cached']:,}", str(case["batch"])
 
 
+def model_title(content: Content) -> str:
+    """The model, and what must be said about it."""
+    said = content["model"]
+    title = f"{said['name']}: {said['layers']} of {said['layers_of']} layers"
+    if said["vocabulary"] < said["vocabulary_of"]:
+        title += f", vocabulary of {said['vocabulary']:,} instead of {said['vocabulary_of']:,}"
+    return title + ", random weights" * said["random_weights"]
+
+
 def torch_way(row: Content) -> str | None:
     """The fastest of PyTorch's own dense ways."""
     return fastest(row, [name for name in row["ways"] if name not in (KERNEL, SPARQ, REFERENCE)])
 
 
-def attention_grid(content: Content, rows: Iterable[Content]) -> Grid:
+def attention_grid(content: Content, is_shown: Callable[[Content], bool] = lambda case: True) -> Grid:
     lines = []
-    for row in rows:
-        ways, names = row["ways"], (torch_way(row), KERNEL, SPARQ)
-        cells = [
-            f"{ms(ways[n]):.2f} ({ways[n]['bytes'] / ms(ways[n]) / 1e6:.0f})"
-            if n in ways and "time" in ways[n]
-            else UNKNOWN
-            for n in names
-        ]
+    for row in content["rows"]:
+        case, ways, ratios = row["case"], row["ways"], row["ratios"].get(SPARQ, {})
+        if not is_shown(case):
+            continue
+        names = (torch_way(row), KERNEL, SPARQ)
+        cells = []
+        for name in names:
+            way = ways.get(name, {})
+            cells.append(f"{ms(way):.2f} ({way['bytes'] / ms(way) / 1e6:.0f})" if "time" in way else UNKNOWN)
         for name in names[:2]:
-            is_wrong = any("wrong" in ways.get(n, {}) for n in (name, SPARQ))
-            ratio = row["ratios"].get(SPARQ, {}).get(name)
-            bold = ratio and f"**{ratio['value']:.1f}x**" + " unclear" * ratio["unclear"]
-            cells.append("WRONG" if is_wrong else bold or UNKNOWN)
-        case = row["case"]
+            if any("wrong" in ways.get(one, {}) for one in (name, SPARQ)):
+                cells.append("WRONG")
+            elif name in ratios:
+                cells.append(f"**{ratios[name]['value']:.1f}x**" + " unclear" * ratios[name]["unclear"])
+            else:
+                cells.append(UNKNOWN)
         lines.append((f"{case['name']} {case['shape']}", case["dtype"], *cells, f"{row['bytes_ratio']:.1f}x"))
     columns = ("shape", "dtype", "PyTorch", "C++ dense", "SparQ", "vs PyTorch", "vs C++", "bytes allow")
     return Grid("Attention of one new token: ms (GB/s of what has to be read)", columns, lines)
 
 
-def generation_grid(content: Content, rows: list[Content] | None = None) -> Grid:
+def papers_grid(content: Content) -> Grid:
+    return attention_grid(content, lambda case: case["r"] == PAPERS_R)
+
+
+def sweep_grid(content: Content) -> Grid:
+    return attention_grid(content, lambda case: case["r"] != PAPERS_R)
+
+
+def generation_grid(content: Content) -> Grid:
     """Milliseconds per layer and token, and where the gain comes from."""
-    rows, said, settings = rows or content["rows"], content["model"], content["settings"]
+    rows, said, settings = content["rows"], content["model"], content["settings"]
     layers, ways = said["layers"], list(rows[0]["ways"])
     against = {
         "vs dynamic": (SPARQ, DYNAMIC),
@@ -189,9 +200,9 @@ def parts_grid(content: Content) -> Grid:
     for row in content["rows"]:
         ways = row["ways"]
         for way in (fastest(row, [n for n in ways if n.startswith(STOCK) and "parts" in ways[n]]), SPARQ):
-            cells = (f"{1e3 * seconds / layers:.2f}" for seconds in ways[way]["parts"].values())
-            rows.append((*setting(row), way, *cells))
-    columns = ("dtype", "cached", "batch", "way", *content["rows"][0]["ways"][SPARQ]["parts"])
+            parts = ways[way]["parts"]
+            rows.append((*setting(row), way, *(f"{1e3 * seconds / layers:.2f}" for seconds in parts.values())))
+    columns = ("dtype", "cached", "batch", "way", *parts)
     return Grid(f"{content['model']['name']}: where a step's time goes, ms per layer", columns, rows, left=4)
 
 
@@ -199,11 +210,16 @@ def slopes_grid(content: Content) -> Grid:
     rows = []
     ours = {line["axis"]: line for line in content["lines"] if line["way"] == SPARQ}
     for line in content["lines"]:
-        error = "" if line["slope_error"] is None else f" ± {line['slope_error']:.3f}"
         compared = ("", "") if line["way"] == SPARQ else lines_compared(ours[line["axis"]], line)
-        rows.append((line["unit"], line["way"], f"{line['slope']:.3f}{error}", f"{line['at_zero']:.1f}", *compared))
+        rows.append((line["unit"], line["way"], slope(line, 1, 3), f"{line['at_zero']:.1f}", *compared))
     columns = ("one more", "way", "costs", "ms at none", "SparQ flatter", "SparQ faster")
     return Grid("One more of it costs, ms per layer and token", columns, rows)
+
+
+def slope(line: Content, factor: int, digits: int) -> str:
+    error = line["slope_error"]
+    said = f"{factor * line['slope']:.{digits}f}"
+    return said if error is None else f"{said} ± {factor * error:.{digits}f}"
 
 
 def lines_compared(ours: Content, theirs: Content) -> tuple[str, str]:
@@ -226,12 +242,12 @@ def llamacpp_grid(content: Content) -> Grid:
     for (dtype, way), line in lines.items():
         measured = [row for row in content["rows"] if row["case"]["dtype"] == dtype]
         cells = (f"{ms(row['ways'][way], layers):.1f}" for row in measured)
-        cost = f"{1e3 * line['slope']:.0f} ± {1e3 * line['slope_error']:.0f}"
-        rows.append((dtype, way, *cells, cost, f"{line['slope'] / lines[dtype, SPARQ]['slope']:.1f}x"))
+        compared = f"{line['slope'] / lines[dtype, SPARQ]['slope']:.1f}x"
+        rows.append((dtype, way, *cells, slope(line, 1000, 0), compared))
     cached = [row["case"]["cached"] for row in measured]
     heads = ("layers alone" if positions == BARE_CONTEXT else f"{positions:,}" for positions in cached)
     columns = ("dtype", "way", *heads, "µs per 1,000 tokens more", "times SparQ's")
-    threads = content["settings"]["threads"]
+    threads = content["machine"]["threads"]
     return Grid(f"llama.cpp: ms per layer and token by cached tokens, {threads} threads", columns, rows)
 
 
@@ -247,75 +263,74 @@ def memory_grid(content: Content) -> Grid:
 
 
 def crossover_grid(content: Content) -> Grid:
-    contexts = content["settings"]["contexts"]
-    rows = []
-    for line in content["pays from"]:
-        case = {name: line[name] for name in ("heads", "dtype")}
-        measured = [row["ways"] for row in content["rows"] if case.items() <= row["case"].items()]
-        us = [[1e3 * ms(ways[name], content["layers"]) for name in (OWN_CACHE, SPARQ)] for ways in measured]
-        cells = (f"{dense:.0f} / {sparse:.0f}" for dense, sparse in us)
-        pays = line["cached"]
-        there = (UNKNOWN, UNKNOWN) if pays is None else (f"{pays:,}", f"{line['bytes'] / 2**20:.2f} MiB")
-        rows.append((*case.values(), *cells, *there))
-    columns = ("heads of", "dtype", *(f"{context:,}" for context in contexts), "pays from", "bytes there")
+    lines: dict[tuple[str, str], list[str]] = {}  # of each model and dtype, by growing contexts
+    pays: dict[tuple[str, str], tuple[str, str]] = {}  # the first context from which sparse stays faster, and its bytes
+    for row in content["rows"]:
+        case = row["case"]
+        key = (case["heads"], case["dtype"])
+        dense, sparse = (1e3 * ms(row["ways"][name], content["layers"]) for name in (OWN_CACHE, SPARQ))
+        lines.setdefault(key, []).append(f"{dense:.0f} / {sparse:.0f}")
+        if sparse < dense:
+            pays.setdefault(key, (f"{case['cached']:,}", f"{row['dense_bytes'] / 2**20:.2f} MiB"))
+        else:
+            pays.pop(key, None)
+    contexts = dict.fromkeys(f"{row['case']['cached']:,}" for row in content["rows"])
+    columns = ("heads of", "dtype", *contexts, "pays from", "bytes there")
+    rows = [(*key, *cells, *pays.get(key, (UNKNOWN, UNKNOWN))) for key, cells in lines.items()]
     return Grid("µs per layer and token, dense / sparse (ratio=8)", columns, rows)
 
 
-def gpu_grids(content: Content) -> Iterator[Grid]:
-    """The first table of attention and of generation; `gpu-<card>.md` has all."""
-    machine = content["machine"]
-    for stage in ("attention", "generation"):
-        for table in content.get(stage, {}).get("tables", [])[:1]:
-            grid = Grid.of(table)
-            yield replace(grid, title=f"{machine['device']}, torch {machine['torch']}: {grid.title}")
-
-
-def read(name: str, results: Path = RESULTS) -> Content | None:
-    path = results / f"{name}.json"
+def read(folder: Path, name: str) -> Content | None:
+    path = folder / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def in_readme(results: Path = RESULTS) -> Iterator[Grid]:
-    """The tables that the README shows."""
-    if content := read(MODELS[0], results):
-        yield glance_grid(content)
+# Which tables are made of which file.
+IN_README = {"generation": [glance_grid]}
+IN_DOCS = {
+    "attention": [papers_grid],
+    "generation": [generation_grid],
+    "llamacpp": [llamacpp_grid],
+    "memory": [memory_grid],
+}
+OTHERS = {
+    "attention": [sweep_grid],
+    "generation": [parts_grid],
+    "generation-r12": [generation_grid],
+    "generation-all-layers": [generation_grid],
+    "generation-llama-2-7b": [generation_grid, parts_grid],
+    "generation-pythia-1.4b": [generation_grid, parts_grid],
+    "generation-compiled": [ways_grid],
+    "scaling": [slopes_grid],
+}
 
 
-def in_docs(results: Path = RESULTS) -> Iterator[Grid]:
-    """Those that docs/speed.md and docs/memory.md show."""
-    if content := read("attention", results):
-        yield attention_grid(content, [row for row in content["rows"] if row["case"]["r"] == PAPERS_R])
-    if content := read(MODELS[0], results):
-        yield generation_grid(content)
-    if content := read("llamacpp", results):
-        yield llamacpp_grid(content)
-    if content := read("memory", results):
-        yield memory_grid(content)
-    for path in sorted(results.glob("gpu-*.json")):
-        yield from gpu_grids(json.loads(path.read_text()))
+def made(wanted: dict[str, list[Callable[[Content], Grid]]], folder: Path = RESULTS) -> Iterator[Grid]:
+    """The tables of those files that are there."""
+    for name, grids in wanted.items():
+        if content := read(folder, name):
+            for grid in grids:
+                if grid is not parts_grid or content["settings"]["profile"]:
+                    yield grid(content)
 
 
-def others(results: Path = RESULTS) -> Iterator[Grid]:
-    if content := read("attention", results):
-        yield attention_grid(content, [row for row in content["rows"] if row["case"]["r"] != PAPERS_R])
-    for name in MODELS:
-        content = read(name, results)
-        if content and name != MODELS[0]:
-            yield generation_grid(content)
-        if content and content["settings"]["profile"]:
-            yield parts_grid(content)
-    if content := read("generation-compiled", results):
-        yield ways_grid(content)
-    if content := read("scaling", results):
-        yield slopes_grid(content)
+def gpu_grids(folder: Path = RESULTS) -> Iterator[Grid]:
+    """Of every card the first table of attention and of generation, for docs/speed.md; `gpu-<card>.md` has all."""
+    for path in sorted(folder.glob("gpu-*.json")):
+        content = json.loads(path.read_text())
+        card = f"{content['machine']['device']}, torch {content['machine']['torch']}"
+        for stage in ("attention", "generation"):
+            for table in content.get(stage, {}).get("tables", [])[:1]:
+                yield Grid.of({**table, "title": f"{card}: {table['title']}"})
 
 
-def everything(results: Path = RESULTS) -> str:
+def everything(folder: Path = RESULTS) -> str:
     parts = [
         "# Tables of speed",
         "Made by `python benchmarks/tables.py` of the JSON files beside it; `../README.md` says how to read them.",
     ]
-    parts += [grid.titled_markdown() for grid in (*in_readme(results), *in_docs(results), *others(results))]
+    grids = (*made(IN_README, folder), *made(IN_DOCS, folder), *gpu_grids(folder), *made(OTHERS, folder))
+    parts += [grid.titled_markdown() for grid in grids]
     return "\n\n".join(parts) + "\n"
 
 
@@ -329,24 +344,16 @@ def draw_scaling(path: Path, content: Content) -> None:
         xs = [row["case"][axis] / per for row in rows]
         lines = [line for line in content["lines"] if line["axis"] == axis]
         for line, colour in zip(lines, ("tab:red", "tab:orange", "tab:blue"), strict=True):
-            known = [
-                {name: 1e3 * row["ways"][line["way"]]["time"][name] / layers for name in ("median", "low", "high")}
-                for row in rows
-            ]
-            errors = [[one["median"] - one["low"] for one in known], [one["high"] - one["median"] for one in known]]
-            plot.errorbar(xs, [one["median"] for one in known], errors, fmt="o", color=colour, capsize=3)
+            times = [row["ways"][line["way"]]["time"] for row in rows]
+            low, median, high = ([1e3 * time[name] / layers for time in times] for name in ("low", "median", "high"))
+            errors = [list(map(operator.sub, median, low)), list(map(operator.sub, high, median))]
+            plot.errorbar(xs, median, errors, fmt="o", color=colour, capsize=3)
             ends = [line["at_zero"], line["at_zero"] + line["slope"] * max(xs)]
-            plot.plot(
-                [0, max(xs)], ends, color=colour, label=f"{line['way']}: {line['slope']:.3f} ms per {line['unit']}"
-            )
+            said = f"{line['way']}: {line['slope']:.3f} ms per {line['unit']}"
+            plot.plot([0, max(xs)], ends, color=colour, label=said)
         plot.set(xlabel=label, ylabel="ms per layer and token", ylim=(0, None))
         plot.legend()
-    model = content["model"]
-    title = f"{model['name']}: {model['layers']} of {model['layers_of']} layers"
-    if model["vocabulary"] < model["vocabulary_of"]:
-        title += f", vocabulary of {model['vocabulary']:,} instead of {model['vocabulary_of']:,}"
-    title += ", random weights" * model["random_weights"]
-    figure.suptitle(f"{title}, {content['settings']['dtypes'][0]}")
+    figure.suptitle(f"{model_title(content)}, {content['settings']['dtypes'][0]}")
     figure.savefig(path, dpi=120)
 
 
@@ -355,7 +362,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS, help="default: benchmarks/results")
     folder = parser.parse_args().folder
     (folder / "tables.md").write_text(everything(folder))
-    if content := read("scaling", folder):
+    if content := read(folder, "scaling"):
         draw_scaling(folder / "scaling.png", content)
 
 

@@ -70,6 +70,14 @@ class Inputs:
     value_sum: Tensor
     length: Tensor
 
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
+        """All positions are visible."""
+        components = sparq_kernels.allocate_components(*key.shape, key.dtype, key.device)
+        sparq_kernels.write_components(components, key, 0)
+        length = torch.full(key.shape[:1], key.shape[2], device=key.device)
+        return cls(query, key, components, value, value.sum(2, dtype=torch.float32), length)
+
     def groups(self, shape: Shape, **knobs: Any) -> tuple[Cached, Visible, Budget]:
         """As the operator and its reference take them; knobs: of the budget, which a shape does not have."""
         cached = Cached(self.key, self.components, self.value, self.value_sum)
@@ -94,10 +102,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs
     rows = (shape.batch, shape.num_kv_heads, shape.cached, shape.head_dim)
     query = 2 * torch.randn(shape.batch, shape.num_heads, 1, shape.head_dim, generator=generator, device=device)
     key, value = (torch.randn(rows, generator=generator, device=device).to(dtype) for _ in range(2))
-    components = sparq_kernels.allocate_components(*rows, dtype, device)
-    sparq_kernels.write_components(components, key, 0)
-    length = torch.full((shape.batch,), shape.cached, device=device)
-    return Inputs(query.to(dtype), key, components, value, value.sum(2, dtype=torch.float32), length)
+    return Inputs.of(query.to(dtype), key, value)
 
 
 def decode(shape: Shape, x: Inputs, return_positions: bool = False, **knobs: Any) -> sparq_kernels.DecodeOutput:
@@ -109,21 +114,11 @@ def sparq(shape: Shape, x: Inputs) -> Tensor:
     return decode(shape, x).output
 
 
-def reference_results(shape: Shape, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+def reference(shape: Shape, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Output, alpha and positions of the plain PyTorch reference."""
-    output, alpha, positions, _ = decode_reference(
-        x.query,
-        *x.groups(shape),
-        scale=shape.head_dim**-0.5,
-        softcap=None,
-        mean_from=0.0,
-        return_positions=True,
-    )
+    how = dict(scale=shape.head_dim**-0.5, softcap=None, mean_from=0.0, return_positions=True)
+    output, alpha, positions, _ = decode_reference(x.query, *x.groups(shape), **how)
     return output, alpha, positions
-
-
-def reference(shape: Shape, x: Inputs) -> Tensor:
-    return reference_results(shape, x)[0]
 
 
 def relative_error(output: Tensor, expected: Tensor) -> float:
@@ -149,7 +144,7 @@ def disagreement(shape: Shape, x: Inputs) -> str | None:
     """How the operator differs from the reference, or None: output and alpha must be equal up to the dtype's rounding,
     and so must nearly all positions: scores within rounding of the k-th may change places."""
     ours = decode(shape, x, return_positions=True)
-    output, alpha, positions = reference_results(shape, x)
+    output, alpha, positions = reference(shape, x)
     # A kernel may take another path when nobody asks for positions, and that is the one measured.
     for what, mine in (("output", ours.output), ("output without positions", sparq(shape, x))):
         error = relative_error(mine, output)

@@ -130,9 +130,7 @@ def contexts(tokens: Any, lengths: tuple[int, ...]) -> Iterator[tuple[int, str, 
         yield length, "repeat", length - CUE, torch.as_tensor(passage[:CUE]), passage[CUE:]
 
 
-def measure(
-    folder: str, document: str, text: str, lengths: tuple[int, ...], chosen: list[Setting]
-) -> list[Measured]:
+def measure(folder: str, document: str, text: str, lengths: tuple[int, ...], chosen: list[Setting]) -> list[Measured]:
     """All settings on one document; runs in a process of its own."""
     import torch
 
@@ -155,7 +153,16 @@ def measure(
                     total = report().total
                 found = compare(dense, sparse, decoded[1:])
                 results.append(
-                    Measured(document, length, kind, setting.line, setting.name, *found, total.bytes_dense / total.bytes_read, total.mean_alpha or math.nan)
+                    Measured(
+                        document,
+                        length,
+                        kind,
+                        setting.line,
+                        setting.name,
+                        *found,
+                        total.bytes_dense / total.bytes_read,
+                        total.mean_alpha or math.nan,
+                    )
                 )
     return results
 
@@ -176,7 +183,11 @@ def compare(dense: Any, sparse: Any, targets: Any) -> tuple[float, float, float,
 
 
 def all_measured(
-    folder: str, texts: dict[str, str], lengths: tuple[int, ...], chosen: list[Setting], processes: int,
+    folder: str,
+    texts: dict[str, str],
+    lengths: tuple[int, ...],
+    chosen: list[Setting],
+    processes: int,
     on_document: Callable[[str, float], None] = lambda document, seconds: None,
 ) -> list[Measured]:
     begin, results = time.perf_counter(), []
@@ -209,7 +220,11 @@ def main() -> None:
     texts = dict(list(documents().items())[: arguments.documents])
     chosen = [one for one in settings() if arguments.settings is None or arguments.settings in one.line]
     results = all_measured(
-        arguments.model, texts, tuple(arguments.lengths), chosen, arguments.processes,
+        arguments.model,
+        texts,
+        tuple(arguments.lengths),
+        chosen,
+        arguments.processes,
         lambda document, seconds: console.print(f"{document}: {seconds:.0f} s"),
     )
     if arguments.json:
@@ -226,8 +241,21 @@ def show(console: Any, results: list[Measured]) -> None:
         for name in dict.fromkeys(one.name for one in results):
             rows = [one for one in results if one.name == name and one.kind == kind]
             kl, error = mean_and_error([one.kl for one in rows])
-            means = [mean_and_error([getattr(one, key) for one in rows])[0] for key in ("less", "kl_high", "nll_change", "same", "alpha")]
-            table.add_row(name, kind, f"{means[0]:.1f}x", f"{kl:.4f}", f"{error:.4f}", f"{means[1]:.3f}", f"{means[2]:+.3f}", f"{means[3]:.1%}", f"{means[4]:.2f}")
+            means = [
+                mean_and_error([getattr(one, key) for one in rows])[0]
+                for key in ("less", "kl_high", "nll_change", "same", "alpha")
+            ]
+            table.add_row(
+                name,
+                kind,
+                f"{means[0]:.1f}x",
+                f"{kl:.4f}",
+                f"{error:.4f}",
+                f"{means[1]:.3f}",
+                f"{means[2]:+.3f}",
+                f"{means[3]:.1%}",
+                f"{means[4]:.2f}",
+            )
     console.print(table)
 
 

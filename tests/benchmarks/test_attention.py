@@ -11,25 +11,18 @@ import torch
 from attention import CACHE_BYTES, README, SWEEP, chosen, copies_that_fit, sized, walk
 from harness import SPARQ
 from sparq_kernels.cpu import CompilerError
-from tables import KERNEL, REFERENCE, torch_way
+from tables import KERNEL, torch_way
 from workload import Case, Shape
 
 TINY = (Case("tiny", Shape(1, 4, 2, 16, 96, 8, 12)), Case("tiny", Shape(2, 2, 2, 16, 64, 8, 12)))
 
 
-def test_quick_takes_fewer_rounds():
-    assert attention.parse([]).rounds == 30 and attention.parse(["--quick"]).rounds == 8
-    assert attention.parse(["--quick", "--rounds", "3"]).rounds == 3
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (
-        (["--rounds", "0"], "--rounds must be at least 1"),
-        (["--copies", "0"], "--copies must be at least 1"),
-        (["--contexts", "4096", "0"], "--contexts must be at least 1"),
-        (["--ratio", "0.5"], "--ratio must be at least 1"),
-        (["--r", "65", "--shapes", "llama-3-8b", "llama-3.2-1b"], "--r must be at most 64"),
+        (["--rounds", "0"], "argument --rounds: '0' must be an integer of at least 1"),
+        (["--contexts", "4096", "0"], "argument --contexts: '0' must be an integer of at least 1"),
+        (["--ratio", "0.5"], "argument --ratio: '0.5' must be an integer of at least 1"),
         (["--shapes", "gpt-5"], "invalid choice"),
     ),
 )
@@ -41,39 +34,27 @@ def test_bad_arguments_are_refused_in_one_line(capsys, arguments, message):
 
 def test_arguments_choose_the_cases():
     assert chosen(attention.parse([])) == list(README + SWEEP)
-    assert chosen(attention.parse(["--quick"])) == list(attention.QUICK)
-    grid = [
-        "--shapes",
-        "llama-3.2-1b",
-        "llama-2-7b",
-        "--contexts",
-        "1024",
-        "100",
-        "--batches",
-        "1",
-        "4",
-        "--ratio",
-        "4",
-    ]
-    shapes = [case.shape for case in chosen(attention.parse(grid))]
+    grid = "--shapes llama-3.2-1b llama-2-7b --contexts 1024 100 --batches 1 4 --ratio 4"
+    shapes = [case.shape for case in chosen(attention.parse(grid.split()))]
     assert len(shapes) == 8 and shapes[0] == Shape(1, 32, 8, 64, 1024, 16, 128)
     assert shapes[-1] == Shape(4, 32, 32, 128, 100, 32, 100), "k is never more than there are"
     (only, *_) = chosen(attention.parse(["--r", "7", "--k", "9"]))
     assert only == Case("llama-3-8b", Shape(1, 32, 8, 128, 4096, 7, 9))
+    (only,) = chosen(attention.parse(["--shapes", "llama-3.2-1b", "--contexts", "1024", "--r", "65"]))
+    assert only.shape.r == 64, "r is never more than there are"
 
 
 def test_copies_outgrow_the_cache_and_fit_into_memory():
     for case in README + SWEEP:
-        copies = copies_that_fit(case.shape, 2, turns=10_000, memory=1 << 40)
-        assert copies >= 3 and copies * case.shape.dense_elements * 2 >= CACHE_BYTES
+        copies = copies_that_fit(case.shape, 2, memory=1 << 40)
+        assert copies * case.shape.dense_elements * 2 >= CACHE_BYTES
     short, long = sized("llama-3-8b", 1, 1024).shape, sized("llama-3-8b", 1, 1 << 20).shape
-    assert copies_that_fit(short, 2, turns=150, memory=None) == 150, "no copy is used twice: more would be in vain"
-    assert copies_that_fit(short, 2, turns=150, memory=100 << 20) == 0, "too few would lie in the cache"
+    assert copies_that_fit(sized("llama-3-8b", 1, 131072).shape, 4, memory=None) == 3, "none follows itself"
+    assert copies_that_fit(short, 2, memory=100 << 20) == 0, "too few would lie in the cache"
+    assert copies_that_fit(long, 4, memory=None) == 1, "larger than any cache by itself"
     one = long.dense_elements * 4 * 3 // 2
-    assert copies_that_fit(long, 4, turns=150, memory=3 * one) == 1, "larger than any cache by itself"
-    assert copies_that_fit(long, 4, turns=150, memory=one) == 0
-    assert copies_that_fit(long, 4, turns=150, memory=one, wanted=1) == 0
-    assert copies_that_fit(short, 4, turns=150, memory=1 << 40, wanted=1) == 1
+    assert copies_that_fit(long, 4, memory=one) == copies_that_fit(long, 4, memory=one, wanted=1) == 0
+    assert copies_that_fit(short, 4, memory=1 << 40, wanted=1) == 1
 
 
 @pytest.mark.parametrize("copies", (1, 2, 3, 4, 12))
@@ -97,7 +78,6 @@ def one_thread():
 def tiny(monkeypatch, one_thread):
     monkeypatch.setattr(attention, "chosen", lambda args: list(TINY))
     monkeypatch.setattr(attention, "streaming_read", lambda: 20.0)
-    monkeypatch.setattr(attention, "fixed_cost", lambda call: 25.0)
 
 
 def run(monkeypatch, *arguments):
@@ -112,14 +92,13 @@ def test_a_run_from_end_to_end(monkeypatch, tmp_path, capsys):
     out = tmp_path / "rows.json"
     assert run(monkeypatch, "--json", out) == 0
     result = json.loads(out.read_text())
-    assert set(result) == {"machine", "operator", "settings", "fixed_cost", "rows", "left_out"}
+    assert set(result) == {"machine", "operator", "settings", "rows", "left_out"}
     assert {"torch", "transformers", "sparq commit", "processor"} <= set(result["machine"])
     assert result["settings"]["rounds"] == 4 and str(tmp_path) not in out.read_text()
-    assert result["fixed_cost"] == {SPARQ: 25.0, KERNEL: 25.0} and result["left_out"] == []
-    assert len(result["rows"]) == 4
+    assert len(result["rows"]) == 4 and result["left_out"] == []
     for row in result["rows"]:
         ways, ratios = row["ways"], row["ratios"][SPARQ]
-        assert {KERNEL, REFERENCE, torch_way(row)} <= set(ratios) and not any("wrong" in way for way in ways.values())
+        assert {KERNEL, torch_way(row)} <= set(ratios) and not any("wrong" in way for way in ways.values())
         assert set(row["tried"]) == {"SDPA packed", "SDPA enable_gqa", "matmul"}
         assert ways[SPARQ]["bytes"] == ways[KERNEL]["bytes"] / row["bytes_ratio"] and ways[SPARQ]["time"]["count"] == 4
     printed = capsys.readouterr().out
@@ -174,7 +153,6 @@ def test_without_a_compiler_the_rest_is_measured(monkeypatch, capsys):
         raise CompilerError("there is no C++ compiler")
 
     monkeypatch.setattr(attention, "dense_attention", fail)
-    monkeypatch.setattr(attention, "fixed_cost", lambda call: call(TINY[0].shape, None) if call is fail else 1.0)
     assert run(monkeypatch, "--dtypes", "float32") == 0
     printed = capsys.readouterr().out
     assert "C++ dense: there is no C++ compiler" in printed and "WRONG" not in printed

@@ -5,21 +5,26 @@ import sys
 
 import crossover
 import pytest
+from harness import SPARQ, Measured, Row
 from models import Heads
+from tables import OWN_CACHE, crossover_grid
 
 
 @pytest.mark.parametrize(
     ("pairs", "expected"),
     (
-        ([(1, 2), (3, 2), (5, 2)], 512),
-        ([(3, 2), (1, 2), (5, 2)], 1024),
-        ([(3, 2), (3, 2), (5, 2)], 256),
-        ([(3, 2), (3, 2), (2, 2)], None),
+        ([(1, 2), (3, 2), (5, 2)], "512"),
+        ([(3, 2), (1, 2), (5, 2)], "1,024"),
+        ([(3, 2), (3, 2), (5, 2)], "256"),
+        ([(3, 2), (3, 2), (2, 2)], "–"),
     ),
 )
 def test_pays_from_where_sparse_stays_faster(pairs, expected):
-    assert crossover.pays_from(dict(zip([256, 512, 1024], pairs, strict=True))) == expected
-    assert crossover.pays_from(dict(zip([1024, 512, 256], pairs[::-1], strict=True))) == expected
+    rows = []
+    for context, (dense, sparse) in zip((256, 512, 1024), pairs, strict=True):
+        ways = {OWN_CACHE: Measured([dense]), SPARQ: Measured([sparse])}
+        rows.append(Row({"heads": "tiny", "dtype": "float32", "cached": context}, ways, {"dense_bytes": 1}).json())
+    assert crossover_grid({"rows": rows, "layers": 1}).rows[0][-2] == expected
 
 
 def test_crossover_from_end_to_end(monkeypatch, capsys, tmp_path):

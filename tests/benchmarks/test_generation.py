@@ -89,22 +89,22 @@ def test_a_real_model_is_prefilled_and_its_place_stays_private(run, tmp_path):
     assert all(way["first token s"] > 0 and way["second s"] > 0 for way in ways)
 
 
-def test_quick_takes_little_and_leaves_what_was_asked_for():
-    quick = generation.parse(["--quick", "--tokens", "7"])
-    assert quick.settings == [(8192, 1)] and quick.dtypes == ["float32"] and (quick.rounds, quick.tokens) == (2, 7)
+def test_settings_are_what_was_asked_for():
     demo = generation.parse(["--contexts", "16384", "65536", "--rounds", "2", "--tokens", "8"])
     assert demo.settings == [(16384, 1), (65536, 1)] and demo.dtypes == ["float32", "bfloat16"] and not demo.prefill
+    assert (demo.rounds, demo.tokens) == (2, 8)
     assert generation.parse(["--model", "owner/name"]).prefill
     assert {(512, 1), (131072, 1), (16384, 8)} < set(generation.parse([]).settings)
     assert generation.parse(["--contexts", "7", "9", "--batches", "2"]).settings == [(7, 2), (9, 2)]
-    assert generation.parse(["--quick", "--batches", "2", "3"]).settings == [(8192, 2), (8192, 3)]
+    assert len(generation.parse(["--batches", "2", "3"]).settings) == 8
+    scaling = generation.parse(["--scaling"])
+    assert scaling.dtypes == ["float32"] and (scaling.rounds, scaling.tokens, len(scaling.settings)) == (4, 6, 9)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (
         (["--contexts", "0"], "must be an integer of at least 1"),
-        (["--tokens", "1"], "must be an integer of at least 2"),
         (["--layers", "2", "--all-layers"], "exclude each other"),
         (["--model", "llama-9"], "--model must be one of"),
         (["--ratio", "0.5"], "ratio must be"),
@@ -157,7 +157,7 @@ def test_a_runner_goes_on_from_its_own_cache(way):
     runner = make_runner(model, way, context=256, batch=2, room=20, knobs=dict(min_length=0))
     held = 16 if way.bare else 256
     assert int(runner.cache.get_seq_length()) == held
-    take_turns([runner], rounds=3, tokens=2, tick=lambda name: None)
+    take_turns([runner], rounds=3, tokens=2)
     assert len(runner.seconds) == 4 and int(runner.cache.get_seq_length()) == held + 9
     position = 2 * 2 * 2 * 16 * 4  # layers, batch rows, KV heads, head_dim, bytes
     assert runner.cache_bytes == bytes_of(runner.cache) >= 2 * (held + 9) * position
@@ -182,16 +182,15 @@ def test_layers_are_cut_where_asked():
     subject = models.build("tiny-neox", torch.bfloat16, layers=1)
     assert len(subject.model.gpt_neox.layers) == 1 and subject.model.dtype == torch.bfloat16
     whole = models.build("tiny-neox", torch.float32, layers=None)
-    assert str(whole) == "tiny-neox: 3 of 3 layers, random weights" and whole.vocabulary == 300
-    assert models.MEASURED_LAYERS == 2
+    assert whole.name == "tiny-neox" and whole.layers == whole.layers_of == 3 and whole.vocabulary == 300
 
 
 def test_scaling_fits_a_line_for_each_axis(run, tmp_path):
     out = tmp_path / "scaling.json"
     shown = run(
         generation,
-        *("--scaling", "--model", "tiny-llama", "--quick", "--contexts", "200", "300", "400", "--batches", "1", "2"),
-        *("--json", str(out)),
+        *("--scaling", "--model", "tiny-llama", "--contexts", "200", "300", "400", "--batches", "1", "2"),
+        *("--rounds", "2", "--tokens", "3", "--json", str(out)),
     )
     assert "SparQ flatter" in shown
     result = json.loads(out.read_text())
@@ -216,7 +215,7 @@ def test_slopes_are_per_layer_and_thousand_cached_tokens():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (
-        (["--scaling", "--contexts", "512", "512"], "--contexts must be at least two different numbers"),
+        (["--scaling", "--contexts", "512", "512"], "must each be at least two different numbers"),
         (["--scaling", "--dtypes", "float32", "bfloat16"], "--scaling takes one of --dtypes"),
         (["--graphs"], "--graphs needs --device cuda"),
         (["--device", "cuda", "--profile"], "--profile needs --device cpu"),

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from harness import Line, Measured, Ratio, Row, Timing
+from harness import Measured, Ratio, Row, Timing, line_of
 
 
 def test_a_timing_is_median_and_deciles():
@@ -35,11 +35,16 @@ def test_a_row_has_ratios_of_what_is_right_alone():
     assert found["ways"]["SparQ"]["time"]["median"] == 2.5 and found["ways"]["SparQ"]["bytes"] == 5
 
 
-def test_a_line_is_found_with_its_error():
-    exact = Line.through([(1, 5), (2, 7), (5, 13)])
-    assert exact.slope == pytest.approx(2) and exact.at_zero == pytest.approx(3) and exact.slope_error < 1e-12
+def line(*points):
+    rows = [Row({"cached": 1000 * x}, {"SparQ": Measured([2e-3 * y])}) for x, y in points]
+    return line_of(rows, "SparQ", "cached", 1000, layers=2)
+
+
+def test_a_line_is_found_with_its_error_per_layer_and_unit():
+    exact = line((1, 5), (2, 7), (5, 13))
+    assert exact["slope"] == pytest.approx(2) and exact["at_zero"] == pytest.approx(3) and exact["slope_error"] < 1e-12
     # by hand: residuals 1/6, -1/3, 1/6; their sum of squares 1/6 over one degree of freedom; x spread 2
-    scattered = Line.through([(0, 0), (1, 0.5), (2, 2)])
-    assert scattered.slope == pytest.approx(1) and scattered.at_zero == pytest.approx(-1 / 6)
-    assert scattered.slope_error == pytest.approx(math.sqrt(1 / 6 / 2))
-    assert Line.through([(1, 1), (2, 2)]).slope_error is None
+    scattered = line((0, 0), (1, 0.5), (2, 2))
+    assert scattered["slope"] == pytest.approx(1) and scattered["at_zero"] == pytest.approx(-1 / 6)
+    assert scattered["slope_error"] == pytest.approx(math.sqrt(1 / 6 / 2))
+    assert line((1, 1), (2, 2))["slope_error"] is None

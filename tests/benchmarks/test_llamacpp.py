@@ -92,20 +92,6 @@ def test_file_holds_the_weights_and_the_shape(tmp_path, dtype):
         assert np.array_equal(read[name].data.view(np.uint8).ravel(), tensor.view(torch.uint8).numpy().ravel())
 
 
-def test_what_cannot_be_written_is_refused(tmp_path, model):
-    pytest.importorskip("gguf", reason="gguf is not installed: pip install -e .[llama-cpp]")
-    model.config.attention_bias = True
-    with pytest.raises(ValueError, match="bias"):
-        llamacpp.write_gguf(model, tmp_path / "model.gguf")
-
-
-def test_lines_go_through_the_medians_of_every_round():
-    """In ms per layer and 1,000 positions."""
-    rounds = {"SparQ": {1000: [[0.001, 0.003, 0.002], [0.004]], 3000: [[0.006], [0.008]]}}
-    (line,) = llamacpp.lines_of("float32", rounds, layers=2)
-    assert line["slope"] == pytest.approx(1) and line["at_zero"] == pytest.approx(0.5) and line["slope_error"] > 0
-
-
 def test_missing_packages_are_named(monkeypatch, capsys):
     monkeypatch.setattr(llamacpp, "NEEDED", {"no_such_module": "no-such-package"})
     monkeypatch.setattr(sys, "argv", ["llamacpp.py"])
@@ -115,27 +101,21 @@ def test_missing_packages_are_named(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_logits_agree_only_where_the_work_is_the_same(tmp_path, monkeypatch, dtype):
+def test_logits_agree_only_where_the_work_is_the_same(monkeypatch, dtype):
     needs_llama_cpp()
     model = small_model(getattr(torch, dtype))
     with torch.no_grad():  # the rotation must matter: sharper scores than those of freshly drawn weights
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight *= 20
             layer.self_attn.k_proj.weight *= 20
-    path = tmp_path / "model.gguf"
-    load = dict(path=str(path), dtype=dtype, flash_attention=[True, False], room=100, threads=1)
-    llamacpp.write_gguf(model, path)
-    with llamacpp.LlamaCpp() as llama_cpp:
-        llama_cpp("load", **load)
-        for flash in (True, False):
-            llamacpp.check_same_work(model, llama_cpp, dtype, flash)
+    with llamacpp.LlamaCpp(model, dtype, room=100) as llama_cpp:
+        for way in llamacpp.LLAMA_CPP:
+            llamacpp.disagreement(model, llama_cpp, dtype, way)
     monkeypatch.setattr(llamacpp, "permute", lambda weight, heads: weight)
-    llamacpp.write_gguf(model, path)
-    with llamacpp.LlamaCpp() as llama_cpp:
-        llama_cpp("load", **load)
-        for flash in (True, False):
+    with llamacpp.LlamaCpp(model, dtype, room=100) as llama_cpp:
+        for way in llamacpp.LLAMA_CPP:
             with pytest.raises(SystemExit, match="nothing is measured"):
-                llamacpp.check_same_work(model, llama_cpp, dtype, flash)
+                llamacpp.disagreement(model, llama_cpp, dtype, way)
 
 
 @pytest.mark.parametrize("flash", [True, False])
@@ -149,15 +129,14 @@ def test_filled_cache_is_attended_to(tmp_path, model, flash):
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight *= 20
     llamacpp.write_gguf(model, tmp_path / "model.gguf")
-    worker = llamacpp_worker.Worker()
-    worker.load(str(tmp_path / "model.gguf"), "float32", [flash], room=300, threads=1)
-    context = worker.contexts[flash]
+    loaded = llamacpp_worker.load(str(tmp_path / "model.gguf"))
+    context = llamacpp_worker.Context(loaded, "float32", flash, room=300, threads=1)
     length, first = 200, llamacpp_worker.PREFILL
     context.fill(length)
     context.truncate(0)
     context.restore(context.states[length], sequence=0)
     context.length = length
-    context.decode([7], logits=True)
+    context.decode([7])
     theirs = torch.tensor(llama_cpp.llama_get_logits_ith(context.pointer, 0)[:256])
 
     draw = random.Random(0)
@@ -178,16 +157,21 @@ def test_filled_cache_is_attended_to(tmp_path, model, flash):
 class Fake:
     """llama.cpp, which is not always installed; each step takes 1 ms and 1 µs for every position."""
 
+    system = "made up"
+
+    def __init__(self, *arguments):
+        pass
+
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         pass
 
-    def __call__(self, name, **arguments):
+    def __call__(self, name, way, **arguments):
         if name == "times":
             return [0.001 + 1e-6 * arguments["length"]] * arguments["tokens"]
-        return "made up"
+        return torch.zeros(llamacpp.PROMPT, 256).tolist()
 
 
 def result_of(monkeypatch, out, *arguments):
@@ -200,7 +184,6 @@ def result_of(monkeypatch, out, *arguments):
 def test_rows_and_lines_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(llamacpp, "NEEDED", {})
     monkeypatch.setattr(llamacpp, "LlamaCpp", Fake)
-    monkeypatch.setattr(llamacpp, "write_gguf", lambda *args: None)
     monkeypatch.setattr(llamacpp, "disagreement", lambda *args: 1e-3)
     monkeypatch.setattr(llamacpp, "build", lambda name, dtype, layers: SimpleNamespace(model=small_model(dtype)))
     result = result_of(monkeypatch, tmp_path / "rows.json")
@@ -221,14 +204,13 @@ def check_result(result):
     assert all(value < 1e-2 for value in result["logits_differ_by"]["float32"].values())
 
 
-def test_disagreement_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(llamacpp, "disagreement", lambda *args: 0.1)
-    with pytest.raises(SystemExit, match=r"logits are wrong by 1\.0e-01, nothing is measured"):
-        llamacpp.check_same_work(None, Fake(), "float32", True)
+def test_disagreement_ends_the_run(model):
+    with pytest.raises(SystemExit, match=r"logits are wrong by 1\.0e\+00, nothing is measured"):
+        llamacpp.disagreement(model, Fake(), "float32", "llama.cpp, flash")
 
 
 def test_a_run_with_llama_cpp(tmp_path, monkeypatch):
     needs_llama_cpp()
-    result = result_of(monkeypatch, tmp_path / "rows.json", "--threads", "1")
+    result = result_of(monkeypatch, tmp_path / "rows.json")
     check_result(result)
     assert result["versions"]["llama-cpp-python"] and result["machine"] and result["settings"]["rounds"] == 2

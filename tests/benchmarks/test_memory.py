@@ -24,7 +24,6 @@ def test_bytes_of_every_cache(tmp_path: Path) -> None:
     summed = 2 * position  # of V, in float32
     assert even == {
         "stock dynamic": 2 * 2048 * position,
-        "stock static": 2 * 2048 * position,
         "SparQ, used": 3 * 2048 * position + summed,
         "SparQ, prompt": 3 * 2048 * position + summed,
         "SparQ, growing": 3 * 4096 * position + summed,

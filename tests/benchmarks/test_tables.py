@@ -17,11 +17,10 @@ def test_tables_are_made_from_the_results():
 
 def test_the_readme_and_the_documents_show_what_was_measured():
     readme, documents = (ROOT / "README.md").read_text(), [path.read_text() for path in (ROOT / "docs").glob("*.md")]
-    cards = [json.loads(path.read_text()) for path in tables.RESULTS.glob("gpu-*.json")]
-    (glance,), shown = tables.in_readme(), list(tables.in_docs())
-    assert glance.markdown() in readme and len(glance.rows) == 5
-    assert len(shown) == 4 + sum(len(list(tables.gpu_grids(card))) for card in cards)
-    for grid in shown:
+    cards = list(tables.RESULTS.glob("gpu-*.json"))
+    (glance,), shown, measured = tables.made(tables.IN_README), list(tables.made(tables.IN_DOCS)), tables.gpu_grids()
+    assert glance.markdown() in readme and len(glance.rows) == 5 and len(shown) == 4
+    for grid in (*shown, *measured):
         assert any(grid.markdown() in text for text in documents), grid.title
     assert ("**not measured yet.**" in readme) == (not cards)
     assert any("**On a GPU**: not measured yet." in text for text in documents) == (not cards)
@@ -31,13 +30,13 @@ def test_a_card_that_was_measured_has_its_tables(tmp_path):
     table = {"title": "Attention", "columns": ["shape", "dtype"], "rows": [["S1", "bfloat16"]], "left": 2}
     content = {"machine": {"device": "made up", "torch": "2.11"}, "attention": {"tables": [table, table]}}
     (tmp_path / "gpu-made-up.json").write_text(json.dumps(content | {"generation": {}}))
-    (grid,) = tables.in_docs(tmp_path)
+    (grid,) = tables.gpu_grids(tmp_path)
     assert grid.title == "made up, torch 2.11: Attention" and grid.markdown().endswith("| S1 | bfloat16 |")
 
 
 def test_every_case_has_its_row():
-    attention = tables.read("attention")
-    (first, *_), (rest, *_) = tables.in_docs(), tables.others()
+    attention = tables.read(tables.RESULTS, "attention")
+    first, rest = tables.papers_grid(attention), tables.sweep_grid(attention)
     assert len(first.rows) + len(rest.rows) == len(attention["rows"])
     row = attention["rows"][0]
     assert first.rows[0][0].endswith(row["case"]["shape"])
@@ -48,9 +47,9 @@ def test_every_case_has_its_row():
     ("name", "cells"), (("SparQ", ["WRONG", "WRONG"]), ("C++ dense", ["**6.4x**", "WRONG"])), ids=("ours", "theirs")
 )
 def test_a_wrong_output_has_no_ratio(name, cells):
-    row = tables.read("attention")["rows"][0]
-    row["ways"][name]["wrong"] = "differs"
-    grid = tables.attention_grid({}, [row])
+    content = tables.read(tables.RESULTS, "attention")
+    content["rows"][0]["ways"][name]["wrong"] = "differs"
+    grid = tables.attention_grid(content)
     assert list(grid.rows[0][5:7]) == cells
 
 
@@ -84,4 +83,4 @@ def test_a_grid_says_the_same_on_a_terminal_and_as_markdown():
 
 
 def test_what_was_not_measured_has_no_table(tmp_path):
-    assert list(tables.in_readme(tmp_path)) == list(tables.others(tmp_path)) == []
+    assert list(tables.made(tables.IN_README, tmp_path)) == list(tables.made(tables.OTHERS, tmp_path)) == []
