@@ -16,10 +16,8 @@ def documents() -> dict[str, str]:
     return {
         "language reference": topics["compound"],
         "data model": topics["specialnames"],
-        "type reference": topics["types"],
         "debugger, strings": topics["debugger"] + "\n\n" + topics["string-methods"],
-        "Python, parsing": (STANDARD / "argparse.py").read_text(encoding="utf-8"),
-        "Python, arithmetic": (STANDARD / "_pydecimal.py").read_text(encoding="utf-8"),
+        "Python": (STANDARD / "argparse.py").read_text(encoding="utf-8"),
         "C++ header": (PACKAGES / "torch/include/ATen/core/TensorBase.h").read_text(encoding="utf-8"),
         "API reference": (PACKAGES / "torch/_torch_docs.py").read_text(encoding="utf-8"),
         "README": _metadata("lm_eval"),
