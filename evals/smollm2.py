@@ -67,7 +67,7 @@ def _convert(source: Path, made: Path) -> None:
         finally:
             if bars:
                 logging.enable_progress_bar()
-    console.print(f"{source.name} has been converted: {made}")
+    console.print(f"{source.name} has been converted: {made}", soft_wrap=True)
 
 
 if __name__ == "__main__":
