@@ -63,9 +63,12 @@ def load(path: str | os.PathLike[str], *, dtype: Any = "auto", **options: Any) -
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=name, dtype=dtype, quantization_config=unpacked, use_safetensors=True, **options
         )
-    except (ValueError, KeyError, IndexError, struct.error) as error:
+    except (ValueError, TypeError, KeyError, IndexError, struct.error) as error:
         raise ValueError(f"transformers does not read the GGUF file {path}: {error}") from error
     _mend(tokenizer, metadata.get("tokenizer.ggml.pre"))
+    eos = metadata.get("tokenizer.ggml.eos_token_id")
+    if eos is not None:  # transformers 5.17 takes the token that begins a text for the one that ends it
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
     # Unset it is so large that nobody is warned of a text that is too long.
     tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     return tokenizer, model

@@ -20,9 +20,9 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Bytes; two that are merged into one, which both are digits; what a template needs, and what ends a document.
-TOKENS = [*byte_characters(), "12", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-NUMBER, END_OF_TEXT, TURN, END_OF_TURN = range(256, 260)
+# Bytes; digits that are merged, two pairs because old versions of transformers read one as none; special tokens.
+TOKENS = [*byte_characters(), "12", "34", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+NUMBER, END_OF_TEXT, END_OF_TURN = 256, 258, 260
 LAYER = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -75,9 +75,10 @@ def write(path: Path, pre: str | None = "smollm", template: str | None = TEMPLAT
         writer.add_tokenizer_pre(pre)
     writer.add_token_list(TOKENS)
     writer.add_token_types([1] * END_OF_TEXT + [3] * (len(TOKENS) - END_OF_TEXT))  # normal, control
-    writer.add_token_merges(["1 2"])
-    for name in ("bos", "eos", "unk"):
-        getattr(writer, f"add_{name}_token_id")(END_OF_TEXT)
+    writer.add_token_merges(["1 2", "3 4"])
+    writer.add_bos_token_id(END_OF_TEXT)
+    writer.add_unk_token_id(END_OF_TEXT)
+    writer.add_eos_token_id(END_OF_TURN)
     if template is not None:
         writer.add_chat_template(template)
     weights = {
@@ -164,7 +165,7 @@ def test_digits_are_split_as_in_training(
     tokenizer.save_pretrained(tmp_path / "saved")
     for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
         assert each("12", add_special_tokens=False)["input_ids"] == expected
-        assert each.model_max_length == 777
+        assert (each.eos_token, each.model_max_length) == ("<|im_end|>", 777)
 
 
 def test_other_models_are_left_to_transformers(tmp_path: Path) -> None:
