@@ -16,6 +16,7 @@ import copy
 import json
 import math
 import random
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,10 @@ def long_answers(model: Any, tokenizer: Any, console: Console) -> list[Long]:
     texts: dict[str, Any] = {}
     results = []
     for setting in SETTINGS:
+        begin = time.perf_counter()
         with console.status(f"{setting.name}: {ANSWER} tokens of {len(names)} documents"), decoding(setting, model):
             texts[setting.name] = text = greedy(model, copy.deepcopy(cache), last)
+        console.print(f"{setting.name}: {ANSWER} tokens in {time.perf_counter() - begin:.0f} s")
         equal = (text == texts[DENSE.name]).long().cumprod(1).sum(1).tolist()
         for row, name in enumerate(names):  # one by one: logits of whole texts are large
             mine = copy.deepcopy(cache)
