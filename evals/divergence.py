@@ -91,7 +91,9 @@ class Reader:
     def __init__(self, folder: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # several processes' would fight over the terminal
         torch.set_num_threads(1)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.tokenizer.model_max_length = 10**9  # the whole document is tokenised, and cut
@@ -267,6 +269,34 @@ def table(content: dict[str, Any]) -> str:
             )
             kl, error = over_documents(found, "kl")
             cells += [f"{less:.1f}x", f"{kl:.3f} ± {error:.3f}", f"{high:.2f}", f"{change:+.3f}", f"{same:.1%}"]
+        rows.append(cells)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+GLANCE = (
+    "the paper's SparQ, 8x",
+    "SparQ, 4x",
+    "SparQ, 8x",
+    "SparQ, first layer dense, 8x",
+    "SparQ, r = 12, k = S/32",
+    "oracle top-k, 8x",
+    "Quest, 8x",
+    "sinks + window, 8x",
+)
+
+
+def glance(content: dict[str, Any]) -> str:
+    """Markdown, what the README shows."""
+    measured = of_all_settings(content["measured"])
+    rows = [["", "moved", *(f"{kind}: {what}" for kind in KINDS for what in ("KL, bits a token", "same first choice"))]]
+    rows.append(["---", *("---:" for _ in rows[0][1:])])
+    for name in GLANCE:
+        found = [one for one in measured if one["name"] == name]
+        cells = [name, f"{over_documents(found, 'less')[0]:.1f}x less"]
+        for kind in KINDS:
+            those = [one for one in found if one["kind"] == kind]
+            kl, error = over_documents(those, "kl")
+            cells += [f"{kl:.3f} ± {error:.3f}", f"{over_documents(those, 'same')[0]:.1%}"]
         rows.append(cells)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -19,6 +19,7 @@ from byte_tokenizer import byte_tokenizer, save_byte_tokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparq.lm_eval.decoding import METHODS
 from sparq.lm_eval.model import SparqLM
@@ -81,6 +82,17 @@ def close(a, b) -> None:
 
 
 # Switched off, it is the harness's own model.
+
+
+def test_dense_is_the_harness_own_model_on_a_real_one(smollm2: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    harness = dict(tokenizer=AutoTokenizer.from_pretrained(smollm2), batch_size=4)
+    ours, theirs = SparqLM(model, method="dense", decode_context_tokens=4, **harness), HFLM(model, **harness)
+    (log_likelihoods, greedy), (expected, expected_greedy) = scores(ours), scores(theirs)
+    close(log_likelihoods, expected)
+    assert greedy == expected_greedy
+    assert rolling(ours) == pytest.approx(rolling(theirs), abs=2e-3)
+    assert answers(ours) == answers(theirs)
 
 
 @pytest.mark.parametrize("decoded", [0, 1, 7, 30])
