@@ -107,6 +107,8 @@ class Report:
         lines = [str(self.config)]
         if self.cache_bytes:
             lines.append(f"largest cache: {self.cache_bytes / 1e6:,.1f} MB (K, V, the component copy of K)")
+        if self.total.mean_alpha is not None:
+            lines.append("mean α: the share by the scores of r components, which is too high where they miss something")
         if not self.total.decode_steps:
             lines.append("no decode step yet: nothing but prompts, if anything")
         for reason, steps in sorted(self.total.dense_steps.items(), key=lambda item: -item[1]):
