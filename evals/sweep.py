@@ -107,9 +107,10 @@ def grid(tokens: int, head_dim: int) -> list[Way]:
     return ways
 
 
-def chat_grid(tokens: int, head_dim: int) -> list[Way]:
-    """Every method at three ratios, and at ratio 8 with a dense first layer. H2O comes first, since the others can go
-    on from its prefills."""
+def chat_grid(tokens: int, head_dim: int, is_full: bool = True) -> list[Way]:
+    """Every method at three ratios, and at ratio 8 with a dense first layer.
+    is_full: else the others are there at ratio 8 alone.
+    """
 
     def knobs(method: str, ratio: int) -> dict[str, Any]:
         if method != "sparq":
@@ -118,7 +119,7 @@ def chat_grid(tokens: int, head_dim: int) -> list[Way]:
 
     ways = [DENSE]
     for name, (method, changes) in CHAT_METHODS.items():
-        ways += [Way(name, ratio, knobs(method, ratio) | changes) for ratio in CHAT_RATIOS]
+        ways += [Way(name, ratio, knobs(method, ratio) | changes) for ratio in (CHAT_RATIOS if is_full or name == "sparq" else (8,))]
         ways.append(Way(f"{name}, dense_layers=1", 8, knobs(method, 8) | changes | {"dense_layers": 1}))
     return ways
 
@@ -233,30 +234,29 @@ class Planned:
     documents: int
     decoded: int = 32  # tokens of each context: more than a question has
     batch: int = 10
+    is_full: bool = True  # all ratios of all methods; else of SparQ alone, and the others at 8
 
 
 CHAT_PLAN = {
-    "chat_niah_single_1_1k": Planned(1024, 10, 48, 1),
-    "chat_niah_single_1_2k": Planned(2048, 5, 48, 1),
-    "chat_niah_single_1_4k": Planned(4096, 5, 48, 1),
-    "chat_niah_single_1_7k": Planned(7424, 2, 48, 1),
-    "chat_niah_multikey_2_1k": Planned(1024, 40, 48, 5),
-    "chat_niah_multikey_2_2k": Planned(2048, 20, 48, 5),
-    "chat_pass_key_1k": Planned(1024, 40, 24, 5),
-    "chat_pass_key_2k": Planned(2048, 40, 24, 5),
-    "chat_pass_key_4k": Planned(4096, 20, 24, 5),
-    "chat_pass_key_7k": Planned(7424, 5, 24, 5),
-    "chat_repetition_1k": Planned(1024, 10, 32, 5),
-    "chat_repetition_4k": Planned(4096, 5, 32, 5),
-    "chat_text_1k": Planned(1024, 16, 1, 1),
-    "chat_text_4k": Planned(4096, 8, 1, 1),
+    "chat_niah_single_1_1k": Planned(1024, 5, 48, 1, False),
+    "chat_niah_single_1_4k": Planned(4096, 2, 48, 1, False),
+    "chat_niah_single_1_7k": Planned(7424, 1, 48, 1, False),
+    "chat_niah_multikey_2_1k": Planned(1024, 20, 48, 5, False),
+    "chat_pass_key_1k": Planned(1024, 25, 24, 5),
+    "chat_pass_key_2k": Planned(2048, 20, 24, 5, False),
+    "chat_pass_key_4k": Planned(4096, 10, 24, 5),
+    "chat_pass_key_7k": Planned(7424, 5, 24, 5, False),
+    "chat_repetition_1k": Planned(1024, 10, 32, 5, False),
+    "chat_repetition_4k": Planned(4096, 3, 32, 3, False),
+    "chat_text_1k": Planned(1024, 8, 1, 1),
+    "chat_text_4k": Planned(4096, 4, 1, 1, False),
 }
 PLAN = {
-    "recall_pass_key_1k": Planned(1024, 25),
-    "recall_pass_key_2k": Planned(2048, 25),
+    "recall_pass_key_1k": Planned(1024, 15),
+    "recall_pass_key_2k": Planned(2048, 15),
     "recall_pass_key_4k": Planned(4096, 25),
     "recall_pass_key_8k": Planned(8192, 10),
-    "recall_repetition_1k": Planned(1024, 20),
+    "recall_repetition_1k": Planned(1024, 10),
     "recall_repetition_4k": Planned(4096, 10),
     "recall_documentation_1k": Planned(1024, 10),
     "recall_documentation_4k": Planned(4096, 5),
@@ -279,7 +279,7 @@ def jobs(models: list[str], share: float) -> list[Job]:
             tokens, least = planned.tokens, min(5, planned.documents)  # pass keys: five questions about a text
             limit = max(least, round(planned.documents * share / least) * least)
             if is_chat:
-                ways = chat_grid(tokens, head_dim)
+                ways = chat_grid(tokens, head_dim, planned.is_full)
             else:
                 ways = grid(tokens, head_dim) + (ablations(tokens, head_dim) if task in ABLATED else [])
             batch = min(planned.batch, limit)
