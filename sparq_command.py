@@ -73,13 +73,19 @@ def _add_generate(commands: Any) -> None:
         help="generate text with SparQ, and with --compare also without",
         description="Generate text with a Hugging Face model that is patched with SparQ, and count time and bytes.",
     )
-    parser.add_argument("model", help="a folder, or a name on the Hugging Face hub")
+    parser.add_argument("model", help="a folder, a GGUF file, or a name on the Hugging Face hub")
     parser.add_argument("--prompt-file", type=Path, required=True, metavar="F", help="a text file, the prompt")
     parser.add_argument(
         "--question",
         action="append",
         metavar="TEXT",
         help="appended to the prompt; may be given several times: what all begin with is read once",
+    )
+    parser.add_argument(
+        "--no-chat-template",
+        action="store_true",
+        help="give the model the bare text; else, where it has a chat template, text and question are a user's turn, "
+        "and the answer ends with the model's",
     )
     parser.add_argument("--r", type=int, help="components of the query used to score (default: head_dim / ratio)")
     parser.add_argument("--k", type=int, help="positions attended in full (default: cached positions / (2 * ratio))")

@@ -17,7 +17,7 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +28,16 @@ TOKENS = 64  # scored after each context
 CUE = 32  # tokens of a passage that come back before the scored ones, read densely
 PASSAGE = 0.35  # of the context: where the passage stands that comes back
 KINDS = ("plain", "repeat")
+OPPONENTS_UP_TO = 4096  # tokens of context: in plain PyTorch they take five times SparQ's time
+COLOURS = {
+    "the paper's SparQ": "#56b4e9",
+    "SparQ": "#0072b2",
+    "SparQ without the mean": "#999999",
+    "SparQ, r = 12": "#d55e00",
+    "oracle top-k": "#009e73",
+    "Quest": "#e69f00",
+    "sinks + window": "#7f7f7f",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +80,7 @@ def settings() -> list[Setting]:
     found += ratios("SparQ without the mean", "sparq", (4, 8), mean_value=False)
     found.append(Setting("SparQ, r = 12", "SparQ, r = 12, k = S/32", "sparq", {"r": 12, "ratio": 16}))
     for line, method in (("oracle top-k", "oracle"), ("Quest", "quest"), ("sinks + window", "window")):
-        found += ratios(line, method, (4, 8, 16))
+        found += ratios(line, method, (4, 8, 16) if method == "oracle" else (4, 8))
         found += ratios(line + ", first layer dense", method, (8,), dense_layers=1)
     return found
 
@@ -136,9 +146,9 @@ def measure(folder: str, document: str, text: str, lengths: tuple[int, ...], cho
 
     reader = Reader(folder)
     tokens = torch.tensor(reader.tokenizer(text)["input_ids"])
-    lengths = tuple(length for length in lengths if length + TOKENS < len(tokens))
-    if not lengths:
-        raise ValueError(f"{document} has {len(tokens)} tokens, not more than {min(lengths) + TOKENS}")
+    longest = max(lengths) + TOKENS + 1
+    if len(tokens) < longest:
+        raise ValueError(f"{document!r} must have at least {longest:,} tokens, it has {len(tokens):,}")
     results = []
     with torch.no_grad():
         reader.read(tokens[: max(lengths)])
@@ -148,6 +158,8 @@ def measure(folder: str, document: str, text: str, lengths: tuple[int, ...], cho
                 reader.go_on(cue)
             dense = reader.decode(decoded[:-1])
             for setting in chosen:
+                if setting.method != "sparq" and length > OPPONENTS_UP_TO:
+                    continue
                 with decoding(setting, reader.model) as report:
                     sparse = reader.decode(decoded[:-1])
                     report_made = report()
@@ -188,89 +200,147 @@ def compare(dense: Any, sparse: Any, targets: Any) -> tuple[float, float, float,
     return kl.mean().item(), kl.quantile(0.95).item(), change.mean().item(), same.mean().item()
 
 
-def all_measured(
-    folder: str,
-    texts: dict[str, str],
-    lengths: tuple[int, ...],
-    chosen: list[Setting],
-    processes: int,
-    on_document: Callable[[str, float], None] = lambda document, seconds: None,
-) -> list[Measured]:
-    begin, results = time.perf_counter(), []
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-        todo = {pool.submit(measure, folder, name, text, lengths, chosen): name for name, text in texts.items()}
-        for future in as_completed(todo):
-            results += future.result()
-            on_document(todo[future], time.perf_counter() - begin)
-    return results
-
-
 def main() -> None:
     from documents import documents
     from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from sweep import circumstances
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder with a causal model and its tokenizer")
     parser.add_argument("--json", type=Path, help="write what was measured here")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of context")
-    parser.add_argument("--documents", type=int, help="only the first so many (default: all)")
-    parser.add_argument("--settings", help="only those whose line holds this text")
+    parser.add_argument("--lines", help="only settings whose line holds this text")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
     arguments = parser.parse_args()
     os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
     import sparq_kernels
 
     sparq_kernels.backend("cpu")  # compiled once, before several processes want it
-    console = Console(highlight=False)
-    texts = dict(list(documents().items())[: arguments.documents])
-    chosen = [one for one in settings() if arguments.settings is None or arguments.settings in one.line]
-    results = all_measured(
-        arguments.model,
-        texts,
-        tuple(arguments.lengths),
-        chosen,
-        arguments.processes,
-        lambda document, seconds: console.print(f"{document}: {seconds:.0f} s"),
-    )
+    known, begin = circumstances(), time.perf_counter()
+    chosen = [one for one in settings() if arguments.lines is None or arguments.lines in one.line]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results: list[Measured] = []
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.processes, mp_context=spawn) as pool, Progress(*columns) as progress:
+        todo = [
+            pool.submit(measure, arguments.model, name, text, tuple(arguments.lengths), chosen)
+            for name, text in documents().items()
+        ]
+        bar = progress.add_task("documents", total=len(todo))
+        for future in as_completed(todo):
+            results += future.result()
+            progress.update(bar, advance=1)
+    known |= {"model": Path(arguments.model).name, "seconds": round(time.perf_counter() - begin)}
+    content = {"circumstances": known, "measured": [asdict(one) for one in results]}
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n")
-    show(console, results)
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    Console(highlight=False).print(table(content), soft_wrap=True)
 
 
-def show(console: Any, results: list[Measured]) -> None:
-    """Means over documents and contexts, plain and repeat."""
-    from rich.table import Table
+def of_all_settings(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was measured in contexts that no setting leaves out."""
+    names = {one["name"] for one in measured}
+    contexts = {one["context"] for one in measured}
+    whole = {c for c in contexts if {one["name"] for one in measured if one["context"] == c} == names}
+    return [one for one in measured if one["context"] in whole]
 
-    table = Table("setting", "kind", "less", "KL", "±", "95 %", "NLL", "same", "alpha")
-    for kind in KINDS:
-        for name in dict.fromkeys(one.name for one in results):
-            rows = [one for one in results if one.name == name and one.kind == kind]
-            kl, error = mean_and_error([one.kl for one in rows])
-            means = [
-                mean_and_error([getattr(one, key) for one in rows])[0]
-                for key in ("less", "kl_high", "nll_change", "same", "alpha")
-            ]
-            table.add_row(
-                name,
-                kind,
-                f"{means[0]:.1f}x",
-                f"{kl:.4f}",
-                f"{error:.4f}",
-                f"{means[1]:.3f}",
-                f"{means[2]:+.3f}",
-                f"{means[3]:.1%}",
-                f"{means[4]:.2f}",
+
+def table(content: dict[str, Any]) -> str:
+    """Markdown: means over documents and contexts, ± the standard error over documents."""
+    measured = of_all_settings(content["measured"])
+    head = ["", *(f"{kind}: {what}" for kind in KINDS for what in ("less", "KL", "95 %", "ΔNLL", "same"))]
+    rows = [head, ["---", *("---:" for _ in head[1:])]]
+    for name in dict.fromkeys(one["name"] for one in measured):
+        cells = [name]
+        for kind in KINDS:
+            found = [one for one in measured if (one["name"], one["kind"]) == (name, kind)]
+            less, high, change, same = (
+                over_documents(found, key)[0] for key in ("less", "kl_high", "nll_change", "same")
             )
-    console.print(table)
+            kl, error = over_documents(found, "kl")
+            cells += [f"{less:.1f}x", f"{kl:.3f} ± {error:.3f}", f"{high:.2f}", f"{change:+.3f}", f"{same:.1%}"]
+        rows.append(cells)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def table_by_context(content: dict[str, Any]) -> str:
+    """Markdown: KL, a column for each kind and context."""
+    measured = content["measured"]
+    contexts = sorted({one["context"] for one in measured})
+    head = ["", *(f"{kind} {context:,}" for kind in KINDS for context in contexts)]
+    rows = [head, ["---", *("---:" for _ in head[1:])]]
+    for name in dict.fromkeys(one["name"] for one in measured):
+        cells = [name]
+        for kind in KINDS:
+            for context in contexts:
+                wanted = (name, kind, context)
+                found = [one for one in measured if (one["name"], one["kind"], one["context"]) == wanted]
+                kl, error = over_documents(found, "kl")
+                cells.append(f"{kl:.3f} ± {error:.3f}" if found else "–")
+        rows.append(cells)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def over_documents(found: list[dict[str, Any]], key: str) -> tuple[float, float]:
+    """The mean, and its standard error over documents: contexts of one document say much the same."""
+    names = dict.fromkeys(one["document"] for one in found)
+    means = [mean_and_error([one[key] for one in found if one["document"] == name])[0] for name in names]
+    return mean_and_error(means)
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
     """And the standard error of the mean, nan for a single value."""
-    mean = sum(values) / len(values)
+    mean = sum(values) / len(values) if values else math.nan
     if len(values) < 2:
         return mean, math.nan
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def plot(content: dict[str, Any], path: Path) -> None:
+    """KL against bytes: a panel for each kind, a line for each method, a mark for each setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    measured = of_all_settings(content["measured"])
+    figure, panels = plt.subplots(1, len(KINDS), figsize=(10, 4.2), layout="constrained", sharey=True)
+    for kind, axes in zip(KINDS, panels, strict=True):
+        for line in dict.fromkeys(one["line"] for one in measured):
+            base, _, first_dense = line.partition(", first layer")
+            points = []
+            for name in dict.fromkeys(one["name"] for one in measured if one["line"] == line):
+                found = [one for one in measured if (one["name"], one["kind"]) == (name, kind)]
+                points.append((over_documents(found, "less")[0], *over_documents(found, "kl")))
+            less, kl, error = zip(*sorted(points), strict=True)
+            axes.errorbar(
+                less,
+                kl,
+                error,
+                label=line,
+                color=COLOURS.get(base, "black"),
+                marker="s" if first_dense else "o",
+                markersize=4,
+                capsize=2,
+                linestyle=":" if first_dense else "-",
+                linewidth=2 if line == "SparQ" else 1.2,
+                markerfacecolor="white" if first_dense else None,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks([2, 4, 8, 16])
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_title(f"{kind} text")
+        axes.set_xlabel("times fewer bytes of the cache read")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("KL from dense attention, bits a token")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,11 @@ def shared_length(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def generate(
-    model: Any, prompts: Sequence[Sequence[int]], on_token: Callable[[], None] = lambda: None, **options: Any
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    on_token: Callable[[], None] = lambda: None,
+    on_prompt: Callable[[int], None] = lambda tokens: None,
+    **options: Any,
 ) -> Branches:
     """Generate from each prompt as `model.generate` does, one after another on one dynamic cache.
 
@@ -54,6 +58,7 @@ def generate(
         model: patched or not. The shared beginning is one forward pass, the rest of each prompt another, dense both.
         prompts: token ids, each at least one.
         on_token: called after each new token.
+        on_prompt: called before the shared beginning is read, and before the rest of each prompt, with its length.
         options: for `model.generate`.
     """
     cache = DynamicCache(config=model.config)
@@ -76,6 +81,7 @@ def generate(
     try:
         shared = shared_length(prompts)
         if shared:
+            on_prompt(shared)
             # `generate` rather than a forward pass, because it knows how to call each model; its token is not kept.
             _, prompt_seconds = run(prompts[0][:shared], DecodeClock(), **options | dict(max_new_tokens=1))
         # A window forgets what it has slid past, so that it cannot be cut back; but it is small enough to be kept.
@@ -83,6 +89,7 @@ def generate(
         windows = {i: copy.deepcopy(layers[i]) for i, sliding in enumerate(cache.is_sliding) if sliding}
         for prompt in prompts:
             clock = DecodeClock(lambda tokens: on_token())
+            on_prompt(len(prompt) - shared)
             tokens, seconds = run(prompt, clock, **options)
             new_tokens.append(tokens)
             prompt_seconds += seconds

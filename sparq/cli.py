@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import sparq_kernels
 import torch
+from jinja2 import TemplateError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -16,7 +18,7 @@ from sparq_kernels import cpu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparq
-from sparq import branches
+from sparq import branches, gguf, served
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -26,25 +28,25 @@ def generate(args: argparse.Namespace) -> int:
     config = sparq.SparqConfig(r=args.r, k=args.k, ratio=args.ratio, min_length=args.min_length)
     text = args.prompt_file.read_text(encoding="utf-8")
     with console.status(f"loading {args.model}"):
-        # Said outright: left open, transformers asks on the terminal. Pickled weights are not read at all.
-        trusted = dict(trust_remote_code=args.trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, **trusted)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=args.dtype or "auto", use_safetensors=True, **trusted
-        )
+        tokenizer, model = _load(args)
         model = model.to(device).eval()
     sparq_kernels.backend(device)  # compiles where that is due, so that no step is timed with it
-    prompts = tokenizer([text + question for question in args.question or [""]])["input_ids"]
+    chat = tokenizer.chat_template is not None and not args.no_chat_template
+    prompts = _prompts(tokenizer, text, args.question or [""], chat)
     if not all(prompts):
         raise ValueError(f"--prompt-file must hold text where there is no --question, got none from {args.prompt_file}")
     once = f", the first {branches.shared_length(prompts):,} of them read once" if len(prompts) > 1 else ""
     longest = max(map(len, prompts))
+    template = ", in the model's chat template" if chat else ""
     console.print(
-        f"{args.model}: {len(prompts)} prompt(s) of up to {longest:,} tokens{once}, {model.dtype}, {model.device}\n"
+        f"{args.model}: {len(prompts)} prompt(s) of up to {longest:,} tokens{once}{template}, {model.dtype}, "
+        f"{model.device}\n"
     )
 
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     options = dict(max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=pad)
+    if chat:
+        options |= dict(eos_token_id=_turn_ends(tokenizer, model))
     if args.stop:
         options |= dict(stop_strings=[args.stop], tokenizer=tokenizer)
     sparq.patch(model, config)  # refuses a model or knob before any work is done
@@ -106,15 +108,99 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    # Said outright: left open, transformers asks on the terminal. Pickled weights are not read at all.
+    trusted = dict(trust_remote_code=args.trust_remote_code)
+    dtype = args.dtype or "auto"
+    file = gguf.file_of(args.model)
+    if file is not None:
+        return gguf.load(file, dtype=dtype, **trusted)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, **trusted)
+    return tokenizer, AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, use_safetensors=True, **trusted)
+
+
+def _prompts(tokenizer: Any, text: str, questions: list[str], chat: bool) -> list[list[int]]:
+    """Token ids: the text and each question, which `chat` makes a user's turn, the question in a paragraph of its own.
+
+    The question comes last, so that all prompts begin with the text.
+    """
+    if not chat:
+        return tokenizer([text + question for question in questions])["input_ids"]
+    turns = ["\n\n".join(part for part in (text.rstrip("\n"), question) if part) for question in questions]
+    rendered = [_render(tokenizer, turn, add_generation_prompt=True) if turn else "" for turn in turns]
+    # The template has written the special tokens already.
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def _render(tokenizer: Any, *turns: str, **options: Any) -> str:
+    """The chat template over turns of user and assistant, in turn."""
+    messages = [dict(role=("user", "assistant")[i % 2], content=turn) for i, turn in enumerate(turns)]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateError as error:
+        raise ValueError(f"the model's chat template fails, --no-chat-template does without it: {error}") from error
+
+
+def _turn_ends(tokenizer: Any, model: Any) -> list[int] | None:
+    """The tokens that end an answer: the model's and the tokenizer's own, and what the template closes a turn with.
+
+    Many a file names only the token that ends a document.
+    """
+    given = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
+    answer = "Good morning."
+    behind = tokenizer(_render(tokenizer, "Hello.", answer).rpartition(answer)[2], add_special_tokens=False)[
+        "input_ids"
+    ]
+    if behind and behind[0] in tokenizer.added_tokens_decoder:
+        ends.add(behind[0])
+    return sorted(ends) or None
+
+
 def _run(
     console: Console, name: str, model: Any, prompts: list[list[int]], options: dict[str, Any]
 ) -> branches.Branches:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(SpinnerColumn(), *columns, console=console, transient=True) as progress:
-        task = progress.add_task(f"{name}: prompt", total=len(prompts) * options["max_new_tokens"])
-        return branches.generate(
-            model, prompts, lambda: progress.update(task, advance=1, description=f"{name}: decode"), **options
+        shared = branches.shared_length(prompts)
+        reading = progress.add_task(f"{name}: prompt", total=sum(map(len, prompts)) - (len(prompts) - 1) * shared)
+        decoding = progress.add_task(
+            f"{name}: decode", total=len(prompts) * options["max_new_tokens"], start=False, visible=False
         )
+        watch = _Reading(model, lambda tokens: progress.advance(reading, tokens))
+
+        def on_token() -> None:
+            watch.end()
+            progress.start_task(decoding)
+            progress.update(decoding, advance=1, visible=True)
+
+        try:
+            return branches.generate(model, prompts, on_token, watch.begin, **options)
+        finally:
+            watch.end()
+
+
+class _Reading:
+    """Tells how far a prompt is computed: each attention layer that is done is its share of the prompt's tokens."""
+
+    def __init__(self, model: Any, advance: Callable[[float], object]) -> None:
+        self._layers = served.causal_layers(model)
+        self._advance = advance
+        self._hooks: list[Any] = []
+
+    def begin(self, tokens: int) -> None:
+        self.end()
+        share = tokens / max(1, len(self._layers))
+        for layer in self._layers:
+            self._hooks.append(layer.register_forward_hook(lambda *args: self._told(share)))
+
+    def end(self) -> None:
+        """No decode step is timed with hooks."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _told(self, share: float) -> None:
+        self._advance(share)  # and returns None: the layer's output stays as it is
 
 
 def _figures(run: branches.Branches) -> tuple[str, str, str]:

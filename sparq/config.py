@@ -20,8 +20,9 @@ class SparqConfig:
         ratio: the compression wanted of the bytes read, 1, 1.5, 2, ...; fills in `r` and `k` where they are None. Half
             steps only: k is then the same integer division on every device.
         local: the most recent positions, the current one included, that are always among the k. None: k / 4.
-        mean_value: whether the mean value stands in for the positions that were not attended (step 5). A number, 0..1:
-            only in query heads whose positions have at least that share of the approximate score mass.
+        mean_value: where the mean value stands in for the positions that were not attended (step 5). True: in every
+            query head, as in the paper. False: in none. A number, 0..1: in those whose positions have at least that
+            share of the approximate score mass; heads that look everywhere are better off without it.
         dense_layers: the first layers of the model that stay dense.
         min_length: below this number of cached positions a step is dense. None: the point where sparsity begins to pay
             on this device. 0: every step with more than k valid positions is sparse. The size of a static cache counts,
@@ -35,7 +36,7 @@ class SparqConfig:
     k: int | None = None
     ratio: float = 8
     local: int | None = None
-    mean_value: bool | float = True
+    mean_value: bool | float = 0.5
     dense_layers: int = 0
     min_length: int | None = None
 

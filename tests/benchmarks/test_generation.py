@@ -90,9 +90,10 @@ def test_a_real_model_is_prefilled_and_its_place_stays_private(run, tmp_path):
 
 
 def test_settings_are_what_was_asked_for():
-    demo = generation.parse(["--contexts", "16384", "65536", "--rounds", "2", "--tokens", "8"])
-    assert demo.settings == [(16384, 1), (65536, 1)] and demo.dtypes == ["float32", "bfloat16"] and not demo.prefill
+    demo = generation.parse(["--contexts", "65536", "--dtypes", "bfloat16", "--rounds", "2", "--tokens", "8"])
+    assert demo.settings == [(65536, 1)] and demo.dtypes == ["bfloat16"] and not demo.prefill
     assert (demo.rounds, demo.tokens) == (2, 8)
+    assert generation.parse(["--contexts", "16384", "65536"]).dtypes == ["float32", "bfloat16"]
     assert generation.parse(["--model", "owner/name"]).prefill
     assert {(512, 1), (131072, 1), (16384, 8)} < set(generation.parse([]).settings)
     assert generation.parse(["--contexts", "7", "9", "--batches", "2"]).settings == [(7, 2), (9, 2)]

@@ -22,7 +22,7 @@ def slow_head(
     local: int,
     scale: float,
     softcap: float | None,
-    mean_value: bool,
+    mean_value: bool | float,
     sinks: Tensor | None = None,
     temperature: bool = True,
 ) -> tuple[Tensor, Tensor, list[int]]:
@@ -49,7 +49,10 @@ def slow_head(
 
     y = torch.stack([torch.softmax(cap(keys[p] @ row * scale, softcap), dim=0) @ values[p] for row in q])
     alpha = s_hat[:, p].sum(1)
-    output = alpha[:, None] * y + (1 - alpha[:, None]) * values.mean(0) if mean_value else y
+    output = y.clone()
+    for g, mass in enumerate(alpha.tolist()):
+        if mean_value is True or (mean_value is not False and mass >= mean_value):
+            output[g] = mass * y[g] + (1 - mass) * values.mean(0)
     if sinks is not None:
         # The positions read are the share α of the softmax without a sink; the sink joins its denominator.
         read = torch.stack([cap(keys[p] @ row * scale, softcap).exp().sum() for row in q])
@@ -75,7 +78,7 @@ class Slow:
         k: int | None = None,
         ratio: float = 8,
         local: int | None = None,
-        mean_value: bool = True,
+        mean_value: bool | float = 0.5,
         dense_layers: int = 0,
         several: bool = True,
     ) -> None:

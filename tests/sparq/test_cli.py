@@ -1,6 +1,7 @@
 """The command `sparq`: `generate` end to end on a small model with random weights, the rest in processes of its own."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from byte_tokenizer import save_byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from sparq import branches, cli
 from sparq_command import main
 from tests.sparq.test_versions import TOO_OLD
+from tests.sparq.tiny import build
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +81,81 @@ def test_what_questions_share_with_each_other_is_read_once_too(model_folder, cap
     out = capsys.readouterr().out
     assert f"the first {1 + len(PROMPT) + 8} of them read once" in " ".join(out.split())
     assert "2 of 2 answers are the same" in out, "dense: the context is short"
+
+
+@pytest.fixture
+def chat_folder(model_folder, tmp_path):
+    """The same model with a template whose turns end with a token that the tokenizer does not call its end."""
+    folder = shutil.copytree(model_folder, tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<pad>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `branches.generate` is given: prompts and options of each call."""
+    calls = []
+    real = branches.generate
+
+    def listening(model, prompts, *args, **options):
+        calls.append((prompts, options))
+        return real(model, prompts, *args, **options)
+
+    monkeypatch.setattr(branches, "generate", listening)
+    return calls
+
+
+def test_a_chat_template_makes_text_and_question_a_turn(chat_folder, capsys, asked):
+    assert generate(chat_folder, "--question=Why?", "--question=And line 7?") == 0
+    ((prompts, options),) = asked
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    turn = f"user: {PROMPT.rstrip()}\n\n"
+    assert tokenizer.batch_decode(prompts) == [
+        f"{turn}{question}<pad>assistant: " for question in ("Why?", "And line 7?")
+    ]
+    assert options["eos_token_id"] == [257, 258], "the model's, and the one that the template ends a turn with"
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"the first {len(turn)} of them read once, in the model's chat template" in out
+
+
+def test_without_the_chat_template_the_text_is_bare(chat_folder, capsys, asked):
+    assert generate(chat_folder, "--no-chat-template", "--question=Why?") == 0
+    ((prompts, options),) = asked
+    assert AutoTokenizer.from_pretrained(chat_folder).batch_decode(prompts) == [f"<bos>{PROMPT}Why?"]
+    assert "eos_token_id" not in options
+    assert "chat template" not in capsys.readouterr().out
+
+
+def test_a_chat_template_that_fails_ends_with_one_line(chat_folder, capsys):
+    (chat_folder / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
+    with pytest.raises(SystemExit) as exit_:
+        generate(chat_folder)
+    assert exit_.value.code == 2
+    assert (
+        "the model's chat template fails, --no-chat-template does without it: no such role" in capsys.readouterr().err
+    )
+
+
+def test_the_progress_of_prompts_adds_up_and_changes_nothing():
+    model = build()
+    prompts = [[*range(10, 60), 3, 4], [*range(10, 60), 5]]
+    options = dict(max_new_tokens=3, do_sample=False, pad_token_id=0)
+    expected = branches.generate(model, prompts, **options).new_tokens
+    told, hooks = [], []
+    reading = cli._Reading(model, told.append)
+
+    def on_token():
+        reading.end()
+        hooks.append(sum(len(module._forward_hooks) for module in model.modules()))
+
+    assert branches.generate(model, prompts, on_token, reading.begin, **options).new_tokens == expected
+    assert len(told) == 3 * model.config.num_hidden_layers and sum(told) == pytest.approx(50 + 2 + 1)
+    assert hooks == [0] * 6, "decode steps go without"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from sparq_kernels.arguments import MAX_QUERY_LENGTH
 from transformers import DynamicCache, PreTrainedModel
 
 import sparq
+from sparq.generating import each_token_decides
 from tests.sparq.caches import SIZE, on_either_cache, static
 from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_forced
 
@@ -50,6 +51,26 @@ def test_a_chunk_is_as_good_as_its_tokens_one_by_one(family: str, padding: int, 
     assert together.positions_read == singly.positions_read and together.positions_cached == singly.positions_cached
     if family != "gemma2":  # its sliding-window layers are dense, and read once for a chunk
         assert together.bytes_read == singly.bytes_read and together.bytes_dense < singly.bytes_dense
+
+
+@pytest.mark.parametrize("tokens_at_once", [MAX_QUERY_LENGTH + 1, 3 * MAX_QUERY_LENGTH])
+@pytest.mark.parametrize("padding", [0, 9])
+def test_each_token_decides_as_if_it_came_alone(tokens_at_once: int, padding: int) -> None:
+    """More of them than are decode steps otherwise; behind the block a pass of so many is dense again."""
+    inputs, tokens = prompt(padding=padding), next_tokens(steps=3 * MAX_QUERY_LENGTH)
+    expected = teacher_forced(sparq.patch(precise("llama"), **SPARSE), inputs, tokens)
+    model, cache = sparq.patch(precise("llama"), **SPARSE), DynamicCache()
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache, use_cache=True)
+        mask = inputs["attention_mask"]
+        mask = torch.cat([mask, mask.new_ones(len(mask), tokens_at_once)], dim=1)
+        now: dict[str, Any] = dict(input_ids=tokens[:, :tokens_at_once], attention_mask=mask, past_key_values=cache)
+        with each_token_decides(cache):
+            actual = model(**now).logits
+        torch.testing.assert_close(actual, expected[:, :tokens_at_once], rtol=1e-4, atol=1e-5)
+        cache.crop(-tokens_at_once)
+        dense = model(**now).logits
+    assert (dense - actual).abs().mean() > 100 * (actual - expected[:, :tokens_at_once]).abs().mean()
 
 
 def test_bytes_of_a_chunk() -> None:

@@ -32,7 +32,7 @@ class SparqVariant(Method):
 
     r: int | None = None
     local: int | None = None
-    mean_value: bool | float = True
+    mean_value: bool | float = 0.5
     score_temperature: bool = True
     shared: bool = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, T5Config, T5ForCondition
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import sparq
+from sparq.generating import each_token_decides
 from sparq.lm_eval.comparison import Comparison
 from sparq.lm_eval.methods import H2O, H2OLayer, Method, Oracle, Quest, SparqVariant, Window
 from tests.sparq.snapshot import snapshot
@@ -61,6 +63,26 @@ def test_the_variant_without_ablations_is_sparq(family: str, knobs: dict) -> Non
     assert ours.sparse_steps == theirs.sparse_steps > 0 and ours.dense_steps == theirs.dense_steps
     assert (ours.bytes_read, ours.bytes_dense) == (theirs.bytes_read, theirs.bytes_dense)
     assert (ours.positions_read, ours.positions_cached) == (theirs.positions_read, theirs.positions_cached)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [Oracle(k=12, dense_layers=1), Window(k=12, sinks=4), Quest(k=12, page=4)], ids=str)
+@pytest.mark.parametrize("padding", [0, 9])
+def test_each_token_decides_as_if_it_came_alone(method: Method, padding: int) -> None:
+    inputs, tokens = prompt(padding=padding), next_tokens()
+    one_by_one, alone = compared(method)
+    expected = teacher_forced(one_by_one, inputs, tokens)
+    model, together = compared(method)
+    cache = DynamicCache()
+    model(**inputs, past_key_values=cache, use_cache=True)
+    mask = inputs["attention_mask"]
+    mask = torch.cat([mask, mask.new_ones(tokens.shape)], dim=1)
+    with each_token_decides(cache):
+        actual = model(input_ids=tokens, attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    ours, theirs = (comparison.report().layers[1] for comparison in (together, alone))
+    assert ours.mean_alpha == pytest.approx(theirs.mean_alpha)
+    assert dataclasses.replace(ours, mean_alpha=None) == dataclasses.replace(theirs, mean_alpha=None)
 
 
 @torch.no_grad()

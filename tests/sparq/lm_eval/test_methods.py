@@ -241,10 +241,10 @@ def sparq_of_group(
 
 
 @PADDINGS
-@pytest.mark.parametrize("mean_value", [True, False])
+@pytest.mark.parametrize("mean_value", [True, False, 0.6])
 @pytest.mark.parametrize("score_temperature", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
-def test_sparq_variant(padding: str, mean_value: bool, score_temperature: bool, shared: bool) -> None:
+def test_sparq_variant(padding: str, mean_value: bool | float, score_temperature: bool, shared: bool) -> None:
     knobs: dict[str, Any] = dict(r=3, k=6, local=2, mean_value=mean_value, score_temperature=score_temperature)
 
     def definition(b, h, queries, keys, values, valid):
@@ -261,7 +261,7 @@ def test_sparq_variant(padding: str, mean_value: bool, score_temperature: bool, 
 
 def test_sparq_variants_local_window_is_a_quarter() -> None:
     def definition(b, h, queries, keys, values, valid):
-        return sparq_of_group(queries, keys, values, valid, r=1, k=8, local=2, mean_value=True, score_temperature=True)
+        return sparq_of_group(queries, keys, values, valid, r=1, k=8, local=2, mean_value=0.5, score_temperature=True)
 
     of = case("left")
     compare(of, SparqVariant(r=1, k=8), definition, lambda kept, n: attended_only(kept, n) + 2 * sum(n) + 4 * 8 * 6)
