@@ -21,7 +21,11 @@ METHODS = {  # name in the sweep: as the tables call it, colour
 }
 FIRST = "SmolLM2"  # the pretrained model, with which the tables begin
 KINDS = {  # prefix of the tasks: title, format of a score, format of its error
-    "chat_pass_key": ("Pass keys in real text, asked in the chat template: share right of five digits", "{:.0%}", "{:.0%}"),
+    "chat_pass_key": (
+        "Pass keys in real text, asked in chat: share right of five digits",
+        "{:.0%}",
+        "{:.0%}",
+    ),
     "chat_niah": ("RULER's needles, asked as RULER asks: share right", "{:.0%}", "{:.0%}"),
     "chat_repetition": ("Repetition of real text: characters matched of 24 tokens", "{:.0f}", "{:.0f}"),
     "chat_text": ("Real text: bits per byte (less is better)", "{:.3f}", "{:.3f}"),

@@ -34,7 +34,7 @@ class Plan:
     dense_reason: str | None = None  # why the step must be dense, if it must
 
     def counts(
-        self, per_position: int, r: int, head_dim: int, alphas: int, by_token: bool = False
+        self, per_position: int, r: int, head_dim: int, alphas: int, *, by_token: bool = False
     ) -> tuple[int, ...] | Tensor:
         """What a `SparseStep` adds: numbers, or int64 [6]; per_position: bytes of one component in all KV heads.
 

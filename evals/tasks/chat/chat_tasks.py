@@ -21,12 +21,16 @@ from documents import documents
 
 SEED = 20_232
 DEPTHS = (10, 30, 50, 70, 90)  # percent of the text before a fact
+# fmt: off
 NAMES = (
-    "Amsterdam Athens Baltimore Barcelona Beijing Berlin Boston Brussels Cairo Chicago Cleveland Copenhagen Dallas "
-    "Denver Detroit Dublin Edinburgh Florence Geneva Glasgow Hamburg Houston Istanbul Jerusalem Lisbon Liverpool London "
-    "Madrid Manchester Melbourne Miami Milan Minneapolis Montreal Moscow Munich Oxford Paris Philadelphia Pittsburgh "
-    "Prague Rome Seattle Shanghai Singapore Stockholm Sydney Tokyo Toronto Vancouver Venice Vienna Warsaw"
-).split()
+    "Amsterdam", "Athens", "Baltimore", "Barcelona", "Beijing", "Berlin", "Boston", "Brussels", "Cairo", "Chicago",
+    "Cleveland", "Copenhagen", "Dallas", "Denver", "Detroit", "Dublin", "Edinburgh", "Florence", "Geneva",
+    "Glasgow", "Hamburg", "Houston", "Istanbul", "Jerusalem", "Lisbon", "Liverpool", "London", "Madrid",
+    "Manchester", "Melbourne", "Miami", "Milan", "Minneapolis", "Montreal", "Moscow", "Munich", "Oxford", "Paris",
+    "Philadelphia", "Pittsburgh", "Prague", "Rome", "Seattle", "Shanghai", "Singapore", "Stockholm", "Sydney",
+    "Tokyo", "Toronto", "Vancouver", "Venice", "Vienna", "Warsaw",
+)
+# fmt: on
 FACT = "The pass key of {} is {}."
 CUE, CONTINUATION = 32, 24  # tokens of a passage that comes back
 SCORED_TEXT = 64  # tokens whose bits are counted

@@ -162,9 +162,7 @@ class H2O(Method):
         for i in range(queries):
             seen = scores.shape[2] - queries + 1 + i
             state.scores, state.kept = scores[:, :, :seen], kept[:, :, :seen]
-            yield self.attend(
-                query[:, :, :, i], key[:, :, :seen], value[:, :, :seen], valid[:, i, :seen], scale, state
-            )
+            yield self.attend(query[:, :, :, i], key[:, :, :seen], value[:, :, :seen], valid[:, i, :seen], scale, state)
             scores[:, :, :seen], kept[:, :, :seen] = state.scores, state.kept
         state.scores, state.kept = scores, kept
 

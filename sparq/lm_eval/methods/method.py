@@ -117,9 +117,7 @@ class Method(ABC):
         queries, length = query.shape[3], key.shape[2]
         for i in range(queries):
             seen = length - queries + 1 + i
-            yield self.attend(
-                query[:, :, :, i], key[:, :, :seen], value[:, :, :seen], valid[:, i, :seen], scale, state
-            )
+            yield self.attend(query[:, :, :, i], key[:, :, :seen], value[:, :, :seen], valid[:, i, :seen], scale, state)
 
     def observe(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, state: Any) -> None:
         """Take note of the attention of tokens that are computed densely; of a method that `observes`.
