@@ -119,7 +119,7 @@ def chat_grid(tokens: int, head_dim: int, is_full: bool = True) -> list[Way]:
             return {"method": method, "ratio": ratio}
         return {"method": method, "r": head_dim // ratio, "k": tokens // (2 * ratio)}
 
-    ways = [DENSE]
+    ways = [DENSE, Way("defaults", 8, {"method": "sparq"})]
     for name, (method, changes) in CHAT_METHODS.items():
         ways += [
             Way(name, ratio, knobs(method, ratio) | changes)
@@ -243,17 +243,15 @@ class Planned:
 
 
 CHAT_PLAN = {
-    "chat_niah_single_1_1k": Planned(1024, 10, 48, 1, False),
-    "chat_niah_single_1_4k": Planned(4096, 2, 48, 1, False),
-    "chat_niah_single_1_7k": Planned(7424, 1, 48, 1, False),
+    "chat_niah_single_1_1k": Planned(1024, 5, 48, 1, False),
+    "chat_niah_single_1_4k": Planned(4096, 1, 48, 1, False),
     "chat_pass_key_1k": Planned(1024, 40, 24, 5),
-    "chat_pass_key_2k": Planned(2048, 20, 24, 5, False),
+    "chat_pass_key_2k": Planned(2048, 15, 24, 5, False),
     "chat_pass_key_4k": Planned(4096, 10, 24, 5),
     "chat_pass_key_7k": Planned(7424, 5, 24, 5, False),
     "chat_repetition_1k": Planned(1024, 10, 32, 5, False),
-    "chat_repetition_4k": Planned(4096, 3, 32, 3, False),
-    "chat_text_1k": Planned(1024, 8, 1, 1),
-    "chat_text_4k": Planned(4096, 4, 1, 1, False),
+    "chat_text_1k": Planned(1024, 8, 1, 1, False),
+    "chat_text_4k": Planned(4096, 3, 1, 1, False),
 }
 PLAN = {
     "recall_pass_key_1k": Planned(1024, 15),
