@@ -82,7 +82,7 @@ def tables(content: dict[str, Any]) -> str:
             parts += [title, _depth_table(deep)]
         changed = [score for score in mine if score["ratio"] is None]
         if changed:
-            parts += ["### Ablations of SparQ at ratio 8, 4k", _ablation_table(changed)]
+            parts += [f"### Ablations of SparQ at ratio 8, {tokens // 1024}k", _ablation_table(changed)]
     return "\n\n".join(parts) + "\n"
 
 

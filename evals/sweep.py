@@ -129,6 +129,22 @@ def chat_grid(tokens: int, head_dim: int, is_full: bool = True) -> list[Way]:
     return ways
 
 
+def chat_ablations(tokens: int, head_dim: int) -> list[Way]:
+    """Whether r or k wins back what is lost at ratio 8."""
+    r, k = head_dim // 8, tokens // 16
+    changes: dict[str, dict[str, Any]] = {
+        "SparQ": {},
+        f"r = {3 * r // 2}, k = {k // 2}": {"r": 3 * r // 2, "k": k // 2},  # the same bytes
+        f"r = {2 * r}, k = {k // 2}": {"r": 2 * r, "k": k // 2},
+        f"r = {2 * r}": {"r": 2 * r},
+        f"r = {4 * r}": {"r": 4 * r},
+        f"k = {2 * k}": {"k": 2 * k},
+        f"k = {4 * k}": {"k": 4 * k},
+    }
+    base = {"method": "sparq", "r": r, "k": k}
+    return [Way(name, None, base | change) for name, change in changes.items()]
+
+
 def ablations(tokens: int, head_dim: int) -> list[Way]:
     """Changes to SparQ at ratio 8, one at a time."""
     r, k = head_dim // 8, tokens // 16
@@ -266,7 +282,7 @@ PLAN = {
     "ruler_niah_multikey_2_cued_4k": Planned(4096, 20),
     "ruler_niah_multikey_3_cued_1k": Planned(1024, 10),
 }
-ABLATED = ("recall_pass_key_4k", "recall_repetition_4k", "ruler_niah_multikey_2_cued_4k")
+ABLATED = ("chat_pass_key_1k", "recall_pass_key_4k", "recall_repetition_4k", "ruler_niah_multikey_2_cued_4k")
 BYTES = 300  # tokens at most that a vocabulary of bytes has
 
 
@@ -282,6 +298,7 @@ def jobs(models: list[str], share: float) -> list[Job]:
             limit = max(least, round(planned.documents * share / least) * least)
             if is_chat:
                 ways = chat_grid(tokens, head_dim, planned.is_full)
+                ways += chat_ablations(tokens, head_dim) if task in ABLATED else []
             else:
                 ways = grid(tokens, head_dim) + (ablations(tokens, head_dim) if task in ABLATED else [])
             batch = min(planned.batch, limit)
