@@ -64,6 +64,7 @@ def tables(content: dict[str, Any]) -> str:
         f"{known['transformers']}, lm-eval {known['lm_eval']}, {known['machine']}; "
         f"{known['seconds'] / 60:.0f} minutes. *moved*: bytes of K and V (and of what the method keeps beside them) "
         "that decode steps read, dense ÷ method. ± is the standard error over documents.",
+        *([known["note"]] if "note" in known else []),
         "## At a glance",
         glance(scores),
     ]
@@ -106,7 +107,8 @@ def glance(scores: list[Score]) -> str:
     parts = []
     for begin, tasks in GLANCE.items():
         models = [model for model in models_of(scores) if model.startswith(begin)]
-        table = _glance_table(scores, models, tasks)
+        swept = {score["task"] for score in scores}
+        table = _glance_table(scores, models, {task: title for task, title in tasks.items() if task in swept})
         if len(table) > 1:
             parts.append(markdown(table))
     return "\n\n".join(parts)

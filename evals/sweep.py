@@ -266,7 +266,7 @@ CHAT_PLAN = {
     "chat_pass_key_4k": Planned(4096, 10, 24, 5),
     "chat_pass_key_7k": Planned(7424, 5, 24, 5, False),
     "chat_repetition_1k": Planned(1024, 10, 32, 5, False),
-    "chat_text_1k": Planned(1024, 8, 1, 1, False),
+    "chat_text_1k": Planned(1024, 10, 1, 1, False),
     "chat_text_4k": Planned(4096, 3, 1, 1, False),
 }
 PLAN = {
