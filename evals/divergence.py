@@ -174,24 +174,17 @@ def measure(folder: str, document: str, text: str, lengths: tuple[int, ...], cho
                         setting.line,
                         setting.name,
                         *found,
-                        less(report_made, reader.model.config),
+                        less(report_made),
                         report_made.total.mean_alpha or math.nan,
                     )
                 )
     return results
 
 
-def less(report: Any, config: Any) -> float:
+def less(report: Any) -> float:
     """Bytes of K and V that dense attention would have read token by token, over those read (and of what the method
-    keeps beside K and V); a layer that stayed dense has read all."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_position = 2 * heads * head_dim * 4  # float32
-    shares = [
-        layer.bytes_read / (per_position * layer.positions_cached) if layer.sparse_steps else 1.0
-        for layer in report.layers.values()
-    ]
-    return len(shares) / sum(shares)
+    keeps beside K and V)."""
+    return report.total.bytes_dense / report.total.bytes_read
 
 
 def decoding(setting: Setting, model: Any) -> Any:

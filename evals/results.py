@@ -13,24 +13,44 @@ from typing import Any
 
 METHODS = {  # name in the sweep: as the tables call it, colour
     "sparq": ("SparQ", "#0072b2"),
+    "paper": ("the paper's SparQ", "#56b4e9"),
     "oracle": ("oracle top-k", "#009e73"),
     "quest": ("Quest", "#e69f00"),
     "h2o": ("H2O", "#cc79a7"),
     "window": ("sinks + window", "#7f7f7f"),
 }
+FIRST = "SmolLM2"  # the pretrained model, with which the tables begin
 KINDS = {  # prefix of the tasks: title, format of a score, format of its error
+    "chat_pass_key": (
+        "Pass keys in real text, asked in chat: share right of five digits",
+        "{:.0%}",
+        "{:.0%}",
+    ),
+    "chat_niah": ("RULER's needles, asked as RULER asks: share right", "{:.0%}", "{:.0%}"),
+    "chat_repetition": ("Repetition of real text: characters matched of 24 tokens", "{:.0f}", "{:.0f}"),
+    "chat_text": ("Real text: bits per byte (less is better)", "{:.3f}", "{:.3f}"),
     "recall_pass_key": ("Pass keys: share right of five digits", "{:.0%}", "{:.0%}"),
     "recall_repetition": ("Repetition: characters matched, at most 128", "{:.0f}", "{:.0f}"),
     "ruler_niah": ("RULER's needles, asked in the needle's words: share right", "{:.0%}", "{:.0%}"),
     "recall_documentation": ("Held-out documentation: bits per byte (less is better)", "{:.3f}", "{:.3f}"),
 }
-PANELS = {  # of the plot
-    "recall_pass_key_4k": "pass keys, 4k: share right",
-    "ruler_niah_multikey_2_cued_4k": "RULER multi-key 2, 4k: share right",
-    "recall_repetition_4k": "repetition, 4k: characters matched",
-    "recall_documentation_4k": "documentation, 4k: bits per byte",
+PANELS = {  # of the plot, by the beginning of the model's name
+    FIRST: {
+        "chat_pass_key_1k": "pass keys, 1k: share right",
+        "chat_pass_key_4k": "pass keys, 4k: share right",
+        "chat_repetition_1k": "repetition, 1k: characters matched",
+        "chat_text_1k": "real text, 1k: bits per byte",
+    },
+    "": {
+        "recall_pass_key_4k": "pass keys, 4k: share right",
+        "ruler_niah_multikey_2_cued_4k": "RULER multi-key 2, 4k: share right",
+        "recall_repetition_4k": "repetition, 4k: characters matched",
+        "recall_documentation_4k": "documentation, 4k: bits per byte",
+    },
 }
-NAMES = {name: label for name, (label, _) in METHODS.items()} | {"defaults": "SparQ, the defaults"}
+NAMES = {name: label for name, (label, _) in METHODS.items()}
+NAMES |= {f"{name}, dense_layers=1": f"{label}, dense_layers=1" for name, label in NAMES.items()}
+NAMES["defaults"] = "SparQ, the defaults"
 Score = dict[str, Any]
 
 
@@ -44,10 +64,11 @@ def tables(content: dict[str, Any]) -> str:
         f"{known['transformers']}, lm-eval {known['lm_eval']}, {known['machine']}; "
         f"{known['seconds'] / 60:.0f} minutes. *moved*: bytes of K and V (and of what the method keeps beside them) "
         "that decode steps read, dense ÷ method. ± is the standard error over documents.",
-        "## At a glance: contexts of 4,096 bytes",
+        *([known["note"]] if "note" in known else []),
+        "## At a glance",
         glance(scores),
     ]
-    for model in unique(score["model"] for score in scores):
+    for model in models_of(scores):
         mine = [score for score in scores if score["model"] == model]
         parts.append(f"## {model}")
         grid = [score for score in mine if score["ratio"] is not None]
@@ -55,42 +76,62 @@ def tables(content: dict[str, Any]) -> str:
             kind = [score for score in grid if score["task"].startswith(prefix)]
             if kind:
                 parts += [f"### {title}", _grid_table(kind, form, error_form)]
-        deep = [score for score in grid if score["by_depth"] and score["tokens"] == 4096]
+        tokens = 1024 if model.startswith(FIRST) else 4096  # where there are most documents
+        deep = [score for score in grid if score["by_depth"] and score["tokens"] == tokens]
         if deep:
-            parts += ["### Pass keys by depth: 4k, percent of the text before the fact", _depth_table(deep)]
+            title = f"### Pass keys by depth: {tokens // 1024}k, percent of the text before the fact"
+            parts += [title, _depth_table(deep)]
         changed = [score for score in mine if score["ratio"] is None]
         if changed:
-            parts += ["### Ablations of SparQ at ratio 8, 4k", _ablation_table(changed)]
+            parts += [f"### Ablations of SparQ at ratio 8, {tokens // 1024}k", _ablation_table(changed)]
     return "\n\n".join(parts) + "\n"
 
 
-def glance(scores: list[Score]) -> str:
-    """What the README shows: 4k contexts, SparQ at three ratios and the others at 8."""
-    tasks = {
-        "recall_pass_key_4k": "pass keys right",
-        "ruler_niah_multikey_2_cued_4k": "RULER multi-key 2 right",
+GLANCE = {  # what the README shows: beginning of a model's name: tasks, as the table calls them
+    FIRST: {
+        "chat_pass_key_1k": "pass keys, 1k",
+        "chat_pass_key_4k": "pass keys, 4k",
+        "chat_repetition_1k": "characters repeated, 1k",
+        "chat_text_1k": "bits per byte, 1k",
+    },
+    "recall": {
+        "recall_pass_key_4k": "pass keys",
+        "ruler_niah_multikey_2_cued_4k": "RULER multi-key 2",
         "recall_repetition_4k": "characters repeated",
-    }
-    models = unique(score["model"] for score in scores)
+    },
+}
+
+
+def glance(scores: list[Score]) -> str:
+    """What the README shows: a table for the pretrained model, one for the bundled ones at 4,096 bytes."""
+    parts = []
+    for begin, tasks in GLANCE.items():
+        models = [model for model in models_of(scores) if model.startswith(begin)]
+        swept = {score["task"] for score in scores}
+        table = _glance_table(scores, models, {task: title for task, title in tasks.items() if task in swept})
+        if len(table) > 1:
+            parts.append(markdown(table))
+    return "\n\n".join(parts)
+
+
+def _glance_table(scores: list[Score], models: list[str], tasks: dict[str, str]) -> list[list[str]]:
+    """SparQ at three ratios and the others at 8."""
     rows = [["", "moved", *(f"{model}: {title}" for model in models for title in tasks.values())]]
     ways = [("dense", 1), *(("sparq", ratio) for ratio in (4, 8, 16))]
-    ways += [(name, 8) for name in ("oracle", "quest", "h2o", "window")]
+    for name in ("sparq, dense_layers=1", "paper", "oracle", "quest", "h2o", "window"):
+        ways.append((name, 8))
     for name, ratio in ways:
         found = {
             (score["model"], score["task"]): score
             for score in scores
-            if (score["name"], score["ratio"]) == (name, ratio) and score["task"] in tasks
+            if (score["name"], score["ratio"]) == (name, ratio) and score["model"] in models and score["task"] in tasks
         }
-        if len(found) < len(models) * len(tasks):
+        if not found or len(found) < len(models) * len(tasks):
             continue  # a sweep over other tasks
         moved = [score["compression"] for score in found.values()]
-        cells = []
-        for model in models:
-            for task in tasks:
-                form, _ = _formats(task)
-                cells.append(form.format(found[model, task]["mean"]))
+        cells = [_formats(task)[0].format(found[model, task]["mean"]) for model in models for task in tasks]
         rows.append([NAMES.get(name, name), f"{sum(moved) / len(moved):.1f}x less", *cells])
-    return markdown(rows)
+    return rows
 
 
 def _grid_table(scores: list[Score], form: str, error_form: str) -> str:
@@ -141,9 +182,14 @@ def _documents(scores: list[Score], task: str) -> str:
 
 
 def _short(task: str) -> str:
-    for start in ("recall_", "ruler_"):
+    for start in ("recall_", "ruler_", "chat_"):
         task = task.removeprefix(start)
     return task.replace("_cued", "").replace("_", " ")
+
+
+def models_of(scores: list[Score]) -> list[str]:
+    """The pretrained one first."""
+    return sorted(unique(score["model"] for score in scores), key=lambda model: not model.startswith(FIRST))
 
 
 def unique(items: Iterable[Any]) -> list[Any]:
@@ -165,11 +211,12 @@ def plot(content: dict[str, Any], path: Path) -> None:
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
     scores = [score for score in content["scores"] if score["ratio"] is not None]
-    models = unique(score["model"] for score in scores)
-    panels = {task: title for task, title in PANELS.items() if any(score["task"] == task for score in scores)}
-    size = (4 * len(panels), 3.2 * len(models) + 0.5)
-    figure, grid = plt.subplots(len(models), len(panels), figsize=size, squeeze=False, layout="constrained")
+    models = models_of(scores)
+    columns = max(map(len, PANELS.values()))
+    size = (4 * columns, 3.2 * len(models) + 0.5)
+    figure, grid = plt.subplots(len(models), columns, figsize=size, squeeze=False, layout="constrained")
     for model, line in zip(models, grid, strict=True):
+        panels = next(panels for begin, panels in PANELS.items() if model.startswith(begin))
         for (task, title), axes in zip(panels.items(), line, strict=True):
             found = [score for score in scores if (score["model"], score["task"]) == (model, task)]
             for score in found:
@@ -177,6 +224,8 @@ def plot(content: dict[str, Any], path: Path) -> None:
                     axes.axhline(score["mean"], color="black", linewidth=1, linestyle="--", label="dense")
             for name, (label, colour) in METHODS.items():
                 points = sorted((s for s in found if s["name"] == name), key=lambda s: s["compression"])
+                if not points:
+                    continue
                 axes.errorbar(
                     [point["compression"] for point in points],
                     [point["mean"] for point in points],

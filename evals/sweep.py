@@ -1,10 +1,11 @@
 """Run the offline tasks for several models over methods and compression ratios, and write what they score as JSON.
 
-    python evals/sweep.py evals/models/recall-llama evals/models/recall-gpt-neox --json evals/results/sweep.json
+    python evals/sweep.py smollm2 evals/models/recall-llama evals/models/recall-gpt-neox --json evals/results/sweep.json
 
-Everything goes through lm-evaluation-harness and its model `sparq`, as `sparq lm-eval` does. A task's contexts are
-prefilled once and decoded by every method. The last 32 tokens of each context, in which the question stands, are
-decoded too: no answer comes from the dense prefill but through the cache.
+`smollm2` is the pretrained chat model that PyPI has (evals/smollm2.py). Everything goes through lm-evaluation-harness
+and its model `sparq`, as `sparq lm-eval` does. A task's contexts are prefilled once and decoded by every method. The
+last tokens of each context, in which the question stands, are decoded too: no answer comes from the dense prefill but
+through the cache.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import smollm2
 from allocator import KEEP_BUFFERS
 
 # No data set and no model comes from a hub, and many threads do not pay for models as small as these.
@@ -31,9 +33,18 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALL
 EVALS = Path(__file__).parent
 RATIOS = (2, 4, 8, 16)
 OTHERS = ("oracle", "window", "h2o", "quest")
-DECODED = 32  # tokens of each context: more than a question has
+CHAT_RATIOS = (4, 8, 16)
+CHAT_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sparq": ("sparq", {"mean_value": 0.5}),
+    "paper": ("sparq", {"mean_value": True}),
+} | {method: (method, {}) for method in OTHERS}
 PREFILL_BYTES = 4 << 30  # of K and V kept for the other methods
 METRICS = {  # beginning of a task's name: its measure
+    "chat_pass_key": "right",
+    "chat_niah": "right",
+    "chat_variable_tracking": "right",
+    "chat_repetition": "matched_characters",
+    "chat_text": "bits_per_byte",
     "recall_pass_key": "right",
     "recall_repetition": "matched_characters",
     "recall_documentation": "bits_per_byte",
@@ -59,6 +70,7 @@ class Job:
     tokens: int
     batch: int
     limit: int
+    decoded: int  # tokens at the end of each context
     ways: tuple["Way", ...]  # of decoding, dense first
 
 
@@ -95,6 +107,42 @@ def grid(tokens: int, head_dim: int) -> list[Way]:
     for method in OTHERS:
         ways += [Way(method, ratio, {"method": method, "ratio": ratio}) for ratio in RATIOS]
     return ways
+
+
+def chat_grid(tokens: int, head_dim: int, is_full: bool = True) -> list[Way]:
+    """Every method at three ratios, and at ratio 8 with a dense first layer.
+    is_full: else the others are there at ratio 8 alone.
+    """
+
+    def knobs(method: str, ratio: int) -> dict[str, Any]:
+        if method != "sparq":
+            return {"method": method, "ratio": ratio}
+        return {"method": method, "r": head_dim // ratio, "k": tokens // (2 * ratio)}
+
+    ways = [DENSE, Way("defaults", 8, {"method": "sparq"})]
+    for name, (method, changes) in CHAT_METHODS.items():
+        ways += [
+            Way(name, ratio, knobs(method, ratio) | changes)
+            for ratio in (CHAT_RATIOS if is_full or name == "sparq" else (8,))
+        ]
+        ways.append(Way(f"{name}, dense_layers=1", 8, knobs(method, 8) | changes | {"dense_layers": 1}))
+    return ways
+
+
+def chat_ablations(tokens: int, head_dim: int) -> list[Way]:
+    """Whether r or k wins back what is lost at ratio 8."""
+    r, k = head_dim // 8, tokens // 16
+    changes: dict[str, dict[str, Any]] = {
+        "SparQ": {},
+        f"r = {3 * r // 2}, k = {k // 2}": {"r": 3 * r // 2, "k": k // 2},  # the same bytes
+        f"r = {2 * r}, k = {k // 2}": {"r": 2 * r, "k": k // 2},
+        f"r = {2 * r}": {"r": 2 * r},
+        f"r = {4 * r}": {"r": 4 * r},
+        f"k = {2 * k}": {"k": 2 * k},
+        f"k = {4 * k}": {"k": 4 * k},
+    }
+    base = {"method": "sparq", "r": r, "k": k}
+    return [Way(name, None, base | change) for name, change in changes.items()]
 
 
 def ablations(tokens: int, head_dim: int) -> list[Way]:
@@ -140,33 +188,38 @@ def _run(job: Job) -> list[Score]:
     prefills = Prefills(PREFILL_BYTES)
     measure = next(metric for name, metric in METRICS.items() if job.task.startswith(name))
 
-    scores: list[Score] = []
-    dense: torch.Tensor | None = None
-    for way in job.ways:
+    runs: dict[tuple[str, float | None], tuple[list[dict[str, Any]], dict[str, Any] | None, float]] = {}
+    # H2O watches the prompt; the others can go on from what it has read.
+    for way in sorted(job.ways, key=lambda way: way.arguments["method"] != "h2o"):
         begin = time.perf_counter()
         lm = SparqLM(
             model,
             tokenizer=tokenizer,
             batch_size=job.batch,
-            decode_context_tokens=DECODED,
+            decode_context_tokens=job.decoded,
             prefills=prefills,
             **way.arguments,
         )
         output = lm_eval.evaluate(lm, tasks, limit=job.limit, bootstrap_iters=0, log_samples=True)
-        samples = output["samples"][job.task]
-        values = torch.tensor([_value(sample[measure]) for sample in samples], dtype=torch.float64)
-        if dense is None:
-            dense = values  # the first way
         steps = lm.steps.get(job.task)
         if steps is None and way != DENSE:
             raise RuntimeError(f"{way} made no step of {job.task}")
+        runs[way.name, way.ratio] = output["samples"][job.task], steps, time.perf_counter() - begin
+
+    scores: list[Score] = []
+    dense: torch.Tensor | None = None
+    for way in job.ways:
+        samples, steps, seconds = runs[way.name, way.ratio]
+        values = torch.tensor([_value(sample[measure]) for sample in samples], dtype=torch.float64)
+        if dense is None:
+            dense = values  # the first way
         by_depth: dict[str, list[float]] = {}
         for sample in samples:
             if "depth" in sample["doc"]:
                 by_depth.setdefault(str(sample["doc"]["depth"]), []).append(_value(sample[measure]))
         scores.append(
             Score(
-                model=Path(job.model).name,
+                model=Path(job.model).name.split(".")[0],
                 task=job.task,
                 tokens=job.tokens,
                 name=way.name,
@@ -181,7 +234,7 @@ def _run(job: Job) -> list[Score]:
                 compression=1.0 if steps is None else steps["compression"],
                 mean_alpha=None if steps is None else steps["mean_alpha"],
                 by_depth={depth: sum(rights) / len(rights) for depth, rights in by_depth.items()},
-                seconds=round(time.perf_counter() - begin, 2),
+                seconds=round(seconds, 2),
             )
         )
     return scores
@@ -196,21 +249,41 @@ def _error(values: Any) -> float:
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
 
 
-PLAN = {  # task: tokens, documents
-    "recall_pass_key_1k": (1024, 25),
-    "recall_pass_key_2k": (2048, 25),
-    "recall_pass_key_4k": (4096, 25),
-    "recall_pass_key_8k": (8192, 10),
-    "recall_repetition_1k": (1024, 20),
-    "recall_repetition_4k": (4096, 10),
-    "recall_documentation_1k": (1024, 10),
-    "recall_documentation_4k": (4096, 5),
-    "ruler_niah_single_1_cued_4k": (4096, 10),
-    "ruler_niah_multikey_2_cued_4k": (4096, 20),
-    "ruler_niah_multikey_3_cued_1k": (1024, 10),
+@dataclass(frozen=True, slots=True)
+class Planned:
+    tokens: int
+    documents: int
+    decoded: int = 32  # tokens of each context: more than a question has
+    batch: int = 10
+    is_full: bool = True  # all ratios of all methods; else of SparQ alone, and the others at 8
+
+
+CHAT_PLAN = {
+    "chat_niah_single_1_1k": Planned(1024, 5, 48, 1, False),
+    "chat_niah_single_1_4k": Planned(4096, 1, 48, 1, False),
+    "chat_pass_key_1k": Planned(1024, 40, 24, 5),
+    "chat_pass_key_2k": Planned(2048, 15, 24, 5, False),
+    "chat_pass_key_4k": Planned(4096, 10, 24, 5),
+    "chat_pass_key_7k": Planned(7424, 5, 24, 5, False),
+    "chat_repetition_1k": Planned(1024, 10, 32, 5, False),
+    "chat_text_1k": Planned(1024, 10, 1, 1, False),
+    "chat_text_4k": Planned(4096, 3, 1, 1, False),
 }
-ABLATED = ("recall_pass_key_4k", "recall_repetition_4k", "ruler_niah_multikey_2_cued_4k")
-BATCH = 10
+PLAN = {
+    "recall_pass_key_1k": Planned(1024, 15),
+    "recall_pass_key_2k": Planned(2048, 15),
+    "recall_pass_key_4k": Planned(4096, 25),
+    "recall_pass_key_8k": Planned(8192, 10),
+    "recall_repetition_1k": Planned(1024, 10),
+    "recall_repetition_4k": Planned(4096, 10),
+    "recall_documentation_1k": Planned(1024, 10),
+    "recall_documentation_4k": Planned(4096, 5),
+    "ruler_niah_single_1_cued_4k": Planned(4096, 10),
+    "ruler_niah_multikey_2_cued_4k": Planned(4096, 20),
+    "ruler_niah_multikey_3_cued_1k": Planned(1024, 10),
+}
+ABLATED = ("chat_pass_key_1k", "recall_pass_key_4k", "recall_repetition_4k", "ruler_niah_multikey_2_cued_4k")
+BYTES = 300  # tokens at most that a vocabulary of bytes has
 
 
 def jobs(models: list[str], share: float) -> list[Job]:
@@ -219,11 +292,22 @@ def jobs(models: list[str], share: float) -> list[Job]:
     for model in models:
         config = json.loads((Path(model) / "config.json").read_text())
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        for task, (tokens, documents) in PLAN.items():
-            limit = max(5, round(documents * share / 5) * 5)  # pass keys: five questions about a text
-            ways = grid(tokens, head_dim) + (ablations(tokens, head_dim) if task in ABLATED else [])
-            found.append(Job(model, task, tokens, min(BATCH, limit), limit, tuple(ways)))
-    return sorted(found, key=lambda job: -job.tokens * job.limit * len(job.ways))
+        is_chat = config["vocab_size"] > BYTES
+        for task, planned in (CHAT_PLAN if is_chat else PLAN).items():
+            tokens, least = planned.tokens, min(5, planned.documents)  # pass keys: five questions about a text
+            limit = max(least, round(planned.documents * share / least) * least)
+            if is_chat:
+                ways = chat_grid(tokens, head_dim, planned.is_full)
+                ways += chat_ablations(tokens, head_dim) if task in ABLATED else []
+            else:
+                ways = grid(tokens, head_dim) + (ablations(tokens, head_dim) if task in ABLATED else [])
+            batch = min(planned.batch, limit)
+            found.append(Job(model, task, tokens, batch, limit, planned.decoded, tuple(ways)))
+    return sorted(found, key=cost, reverse=True)
+
+
+def cost(job: Job) -> float:
+    return job.tokens * job.limit * len(job.ways) * (10 if job.task in CHAT_PLAN else 1)
 
 
 def circumstances() -> dict[str, Any]:
@@ -256,7 +340,9 @@ def main() -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="folders of models whose tokens are bytes")
+    parser.add_argument(
+        "models", nargs="+", help="folders: models whose tokens are bytes, pretrained chat models; or smollm2"
+    )
     parser.add_argument("--json", type=Path, required=True, help="write the scores here")
     parser.add_argument("--share", type=float, default=1.0, help="of the documents (default: 1)")
     parser.add_argument("--tasks", nargs="+", help="only these (default: all)")
@@ -269,7 +355,8 @@ def main() -> None:
     sparq_kernels.backend("cpu")  # compiled once, before several processes want it
     known = circumstances()  # before the first result makes the checkout dirty
     begin = time.perf_counter()
-    todo = [job for job in jobs(arguments.models, arguments.share) if job.task in (arguments.tasks or (job.task,))]
+    models = [str(smollm2.folder()) if model == "smollm2" else model for model in arguments.models]
+    todo = [job for job in jobs(models, arguments.share) if job.task in (arguments.tasks or (job.task,))]
     scores: list[Score] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     spawn = multiprocessing.get_context("spawn")

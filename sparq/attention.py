@@ -174,8 +174,8 @@ def _decode_or_dense(call: Call) -> tuple[Tensor, Tensor | None]:
     ready = _prepare(call)
     if not isinstance(ready, str):
         return _decode(call, ready).transpose(1, 2), None
-    step, bytes_dense = call.step, 2 * call.key.numel() * call.key.element_size()
-    step.stats.dense(call.layer_idx, ready, bytes_dense)
+    step = call.step
+    step.count_dense(call.layer_idx, ready, call.query.shape[2], call.key, call.later)
     if not torch.compiler.is_compiling():
         if ready == reasons.TOO_SHORT:
             least = f"fewer than {_min_length(step, call.key):,} tokens are cached (min_length): nothing to gain yet"

@@ -32,8 +32,9 @@ _is_prefill: ContextVar[bool] = ContextVar("sparq_is_prefill", default=False)
 class Drafting:
     """On a cache whose tokens come from assisted decoding."""
 
-    def __init__(self, generator: Any = None, prompt_left: int = 0) -> None:
+    def __init__(self, generator: Any = None, prompt_left: int = 0, counts_tokens: bool = False) -> None:
         self._generator = None if generator is None else weakref.ref(generator)
+        self.counts_tokens = counts_tokens  # each is a step that reads for itself, not a draft that is verified at once
         self.prompt_left = prompt_left  # tokens of the prompt that no pass has computed yet
 
     def __reduce__(self) -> tuple:
@@ -96,12 +97,12 @@ class GenerateNotes:
 @contextmanager
 def each_token_decides(cache: Cache) -> Iterator[None]:
     """In a `with` block every new token of a pass on `cache` is a decode step, however many there are: each chooses its
-    own positions, and the logits are those of feeding one token after the other.
+    own positions, and the logits are those of feeding one token after the other. So are the counts of the report.
 
     For measuring what is known beforehand, in one pass instead of hundreds. `generate` does the same with a draft.
     """
     pass_by_pass = _Held()
-    cache._sparq_drafting = Drafting(pass_by_pass)  # type: ignore[attr-defined]
+    cache._sparq_drafting = Drafting(pass_by_pass, counts_tokens=True)  # type: ignore[attr-defined]
     try:
         yield
     finally:

@@ -33,15 +33,21 @@ class Plan:
     ignored_bias: Tensor | None = None  # [] bool, whether the mask had a bias or was not causal; None: surely neither
     dense_reason: str | None = None  # why the step must be dense, if it must
 
-    def counts(self, per_position: int, r: int, head_dim: int, alphas: int) -> tuple[int, ...] | Tensor:
-        """What a `SparseStep` adds: numbers, or int64 [6]; per_position: bytes of one component in all KV heads."""
+    def counts(
+        self, per_position: int, r: int, head_dim: int, alphas: int, *, by_token: bool = False
+    ) -> tuple[int, ...] | Tensor:
+        """What a `SparseStep` adds: numbers, or int64 [6]; per_position: bytes of one component in all KV heads.
+
+        by_token: count each query as a step, of which dense attention would have read everything again.
+        """
+        steps, once = (self.queries, self.valid) if by_token else (1, self.valid_once)
         new = 4 * self.length.shape[0] * self.queries * head_dim
         bytes_read = per_position * (self.valid * r + self.read * (2 * head_dim) + new)
-        bytes_dense = self.valid_once * (per_position * 2 * head_dim)
+        bytes_dense = once * (per_position * 2 * head_dim)
         if not isinstance(self.valid, Tensor):
-            return 1, self.valid, self.read, bytes_read, bytes_dense, alphas  # type: ignore[return-value]
+            return steps, self.valid, self.read, bytes_read, bytes_dense, alphas  # type: ignore[return-value]
         one = torch.ones_like(self.valid)
-        numbers: Any = (one, self.valid, self.read, bytes_read, bytes_dense, one * alphas)
+        numbers: Any = (one * steps if by_token else one, self.valid, self.read, bytes_read, bytes_dense, one * alphas)
         return torch.stack(numbers)
 
 

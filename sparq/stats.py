@@ -96,9 +96,9 @@ class DeviceStats:
             torch._dynamo.mark_static_address(self.counts)
             torch._dynamo.mark_static_address(self.alpha)
 
-    def dense(self, reason: str, bytes_dense: int) -> None:
+    def dense(self, reason: str, bytes_dense: int, steps: int = 1) -> None:
         # add_, not +=, which would copy what it has added to onto itself
-        self.counts[SLOTS.index(reason if reason in REASONS else OTHER_REASON)].add_(1)
+        self.counts[SLOTS.index(reason if reason in REASONS else OTHER_REASON)].add_(steps)
         self.counts[SLOTS.index("bytes_read") : SLOTS.index("bytes_dense") + 1].add_(bytes_dense)
 
     def to_dict(self) -> dict[str, int]:
@@ -155,13 +155,14 @@ class Stats:
                 self.layers[layer] = self.layers.get(layer, LayerStats()).plus(found)
             self.on_device[layer] = DeviceStats(device, dtype)
 
-    def dense(self, layer: int, reason: str, bytes_dense: int) -> None:
+    def dense(self, layer: int, reason: str, bytes_dense: int, steps: int = 1) -> None:
+        """bytes_dense: of all `steps` together."""
         if torch.compiler.is_compiling():  # a number of Python's would have to be changed by the graph
-            self.on_device[layer].dense(reason, bytes_dense)
+            self.on_device[layer].dense(reason, bytes_dense, steps)
             return
         with self._lock:
             stats = self._layer(layer)
-            stats.dense_steps[reason] += 1
+            stats.dense_steps[reason] += steps
             stats.bytes_read += bytes_dense
             stats.bytes_dense += bytes_dense
 

@@ -94,8 +94,22 @@ class Step:
         """`plan.counts(*shape)`, made once for all layers of a shape."""
         held = self._counts
         if held is None or held[0] is not plan or held[1] != shape:
-            self._counts = held = (plan, shape, plan.counts(*shape))
+            self._counts = held = (plan, shape, plan.counts(*shape, by_token=self.counts_tokens))
         return held[2]
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether each new token counts as a pass of its own (`generating.each_token_decides`)."""
+        return self.drafting is not None and self.drafting.counts_tokens
+
+    def count_dense(self, layer_idx: int, reason: str, queries: int, key: Tensor, later: int = 0) -> None:
+        """Dense steps of `queries` tokens, with so many later ones behind them among the keys [B, Hkv, S, d]."""
+        bytes_dense, steps = 2 * key.numel() * key.element_size(), 1
+        if self.counts_tokens:
+            batch, kv_heads, length, head_dim = key.shape
+            read = sum(length - later - newer for newer in range(queries))
+            bytes_dense, steps = 2 * batch * kv_heads * read * head_dim * key.element_size(), queries
+        self.stats.dense(layer_idx, reason, bytes_dense, steps)
 
 
 def holds_tokens(cache: Cache) -> bool:

@@ -66,18 +66,18 @@ class Compared(method.Method):
             attention_mask = causal_mask(queries, length, length - queries, key.device)
         mask = _allowed(attention_mask, batch, queries, length)
         state = self._state(call) if rule.observes else None
-        is_each_a_step = call.step.drafting is not None and state is None and not call.step.prompt_length(queries)
+        # What a method has observed of a draft could not be taken back.
+        is_draft = call.step.drafting is not None and (state is None or call.step.counts_tokens)
+        is_each_a_step = is_draft and not call.step.prompt_length(queries)
         if queries == length or (queries > 1 and not is_each_a_step):
             if state is not None:
                 rule.observe(grouped, key, mask, scale, state)
             return _dense(call, "more than one new token at once")
 
-        everything = torch.ones(batch, 1, dtype=torch.bool, device=key.device).expand(-1, length)
+        seen = torch.ones(batch, queries, length, dtype=torch.bool, device=key.device) if mask is None else mask
         outputs = []
-        for i in range(queries):
-            seen = length - queries + 1 + i
-            valid = (everything if mask is None else mask[:, i])[:, :seen]
-            attended = rule.attend(grouped[:, :, :, i], key[:, :, :seen], value[:, :, :seen], valid, scale, state)
+        for i, attended in enumerate(rule.attend_each(grouped, key, value, seen, scale, state)):
+            valid = seen[:, i, : attended.kept.shape[3]]
             if bool((attended.kept == valid[:, None, None]).all()):
                 outputs.append(_dense(call.part(i, i + 1), reasons.COVERED)[0])
                 continue
@@ -167,7 +167,7 @@ class Comparison:
 
 def _dense(call: Call, reason: str) -> tuple[Tensor, Tensor | None]:
     if call.query.shape[2] < call.key.shape[2]:  # not the prompt
-        call.step.stats.dense(call.layer_idx, reason, 2 * call.key.numel() * call.key.element_size())
+        call.step.count_dense(call.layer_idx, reason, call.query.shape[2], call.key, call.later)
     return call.dense()
 
 

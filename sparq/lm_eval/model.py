@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sparq.cache_argument import generate_cache_name
 from sparq.lm_eval.decoding import Decoding
-from sparq.lm_eval.prefill import Prefills, prefill, step
+from sparq.lm_eval.prefill import Prefills, feed, prefill
 from sparq.lm_eval.scoring import Row, score
 from sparq.reporting import LayerReport
 
@@ -31,7 +31,7 @@ class SparqLM(HFLM):
     """A causal Hugging Face model that decodes with SparQ Attention, or with a method to compare it with.
 
     The harness scores a continuation in one pass together with its context, in which attention that is sparse in
-    decode steps would never run. Here a context is prefilled densely and the continuation is fed token by token.
+    decode steps would never run. Here a context is prefilled densely, and each token of the continuation is a step.
 
     Args:
         pretrained: as for `HFLM`, a name, a folder or a model.
@@ -167,10 +167,8 @@ class SparqLM(HFLM):
                     prefills=self.prefills,
                     kind=self.decoding.prefill_kind,
                 )
-                padded = not mask.all()
-                for t in range(before, context.shape[1] - 1):  # `generate` feeds the last
-                    seen = mask[:, : t + 1] if padded else None
-                    step(self.model, cache, context[:, t : t + 1], seen)
+                for _ in feed(self.model, cache, context[:, before:-1], None if mask.all() else mask):
+                    pass  # `generate` feeds the last
                 options[generate_cache_name()] = cache
         return super()._model_generate(context, max_length, stop, **options)
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from sparq.cache import upgrade
 from sparq.cache_argument import cache_name
+from sparq.generating import each_token_decides
 from sparq.served import unwrap
+
+FED_AT_ONCE = 64  # tokens: a pass costs little more than its arithmetic, and the logits of all stay small
 
 
 class Prefills:
     """What prefills left behind, for runs over one model that differ only in how they decode; the oldest go first.
+
+    What a method that `observes` has left serves the others, too: the same keys and values.
 
     Args:
         max_bytes: of K and V kept, at least 0.
@@ -33,7 +38,10 @@ class Prefills:
         self._bytes = 0
 
     def get(self, key: Any) -> tuple[Cache, Tensor] | None:
-        """A copy of the cache, and the logits."""
+        """A copy of the cache, and the logits. key: the kind of cache, and what has been read."""
+        kind, *read = key
+        if not kind:
+            key = next((other for other in self._kept if list(other[1:]) == read), key)
         if key not in self._kept:
             self.misses += 1
             return None
@@ -76,6 +84,23 @@ def step(model: Any, cache: Cache, ids: Tensor, mask: Tensor | None, all_logits:
     inputs[cache_name(type(unwrap(model)).forward)] = cache  # an adapter's own takes anything
     logits = model(input_ids=ids, use_cache=True, **inputs).logits
     return logits if all_logits else logits[:, -1:]
+
+
+def feed(model: Any, cache: Cache, ids: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    """Decode tokens [B, T] that are known beforehand: the logits after each, [B, n, vocabulary], some at a time.
+
+    Each token is a step of the method that the model decodes with. Many go into one pass, where the cache has nothing
+    but attention's layers; others (recurrent states) may not be able to go on with several tokens.
+
+    mask: [B, at least cached and T], as in `step`.
+    """
+    at_once = FED_AT_ONCE if all(isinstance(layer, DynamicLayer) for layer in cache.layers) else 1
+    cached = cache.get_seq_length()
+    with each_token_decides(cache):
+        for begin in range(0, ids.shape[1], at_once):
+            some = ids[:, begin : begin + at_once]
+            end = cached + begin + some.shape[1]
+            yield step(model, cache, some, None if mask is None else mask[:, :end], all_logits=True)
 
 
 def prefill(

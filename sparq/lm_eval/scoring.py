@@ -1,4 +1,4 @@
-"""Log-likelihoods by decoding: a context is prefilled, what follows it is fed to the model token by token."""
+"""Log-likelihoods by decoding: a context is prefilled, what follows it is fed to the model, each token a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparq.lm_eval.prefill import Prefills, left_padded, prefill, step
+from sparq.lm_eval.prefill import Prefills, feed, left_padded, prefill
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,12 @@ def score(
     steps = max(len(row.decoded) for row in rows)
     decoded = torch.tensor([list(row.decoded) + [pad] * (steps - len(row.decoded)) for row in rows]).to(ids)
     whole = None if mask.all() else torch.cat([mask, torch.ones_like(decoded)], 1)
-    results = []  # of each step, [B] each
-    last = logits[:, -1]
-    for t in range(steps):
-        if t:
-            seen = None if whole is None else whole[:, : ids.shape[1] + t]
-            last = step(model, cache, decoded[:, t - 1 : t], seen)[:, -1]
-        results.append(_compare(last, decoded[:, t], softmax_dtype))
-    log_probs, greedy = (torch.stack(column, 1).cpu() for column in zip(*results, strict=True))
+    results = [_compare(logits[:, -1:], decoded[:, :1], softmax_dtype)]  # [B, tokens] each
+    done = 0
+    for found in feed(model, cache, decoded[:, :-1], whole):
+        results.append(_compare(found, decoded[:, done + 1 : done + 1 + found.shape[1]], softmax_dtype))
+        done += found.shape[1]
+    log_probs, greedy = (torch.cat(column, 1).cpu() for column in zip(*results, strict=True))
 
     scores = []
     for b, row in enumerate(rows):
@@ -64,6 +62,6 @@ def score(
 
 
 def _compare(logits: Tensor, targets: Tensor, softmax_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """log p of targets [N] under logits [N, vocabulary], and whether each is the likeliest."""
+    """log p of targets [...] under logits [..., vocabulary], and whether each is the likeliest."""
     log_probs = F.log_softmax(logits, dim=-1, dtype=softmax_dtype)
-    return log_probs.gather(-1, targets[:, None])[:, 0], log_probs.argmax(-1) == targets
+    return log_probs.gather(-1, targets[..., None])[..., 0], log_probs.argmax(-1) == targets

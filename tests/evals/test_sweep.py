@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import results
@@ -34,9 +35,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scores(folder):
     ways = (*sweep.grid(1024, 16), sweep.ablations(1024, 64)[0])
-    scores = sweep.run(sweep.Job(folder, "recall_pass_key_1k", 1024, 5, 5, ways))
+    scores = sweep.run(sweep.Job(folder, "recall_pass_key_1k", 1024, 5, 5, 32, ways))
     few = (sweep.DENSE, sweep.Way("sparq", 8, {"method": "sparq", "r": 2, "k": 64}))
-    return scores + sweep.run(sweep.Job(folder, "recall_documentation_1k", 1024, 5, 5, few))
+    return scores + sweep.run(sweep.Job(folder, "recall_documentation_1k", 1024, 5, 5, 32, few))
 
 
 def test_every_way_is_scored_and_reads_about_what_was_asked_for(scores):
@@ -72,6 +73,40 @@ def test_the_plan_has_every_method_at_every_ratio(folder):
         asked = [(way.name, way.ratio) for way in job.ways if way.name in ("sparq", *sweep.OTHERS)]
         assert asked == [(method, ratio) for method in ("sparq", *sweep.OTHERS) for ratio in (2, 4, 8, 16)]
         assert any(job.task.startswith(name) for name in sweep.METRICS)
+
+
+def test_the_chat_plan_has_every_method_with_and_without_a_dense_first_layer(tmp_path):
+    (tmp_path / "config.json").write_text('{"vocab_size": 49152, "hidden_size": 576, "num_attention_heads": 9}')
+    jobs = sweep.jobs([str(tmp_path)], share=1)
+    assert {job.task for job in jobs} == set(sweep.CHAT_PLAN)
+    for job in jobs:
+        assert job.ways[0] == sweep.DENSE
+        ways = {(way.name, way.ratio): way.arguments for way in job.ways}
+        for name in sweep.CHAT_METHODS:
+            plain, first_dense = ways[name, 8], ways[f"{name}, dense_layers=1", 8]
+            assert first_dense == plain | {"dense_layers": 1}
+            wanted = sweep.CHAT_RATIOS if name == "sparq" or sweep.CHAT_PLAN[job.task].is_full else (8,)
+            assert [ratio for way, ratio in ways if way == name] == list(wanted)
+
+
+def test_the_others_go_on_from_what_h2o_has_read(folder):
+    ways = (sweep.DENSE, *(sweep.Way(name, 8, {"method": name, "ratio": 8}) for name in ("oracle", "h2o", "quest")))
+    job = sweep.Job(folder, "recall_pass_key_1k", 1024, 5, 5, 32, ways)
+    together = sweep.run(job)
+    alone = sweep.run(dataclasses.replace(job, ways=ways[:2]))
+    assert [score.name for score in together] == [way.name for way in ways]
+    for score, expected in zip(together, alone, strict=False):
+        assert (score.mean, score.change) == (expected.mean, expected.change)
+        assert score.mean_alpha == pytest.approx(expected.mean_alpha)
+
+
+def test_the_pretrained_model_comes_first(scores):
+    later = [dataclasses.replace(score, model="recall-llama") for score in scores]
+    first = [dataclasses.replace(later[0], model="SmolLM2-135M", task="chat_pass_key_1k")]
+    models = [
+        line for line in results.tables(content([*later, *first])).splitlines() if re.match("## (Smol|recall)", line)
+    ]
+    assert models == ["## SmolLM2-135M", "## recall-llama"]
 
 
 def content(scores):

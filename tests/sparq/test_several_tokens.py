@@ -85,6 +85,23 @@ def test_bytes_of_a_chunk() -> None:
     assert (layer.sparse_steps, layer.positions_cached, layer.positions_read) == (1, 41 + 42 + 43, 36)
 
 
+def test_where_each_token_decides_each_is_counted() -> None:
+    """Dense layers, too: as if they had come one by one."""
+    inputs, tokens = prompt(padding=9), next_tokens(steps=2 * MAX_QUERY_LENGTH + 1)
+    one_by_one, together = (sparq.patch(build(), **SPARSE, dense_layers=1) for _ in range(2))
+    teacher_forced(one_by_one, inputs, tokens)
+    cache = DynamicCache()
+    with torch.no_grad():
+        together(**inputs, past_key_values=cache, use_cache=True)
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], dim=1)
+        with each_token_decides(cache):
+            together(input_ids=tokens, attention_mask=mask, past_key_values=cache)
+    for index, expected in sparq.report(one_by_one).layers.items():
+        actual = sparq.report(together).layers[index]
+        for name in ("decode_steps", "sparse_steps", "dense_steps", "positions_cached", "bytes_read", "bytes_dense"):
+            assert getattr(actual, name) == getattr(expected, name)
+
+
 def test_longer_chunks_are_dense() -> None:
     inputs, tokens = prompt(), next_tokens(steps=MAX_QUERY_LENGTH + 1)
     model = sparq.patch(build(), **SPARSE)

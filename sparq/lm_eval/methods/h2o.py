@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from sparq.cache import SparqLayer
 from sparq.config import _check_int
-from sparq.lm_eval.methods.method import Method, best, newest
+from sparq.lm_eval.methods.method import Attended, Method, best, newest
 
 OBSERVED_AT_ONCE = 1 << 20  # elements of a prompt's attention: 4 MB in float32, which a processor cache holds
 
@@ -151,6 +152,19 @@ class H2O(Method):
             logits = q @ keys[row, :, None, columns].transpose(-1, -2)  # [Hkv, G, chunk, columns]
             scores[row, :, columns] += masked_softmax(logits, allowed[:, columns]).sum((1, 2))
         state.scores = scores
+
+    def attend_each(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scale: float, state: H2OLayer | None = None
+    ) -> Iterator[Attended]:
+        """One after the other: each evicts before the next. The state knows all the new positions already."""
+        assert state is not None and state.scores is not None and state.kept is not None
+        scores, kept, queries = state.scores, state.kept, query.shape[3]
+        for i in range(queries):
+            seen = scores.shape[2] - queries + 1 + i
+            state.scores, state.kept = scores[:, :, :seen], kept[:, :, :seen]
+            yield self.attend(query[:, :, :, i], key[:, :, :seen], value[:, :, :seen], valid[:, i, :seen], scale, state)
+            scores[:, :, :seen], kept[:, :, :seen] = state.scores, state.kept
+        state.scores, state.kept = scores, kept
 
     def _select(
         self, query: Tensor, key: Tensor, logits: Tensor, valid: Tensor, scale: float, state: H2OLayer

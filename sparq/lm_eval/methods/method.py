@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,6 +13,8 @@ from sparq_kernels.reference import masked_softmax
 from torch import Tensor
 
 from sparq.config import _check_int
+
+LOGITS_AT_ONCE = 1 << 19  # elements
 
 
 class Attended(NamedTuple):
@@ -77,6 +80,45 @@ class Method(ABC):
         mass = exact_mass(logits, kept, valid)
         return Attended(output.to(query.dtype), kept, mass, self._elements(kept, valid, query))
 
+    def attend_each(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scale: float, state: Any = None
+    ) -> Iterator[Attended]:
+        """As `attend` for the newest Q tokens, one step each: query [B, Hkv, G, Q, d], valid [B, Q, S].
+
+        The steps are computed together, so many at a time that their logits stay in a processor cache. A step's
+        positions may be those that it can see alone, or all.
+        """
+        if query.shape[3] == 1:
+            yield from self.attend_one_by_one(query, key, value, valid, scale, state)
+            return
+        q, keys = widened(query), widened(key)
+        values = finite_padding(value, valid[:, -1])
+        batch, _, group, queries, _ = query.shape
+        at_once = max(1, LOGITS_AT_ONCE // (batch * query.shape[1] * group * key.shape[2]))
+        for begin in range(0, queries, at_once):
+            some = q[:, :, :, begin : begin + at_once]
+            count = some.shape[3]
+            logits = (some.flatten(2, 3) @ keys.transpose(-1, -2) * scale).unflatten(2, (group, count))
+            allowed = valid[:, begin : begin + count].flatten(0, 1)  # [B·Q, S]
+            by_step = _steps_first(logits)  # [B·Q, Hkv, G, S]
+            kept = self._select(_steps_first(some), keys, by_step, allowed, scale, state)
+            weights = masked_softmax(by_step, kept).unflatten(0, (batch, count)).permute(0, 2, 3, 1, 4)
+            outputs = (weights.flatten(2, 3) @ values).unflatten(2, (group, count)).to(query.dtype)
+            masses = exact_mass(by_step, kept, allowed).unflatten(0, (batch, count))
+            for i in range(count):
+                chosen = kept.unflatten(0, (batch, count))[:, i]
+                elements = self._elements(chosen, valid[:, begin + i], query[:, :, :, begin + i])
+                yield Attended(outputs[:, :, :, i], chosen, masses[:, i], elements)
+
+    def attend_one_by_one(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, scale: float, state: Any = None
+    ) -> Iterator[Attended]:
+        """`attend_each` for a method with an `attend` of its own."""
+        queries, length = query.shape[3], key.shape[2]
+        for i in range(queries):
+            seen = length - queries + 1 + i
+            yield self.attend(query[:, :, :, i], key[:, :, :seen], value[:, :, :seen], valid[:, i, :seen], scale, state)
+
     def observe(self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, state: Any) -> None:
         """Take note of the attention of tokens that are computed densely; of a method that `observes`.
 
@@ -91,7 +133,8 @@ class Method(ABC):
     @abstractmethod
     def _select(self, query: Tensor, key: Tensor, logits: Tensor, valid: Tensor, scale: float, state: Any) -> Tensor:
         """The positions to attend to, bool [B, Hkv, 1 or G, S]; arguments as in `attend`, widened, and the exact
-        logits [B, Hkv, G, S]."""
+        logits [B, Hkv, G, S]. Of several steps at once (`attend_each`) `key` has one row for as many of the others,
+        whose valid positions are the first of those of the last of them."""
 
     def _elements(self, kept: Tensor, valid: Tensor, query: Tensor) -> int:
         """Elements read: here K and V of the kept positions."""
@@ -101,6 +144,11 @@ class Method(ABC):
         """`positions` of each row, int64 [B]."""
         counts = [self.positions(n, head_dim) for n in valid.sum(-1).tolist()]
         return torch.tensor(counts, device=valid.device)
+
+
+def _steps_first(tensor: Tensor) -> Tensor:
+    """[B, Hkv, G, Q, n] as [B·Q, Hkv, G, n]."""
+    return tensor.permute(0, 3, 1, 2, 4).flatten(0, 1)
 
 
 def best(score: Tensor, allowed: Tensor, budget: Tensor, forced: Tensor | None = None) -> Tensor:

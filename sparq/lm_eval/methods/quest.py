@@ -82,16 +82,23 @@ class Quest(Method):
 
     def _bounds(self, key: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Smallest and largest of K in each page, [B, Hkv, pages, d], and which pages a row has, bool [B, pages]."""
-        counts = [math.ceil(n / self.page_size) for n in valid.sum(-1).tolist()]
-        low = key.new_zeros(*key.shape[:2], max(counts), key.shape[3])
+        positions = valid.sum(-1).tolist()
+        counts = [math.ceil(n / self.page_size) for n in positions]
+        low = key.new_zeros(len(counts), key.shape[1], max(counts), key.shape[3])
         high = torch.zeros_like(low)
+        steps = len(counts) // key.shape[0]
         for row, pages in enumerate(counts):
-            keys = key[row] if valid[row].all() else key[row][:, valid[row]]  # [Hkv, n, d]
-            whole = keys.shape[1] // self.page_size
-            paged = keys[:, : whole * self.page_size].unflatten(1, (whole, self.page_size))
-            low[row, :, :whole], high[row, :, :whole] = paged.amin(2), paged.amax(2)
+            if row % steps == 0:  # the valid positions of the steps of a row are the first of the last one's
+                most = valid[row + steps - 1]
+                keys = key[row // steps] if most.all() else key[row // steps][:, most]  # [Hkv, n, d]
+                full = keys.shape[1] // self.page_size
+                paged = keys[:, : full * self.page_size].unflatten(1, (full, self.page_size))
+                lows, highs = paged.amin(2), paged.amax(2)
+            count = positions[row]
+            whole = count // self.page_size
+            low[row, :, :whole], high[row, :, :whole] = lows[:, :whole], highs[:, :whole]
             if pages > whole:  # the newest, filled in part
-                rest = keys[:, whole * self.page_size :]
+                rest = keys[:, whole * self.page_size : count]
                 low[row, :, whole], high[row, :, whole] = rest.amin(1), rest.amax(1)
         present = torch.arange(max(counts), device=key.device) < torch.tensor(counts, device=key.device)[:, None]
         return low, high, present

@@ -76,6 +76,8 @@ class SparqVariant(Method):
         mass = exact_mass(logits, kept, valid)
         return Attended(output.to(query.dtype), kept, mass, self._elements(kept, valid, query))
 
+    attend_each = Method.attend_one_by_one
+
     def _approximate(self, query: Tensor, key: Tensor, valid: Tensor, scale: float) -> Tensor:
         """Steps 1 and 2: the scores by r components alone, [B, Hkv, G, S]."""
         magnitude = query.abs().sum(2, keepdim=True) if self.shared else query.abs()  # [B, Hkv, 1 or G, d]

@@ -21,9 +21,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sparq.lm_eval import prefill
 from sparq.lm_eval.decoding import METHODS
 from sparq.lm_eval.model import SparqLM
-from sparq.lm_eval.prefill import Prefills
+from sparq.lm_eval.prefill import Prefills, step
 from tests.sparq.snapshot import snapshot
 from tests.sparq.tiny import build
 
@@ -136,6 +137,34 @@ def test_with_k_beyond_the_context_every_method_is_dense(model, method):
 
 
 # Switched on, it decodes sparsely whatever it scores.
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_many_tokens_in_one_pass_are_as_many_steps(model, method, batch_size, monkeypatch):
+    def measured():
+        knobs = SPARSE.get(method, {}) | ({"dense_layers": 1} if method != "dense" else {})
+        lm = harness_model(model, method=method, batch_size=batch_size, decode_context_tokens=7, **knobs)
+        return *scores(lm), rolling(lm), answers(lm), lm.steps
+
+    passes = []
+    monkeypatch.setattr(prefill, "step", lambda *args, **kwargs: (passes.append(1), step(*args, **kwargs))[1])
+    found, greedy, rolled, generated, steps = measured()
+    few, passes[:] = len(passes), []
+    monkeypatch.setattr(prefill, "FED_AT_ONCE", 1)
+    one_by_one = measured()
+    assert len(passes) > 5 * few
+    close(found, one_by_one[0])
+    assert rolled == pytest.approx(one_by_one[2], rel=1e-4)
+    assert (greedy, generated) == (one_by_one[1], one_by_one[3])
+    if method != "dense":
+        alike(steps["task"], one_by_one[4]["task"])
+
+
+def alike(steps, others) -> None:
+    assert steps["mean_alpha"] == pytest.approx(others["mean_alpha"], rel=1e-5)
+    for name in ("layer_steps", "positions", "bytes"):
+        assert steps[name] == others[name]
 
 
 @pytest.mark.parametrize("method", SPARSE)
