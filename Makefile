@@ -70,10 +70,14 @@ bench: $(STAMP)
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(ARGS)
 
-# The offline tasks, for both bundled models, over methods and compression ratios (evals/README.md).
+# What sparse decoding costs in answers: SmolLM2's predictions and texts, and offline tasks for it and the bundled models
+# (evals/README.md).
+SCORES := evals/results
 eval: $(STAMP)
-	$(BIN)/python evals/sweep.py evals/models/recall-llama evals/models/recall-gpt-neox --json evals/results/sweep.json
-	$(BIN)/python evals/results.py evals/results/sweep.json
+	$(BIN)/python evals/divergence.py smollm2 --json $(SCORES)/divergence.json
+	$(BIN)/python evals/answers.py smollm2 --json $(SCORES)/answers.json
+	$(BIN)/python evals/sweep.py smollm2 evals/models/recall-llama evals/models/recall-gpt-neox --json $(SCORES)/sweep.json
+	$(BIN)/python evals/results.py $(SCORES)
 
 # The kernel's tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC with libasan and libubsan).
 sanitize: $(STAMP)

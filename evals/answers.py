@@ -21,11 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import smollm2
 import torch
 from divergence import Setting, decoding, mean_and_error
 from documents import documents
 from rich.console import Console
-from rich.table import Table
+from sweep import circumstances
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from sparq.cache import upgrade
@@ -176,31 +177,41 @@ def shared(a: list[int], b: list[int]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder with a chat model and its tokenizer")
+    parser.add_argument("model", help="a folder with a chat model and its tokenizer, or smollm2")
     parser.add_argument("--json", type=Path, help="write what was measured here")
     arguments = parser.parse_args()
-    console = Console(highlight=False)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    console, begin = Console(highlight=False), time.perf_counter()
+    folder = str(smollm2.folder()) if arguments.model == "smollm2" else arguments.model
+    known = circumstances()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.model_max_length = 10**9  # whole documents are tokenised, and cut
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, use_safetensors=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
     long, asked = long_answers(model, tokenizer, console), turns(model, tokenizer, console)
+    known |= {"model": Path(folder).name, "seconds": round(time.perf_counter() - begin)}
+    content = {"circumstances": known, "long": [asdict(one) for one in long], "turns": [asdict(one) for one in asked]}
     if arguments.json:
-        content = {"long": [asdict(one) for one in long], "turns": [asdict(one) for one in asked]}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-    show(console, long, asked)
+    console.print(table(content), soft_wrap=True)
 
 
-def show(console: Console, long: list[Long], asked: list[Turn]) -> None:
-    table = Table("setting", "tokens as dense", "bits a token", *(f"question {turn + 1}" for turn in range(TURNS)))
-    for setting in SETTINGS:
-        rows = [one for one in long if one.name == setting.name]
-        lengths, bits = (mean_and_error([getattr(one, key) for one in rows]) for key in ("until_other", "bits"))
-        rights = [
-            [one.right for one in asked if one.name == setting.name and one.turn == turn] for turn in range(TURNS)
-        ]
-        cells = [f"{sum(right)} of {len(right)}" for right in rights]
-        table.add_row(setting.name, f"{lengths[0]:.0f} ± {lengths[1]:.0f}", f"{bits[0]:.2f} ± {bits[1]:.2f}", *cells)
-    console.print(table)
+def table(content: dict[str, Any]) -> str:
+    """Markdown, ± the standard error over documents."""
+    head = [
+        "",
+        f"tokens as dense, of {ANSWER}",
+        "bits a token",
+        *(f"question {turn + 1} right" for turn in range(TURNS)),
+    ]
+    rows = [head, ["---", *("---:" for _ in head[1:])]]
+    for name in dict.fromkeys(one["name"] for one in content["long"]):
+        long = [one for one in content["long"] if one["name"] == name]
+        cells = [f"{mean:.2f} ± {error:.2f}" for mean, error in [mean_and_error([one["bits"] for one in long])]]
+        length, error = mean_and_error([one["until_other"] for one in long])
+        for turn in range(TURNS):
+            right = [one["right"] for one in content["turns"] if (one["name"], one["turn"]) == (name, turn)]
+            cells.append(f"{sum(right)} of {len(right)}")
+        rows.append([name, f"{length:.0f} ± {error:.0f}" if name != DENSE.name else "", *cells])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 if __name__ == "__main__":

@@ -203,18 +203,20 @@ def compare(dense: Any, sparse: Any, targets: Any) -> tuple[float, float, float,
 
 
 def main() -> None:
+    import smollm2
     from documents import documents
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from sweep import circumstances
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder with a causal model and its tokenizer")
+    parser.add_argument("model", help="a folder with a causal model and its tokenizer, or smollm2")
     parser.add_argument("--json", type=Path, help="write what was measured here")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of context")
     parser.add_argument("--lines", help="only settings whose line holds this text")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
     arguments = parser.parse_args()
+    folder = str(smollm2.folder()) if arguments.model == "smollm2" else arguments.model
     os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
     import sparq_kernels
 
@@ -226,14 +228,14 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=spawn) as pool, Progress(*columns) as progress:
         todo = [
-            pool.submit(measure, arguments.model, name, text, tuple(arguments.lengths), chosen)
+            pool.submit(measure, folder, name, text, tuple(arguments.lengths), chosen)
             for name, text in documents().items()
         ]
         bar = progress.add_task("documents", total=len(todo))
         for future in as_completed(todo):
             results += future.result()
             progress.update(bar, advance=1)
-    known |= {"model": Path(arguments.model).name, "seconds": round(time.perf_counter() - begin)}
+    known |= {"model": Path(folder).name, "seconds": round(time.perf_counter() - begin)}
     content = {"circumstances": known, "measured": [asdict(one) for one in results]}
     if arguments.json:
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,8 +1,8 @@
-"""Tables and a plot of what `evals/sweep.py` has measured.
+"""Tables and plots of what `evals/divergence.py`, `evals/answers.py` and `evals/sweep.py` have measured.
 
-    python evals/results.py evals/results/sweep.json
+    python evals/results.py evals/results
 
-writes tables.md and scores.png beside it.
+reads divergence.json, answers.json and sweep.json there, and writes tables.md, divergence.png and scores.png.
 """
 
 import argparse
@@ -10,6 +10,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import answers
+import divergence
 
 METHODS = {  # name in the sweep: as the tables call it, colour
     "sparq": ("SparQ", "#0072b2"),
@@ -52,6 +55,35 @@ NAMES = {name: label for name, (label, _) in METHODS.items()}
 NAMES |= {f"{name}, dense_layers=1": f"{label}, dense_layers=1" for name, label in NAMES.items()}
 NAMES["defaults"] = "SparQ, the defaults"
 Score = dict[str, Any]
+
+
+def moved_predictions(content: dict[str, Any]) -> str:
+    """The part of the tables that `divergence.py` has measured."""
+    known = content["circumstances"]
+    contexts = sorted({one["context"] for one in divergence.of_all_settings(content["measured"])})
+    parts = [
+        f"# How far decoding moves {known['model'].partition('.')[0]}'s predictions",
+        f"KL from dense attention in bits a token, and the value below which it is for 95 % of the tokens; change of the "
+        f"next token's negative log-likelihood, in bits; share of equal first choices. Eight documents, contexts of "
+        f"{contexts[0]:,} to {contexts[-1]:,} tokens, {divergence.TOKENS} tokens scored in each; ± is the standard error "
+        f"over documents. Commit {known['commit']}, torch {known['torch']}, transformers {known['transformers']}.",
+        divergence.table(content),
+        "KL by context:",
+        divergence.table_by_context(content),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def written_texts(content: dict[str, Any]) -> str:
+    """The part of the tables that `answers.py` has measured."""
+    parts = [
+        f"# What {content['circumstances']['model'].partition('.')[0]} writes",
+        "Eight documents of 2,048 tokens, continued greedily: tokens until the text is another than the dense one, and how "
+        "likely it is under dense attention. Then conversations of three questions on one cache, each about a fact in a "
+        "document: right answers.",
+        answers.table(content),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def tables(content: dict[str, Any]) -> str:
@@ -255,11 +287,21 @@ def plot(content: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path, help="what evals/sweep.py has written")
-    arguments = parser.parse_args()
-    content = json.loads(arguments.json.read_text())
-    arguments.json.with_name("tables.md").write_text(tables(content))
-    plot(content, arguments.json.with_name("scores.png"))
+    parser.add_argument("folder", type=Path, help="where the JSON files lie")
+    folder = parser.parse_args().folder
+    (folder / "tables.md").write_text(all_tables(folder))
+    divergence.plot(read(folder, "divergence"), folder / "divergence.png")
+    plot(read(folder, "sweep"), folder / "scores.png")
+
+
+def all_tables(folder: Path) -> str:
+    parts = ((moved_predictions, "divergence"), (written_texts, "answers"), (tables, "sweep"))
+    return "\n".join(made(read(folder, name)) for made, name in parts)
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return content
 
 
 if __name__ == "__main__":
