@@ -30,6 +30,7 @@ from sweep import circumstances
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from sparq.cache import upgrade
+from sparq.cache_argument import generate_cache_name
 from sparq.lm_eval.prefill import step
 
 CONTEXT, ANSWER = 2048, 512
@@ -150,7 +151,7 @@ def converse(model: Any, tokenizer: Any, cache: Any, text: str, questions: list[
         output = model.generate(
             input_ids=given,
             attention_mask=torch.ones_like(given),
-            past_key_values=cache,
+            **{generate_cache_name(): cache},
             max_new_tokens=ANSWERED,
             do_sample=False,
             pad_token_id=tokenizer.eos_token_id,

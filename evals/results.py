@@ -63,10 +63,10 @@ def moved_predictions(content: dict[str, Any]) -> str:
     contexts = sorted({one["context"] for one in divergence.of_all_settings(content["measured"])})
     parts = [
         f"# How far decoding moves {known['model'].partition('.')[0]}'s predictions",
-        f"KL from dense attention in bits a token, and the value below which it is for 95 % of the tokens; change of the "
-        f"next token's negative log-likelihood, in bits; share of equal first choices. Eight documents, contexts of "
-        f"{contexts[0]:,} to {contexts[-1]:,} tokens, {divergence.TOKENS} tokens scored in each; ± is the standard error "
-        f"over documents. Commit {known['commit']}, torch {known['torch']}, transformers {known['transformers']}.",
+        "KL from dense attention in bits a token, and the value below which it is for 95 % of the tokens; change of the "
+        "next token's negative log-likelihood, in bits; share of equal first choices. Eight documents, contexts of "
+        f"{contexts[0]:,} to {contexts[-1]:,} tokens, {divergence.TOKENS} tokens scored in each; ± is the standard "
+        f"error over documents. Commit {known['commit']}, torch {known['torch']}, transformers {known['transformers']}.",
         divergence.table(content),
         "KL by context:",
         divergence.table_by_context(content),
@@ -78,9 +78,9 @@ def written_texts(content: dict[str, Any]) -> str:
     """The part of the tables that `answers.py` has measured."""
     parts = [
         f"# What {content['circumstances']['model'].partition('.')[0]} writes",
-        "Eight documents of 2,048 tokens, continued greedily: tokens until the text is another than the dense one, and how "
-        "likely it is under dense attention. Then conversations of three questions on one cache, each about a fact in a "
-        "document: right answers.",
+        "Eight documents of 2,048 tokens, continued greedily: tokens until the text is another than the dense one, and "
+        "how likely it is under dense attention. Then conversations of three questions on one cache, each about a fact "
+        "in a document: right answers.",
         answers.table(content),
     ]
     return "\n\n".join(parts) + "\n"
