@@ -63,10 +63,11 @@ def moved_predictions(content: dict[str, Any]) -> str:
     contexts = sorted({one["context"] for one in divergence.of_all_settings(content["measured"])})
     parts = [
         f"# How far decoding moves {known['model'].partition('.')[0]}'s predictions",
-        "KL from dense attention in bits a token, and the value below which it is for 95 % of the tokens; change of the "
-        "next token's negative log-likelihood, in bits; share of equal first choices. Eight documents, contexts of "
+        "KL from dense attention in bits a token, and the value below which it is for 95 % of the tokens; change of "
+        "the next token's negative log-likelihood, in bits; share of equal first choices. Eight documents, contexts of "
         f"{contexts[0]:,} to {contexts[-1]:,} tokens, {divergence.TOKENS} tokens scored in each; ± is the standard "
-        f"error over documents. Commit {known['commit']}, torch {known['torch']}, transformers {known['transformers']}.",
+        f"error over documents. Commit {known['commit']}, torch {known['torch']}, "
+        f"transformers {known['transformers']}.",
         divergence.table(content),
         "KL by context:",
         divergence.table_by_context(content),
