@@ -19,6 +19,7 @@ from workload import Inputs, Shape, decode, relative_error
 
 import sparq
 from sparq.cache import SparqLayer, upgrade
+from sparq.cache_argument import cache_name, generate_cache_name
 from sparq.static_cache import SparqStaticLayer
 from sparq.timing import DecodeClock
 
@@ -100,7 +101,7 @@ class Runner:
         self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            past_key_values=self.cache,
+            **{generate_cache_name(): self.cache},
             max_new_tokens=tokens,
             do_sample=False,
             stopping_criteria=StoppingCriteriaList([clock]),
@@ -254,10 +255,10 @@ def wrong_model(model: PreTrainedModel) -> str | None:
 @torch.inference_mode()
 def teacher_forced(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Logits [B, STEPS + 1, vocabulary] after the prompt and after each further token, on a dynamic cache."""
-    cache = DynamicCache(config=model.config)
-    logits = [model(tokens[:, :PROMPT], past_key_values=cache, logits_to_keep=1).logits[:, -1]]
+    given: dict[str, Any] = {cache_name(type(model).forward): DynamicCache(config=model.config)}
+    logits = [model(tokens[:, :PROMPT], logits_to_keep=1, **given).logits[:, -1]]
     for token in tokens[:, PROMPT:].split(1, dim=1):
-        logits.append(model(token, past_key_values=cache).logits[:, -1])
+        logits.append(model(token, **given).logits[:, -1])
     return torch.stack(logits, 1)
 
 
