@@ -23,12 +23,14 @@ from typing import Any
 
 import smollm2
 import torch
-from divergence import Setting, decoding, mean_and_error
+from divergence import Setting, decoding
 from documents import documents
 from rich.console import Console
+from summary import markdown, mean_and_error
 from sweep import circumstances
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from sparq.branches import shared_length
 from sparq.cache import upgrade
 from sparq.cache_argument import generate_cache_name
 from sparq.lm_eval.prefill import step
@@ -129,7 +131,9 @@ def turns(model: Any, tokenizer: Any, console: Console) -> list[Turn]:
             cache = DynamicCache(config=model.config)
             upgrade(cache)
             beginning = chat(tokenizer, [{"role": "user", "content": text}])
-            same = shared(beginning, chat(tokenizer, [{"role": "user", "content": f"{text}\n\n{questions[0][0]}"}]))
+            same = shared_length(
+                [beginning, chat(tokenizer, [{"role": "user", "content": f"{text}\n\n{questions[0][0]}"}])]
+            )
             step(model, cache, torch.tensor([beginning[:same]]), None)
             for setting in SETTINGS:
                 with decoding(setting, model):
@@ -172,17 +176,13 @@ def chat(tokenizer: Any, messages: list[dict[str, str]], turn: int = 0) -> list[
     return tokenizer("\n")["input_ids"] + ids[len(before) :]
 
 
-def shared(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder with a chat model and its tokenizer, or smollm2")
     parser.add_argument("--json", type=Path, help="write what was measured here")
     arguments = parser.parse_args()
     console, begin = Console(highlight=False), time.perf_counter()
-    folder = str(smollm2.folder()) if arguments.model == "smollm2" else arguments.model
+    folder = smollm2.folder_of(arguments.model)
     known = circumstances()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.model_max_length = 10**9  # whole documents are tokenised, and cut
@@ -203,7 +203,7 @@ def table(content: dict[str, Any]) -> str:
         "bits a token",
         *(f"question {turn + 1} right" for turn in range(TURNS)),
     ]
-    rows = [head, ["---", *("---:" for _ in head[1:])]]
+    rows = [head]
     for name in dict.fromkeys(one["name"] for one in content["long"]):
         long = [one for one in content["long"] if one["name"] == name]
         cells = [f"{mean:.2f} ± {error:.2f}" for mean, error in [mean_and_error([one["bits"] for one in long])]]
@@ -212,7 +212,7 @@ def table(content: dict[str, Any]) -> str:
             right = [one["right"] for one in content["turns"] if (one["name"], one["turn"]) == (name, turn)]
             cells.append(f"{sum(right)} of {len(right)}")
         rows.append([name, f"{length:.0f} ± {error:.0f}" if name != DENSE.name else "", *cells])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from summary import markdown, mean_and_error
+
 LENGTHS = (1024, 2048, 4096, 7424)
 TOKENS = 64  # scored after each context
 CUE = 32  # tokens of a passage that come back before the scored ones, read densely
@@ -121,14 +123,14 @@ class Reader:
 
     def decode(self, tokens: Any) -> Any:
         """Log-probabilities [T, vocabulary] after each of the tokens; the cache is afterwards what it was before."""
-        from sparq.generating import each_token_decides
-        from sparq.lm_eval.prefill import step
+        import torch
+
+        from sparq.lm_eval.prefill import feed
 
         length = self.cache.get_seq_length()
-        with each_token_decides(self.cache):
-            logits = step(self.model, self.cache, tokens[None], None, all_logits=True)[0]
+        logits = torch.cat(list(feed(self.model, self.cache, tokens[None], None)), 1)
         self.back_to(length)
-        return logits.float().log_softmax(-1)
+        return logits[0].float().log_softmax(-1)
 
 
 def contexts(tokens: Any, lengths: tuple[int, ...]) -> Iterator[tuple[int, str, int, Any, Any]]:
@@ -216,7 +218,7 @@ def main() -> None:
     parser.add_argument("--lines", help="only settings whose line holds this text")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
     arguments = parser.parse_args()
-    folder = str(smollm2.folder()) if arguments.model == "smollm2" else arguments.model
+    folder = smollm2.folder_of(arguments.model)
     os.environ.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
     import sparq_kernels
 
@@ -254,7 +256,7 @@ def table(content: dict[str, Any]) -> str:
     """Markdown: means over documents and contexts, ± the standard error over documents."""
     measured = of_all_settings(content["measured"])
     head = ["", *(f"{kind}: {what}" for kind in KINDS for what in ("less", "KL", "95 %", "ΔNLL", "same"))]
-    rows = [head, ["---", *("---:" for _ in head[1:])]]
+    rows = [head]
     for name in dict.fromkeys(one["name"] for one in measured):
         cells = [name]
         for kind in KINDS:
@@ -265,7 +267,7 @@ def table(content: dict[str, Any]) -> str:
             kl, error = over_documents(found, "kl")
             cells += [f"{less:.1f}x", f"{kl:.3f} ± {error:.3f}", f"{high:.2f}", f"{change:+.3f}", f"{same:.1%}"]
         rows.append(cells)
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)
 
 
 GLANCE = (
@@ -284,7 +286,6 @@ def glance(content: dict[str, Any]) -> str:
     """Markdown, what the README shows."""
     measured = of_all_settings(content["measured"])
     rows = [["", "moved", *(f"{kind}: {what}" for kind in KINDS for what in ("KL, bits a token", "same first choice"))]]
-    rows.append(["---", *("---:" for _ in rows[0][1:])])
     for name in GLANCE:
         found = [one for one in measured if one["name"] == name]
         cells = [name, f"{over_documents(found, 'less')[0]:.1f}x less"]
@@ -293,7 +294,7 @@ def glance(content: dict[str, Any]) -> str:
             kl, error = over_documents(those, "kl")
             cells += [f"{kl:.3f} ± {error:.3f}", f"{over_documents(those, 'same')[0]:.1%}"]
         rows.append(cells)
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)
 
 
 def table_by_context(content: dict[str, Any]) -> str:
@@ -301,7 +302,7 @@ def table_by_context(content: dict[str, Any]) -> str:
     measured = content["measured"]
     contexts = sorted({one["context"] for one in measured})
     head = ["", *(f"{kind} {context:,}" for kind in KINDS for context in contexts)]
-    rows = [head, ["---", *("---:" for _ in head[1:])]]
+    rows = [head]
     for name in dict.fromkeys(one["name"] for one in measured):
         cells = [name]
         for kind in KINDS:
@@ -311,7 +312,7 @@ def table_by_context(content: dict[str, Any]) -> str:
                 kl, error = over_documents(found, "kl")
                 cells.append(f"{kl:.3f} ± {error:.3f}" if found else "–")
         rows.append(cells)
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)
 
 
 def over_documents(found: list[dict[str, Any]], key: str) -> tuple[float, float]:
@@ -319,14 +320,6 @@ def over_documents(found: list[dict[str, Any]], key: str) -> tuple[float, float]
     names = dict.fromkeys(one["document"] for one in found)
     means = [mean_and_error([one[key] for one in found if one["document"] == name])[0] for name in names]
     return mean_and_error(means)
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """And the standard error of the mean, nan for a single value."""
-    mean = sum(values) / len(values) if values else math.nan
-    if len(values) < 2:
-        return mean, math.nan
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
 def plot(content: dict[str, Any], path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -23,6 +24,17 @@ def documents() -> dict[str, str]:
         "README": _metadata("lm_eval"),
         "licences": _licence("numpy"),
     }
+
+
+def hide(plain: str, facts: list[str], depths: Sequence[int], reach: int) -> str:
+    """The text with each fact at its depth, in percent: after the end of a line where there is one within `reach`."""
+    places = []
+    for depth in depths:
+        place = len(plain) * depth // 100
+        line_end = plain.find("\n", place, place + reach)
+        places.append(place if line_end < 0 else line_end + 1)
+    parts = [plain[a:b] + fact for a, b, fact in zip([0, *places], places, facts, strict=False)]
+    return "".join(parts) + plain[places[-1] :]
 
 
 def _metadata(package: str) -> str:

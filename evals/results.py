@@ -13,6 +13,7 @@ from typing import Any
 
 import answers
 import divergence
+from summary import markdown
 
 METHODS = {  # name in the sweep: as the tables call it, colour
     "sparq": ("SparQ", "#0072b2"),
@@ -227,12 +228,6 @@ def models_of(scores: list[Score]) -> list[str]:
 
 def unique(items: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(items))
-
-
-def markdown(rows: list[list[str]]) -> str:
-    head, *body = rows
-    align = ["---", *("---:" for _ in head[1:])]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, align, *body])
 
 
 def plot(content: dict[str, Any], path: Path) -> None:

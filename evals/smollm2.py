@@ -33,6 +33,11 @@ def folder() -> Path:
     return made
 
 
+def folder_of(model: str) -> str:
+    """What a command was given: a folder, or "smollm2", which stands for this model's."""
+    return str(folder()) if model == "smollm2" else model
+
+
 def file() -> Path:
     """The GGUF file as the package has it; raises ImportError where it is not installed."""
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))

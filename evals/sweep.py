@@ -350,7 +350,7 @@ def main() -> None:
     sparq_kernels.backend("cpu")  # compiled once, before several processes want it
     known = circumstances()  # before the first result makes the checkout dirty
     begin = time.perf_counter()
-    models = [str(smollm2.folder()) if model == "smollm2" else model for model in arguments.models]
+    models = [smollm2.folder_of(model) for model in arguments.models]
     todo = [job for job in jobs(models, arguments.share) if job.task in (arguments.tasks or (job.task,))]
     scores: list[Score] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from byte_tokenizer import byte_characters
+from llamacpp import tensors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import sparq.gguf
@@ -23,17 +24,6 @@ TEMPLATE = (
 # Bytes; digits that are merged, two pairs because old versions of transformers read one as none; special tokens.
 TOKENS = [*byte_characters(), "12", "34", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 NUMBER, END_OF_TEXT, END_OF_TURN = 256, 258, 260
-LAYER = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
 
 
 def small_model() -> LlamaForCausalLM:
@@ -49,11 +39,6 @@ def small_model() -> LlamaForCausalLM:
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config).eval()
-
-
-def for_llamacpp(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """The order that llama.cpp has the rows of Q and K in, for a rotation of neighbours instead of halves."""
-    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def write(path: Path, pre: str | None = "smollm", template: str | None = TEMPLATE) -> LlamaForCausalLM:
@@ -81,18 +66,9 @@ def write(path: Path, pre: str | None = "smollm", template: str | None = TEMPLAT
     writer.add_eos_token_id(END_OF_TURN)
     if template is not None:
         writer.add_chat_template(template)
-    weights = {
-        "token_embd": model.model.embed_tokens.weight,
-        "output_norm": model.model.norm.weight,
-    }
-    for number, layer in enumerate(model.model.layers):
-        for ours, theirs in LAYER.items():
-            weights[f"blk.{number}.{theirs}"] = layer.get_submodule(ours).weight
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for name, weight in weights.items():
-        count = heads.get(name.rpartition(".")[2])
-        values = weight.detach() if count is None else for_llamacpp(weight.detach(), count)
-        writer.add_tensor(f"{name}.weight", values.contiguous().numpy())
+    for name, tensor in tensors(model):
+        if name != "output.weight":  # the embeddings once more
+            writer.add_tensor(name, tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 
 sys.path.append(str(Path(__file__).parents[2]))  # the harness loads this file by its path, outside any package
-from documents import documents
+from documents import documents, hide
 
 SEED = 20_232
 DEPTHS = (10, 30, 50, 70, 90)  # percent of the text before a fact
@@ -63,23 +63,12 @@ def pass_keys(length: int, tokenizer: str, texts: int = 20, **_: Any) -> dict[st
         for plain in _plain(loaded, rng, texts, length - ASIDE - 15 * len(DEPTHS)):
             chosen = rng.choice(names, len(DEPTHS), replace=False)
             keys = [f"{key:05d}" for key in rng.integers(0, 100_000, len(DEPTHS))]
-            text = _with_facts(plain, [FACT.format(*fact) + "\n" for fact in zip(chosen, keys, strict=True)])
+            text = hide(plain, [FACT.format(*fact) + "\n" for fact in zip(chosen, keys, strict=True)], DEPTHS, 200)
             for depth, name, key in zip(DEPTHS, chosen, keys, strict=True):
                 prompt = asked(loaded, f"{text}\n\nWhat is the pass key of {name}?", FACT.split(" {}.")[0].format(name))
                 yield {"prompt": prompt, "answer": f" {key}", "depth": depth}
 
     return {"test": datasets.Dataset.from_list(list(made()))}
-
-
-def _with_facts(plain: str, facts: list[str]) -> str:
-    """The facts at DEPTHS, each after the end of a line where there is one near."""
-    places = []
-    for depth in DEPTHS:
-        place = len(plain) * depth // 100
-        line_end = plain.find("\n", place, place + 200)
-        places.append(place if line_end < 0 else line_end + 1)
-    parts = [plain[a:b] + fact for a, b, fact in zip([0, *places], places, facts, strict=False)]
-    return "".join(parts) + plain[places[-1] :]
 
 
 def right(document: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:

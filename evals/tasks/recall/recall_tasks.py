@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 
 sys.path.append(str(Path(__file__).parents[2]))  # the harness loads this file by its path, outside any package
+from documents import hide
 from recall_text import PASS_KEY_FORM, held_out_text
 
 SEED = 20_232
@@ -41,22 +42,11 @@ def pass_keys(length: int, texts: int = 20, **_: Any) -> dict[str, datasets.Data
             facts = [PASS_KEY_FORM.format(name, key) + "\n" for name, key in zip(names, keys, strict=True)]
             questions = [fact[: fact.rindex(key)] for fact, key in zip(facts, keys, strict=True)]
             plain = _plain(rng, length - 1 - sum(map(len, facts)) - 1 - len(questions[0]) - len(keys[0]))
-            text = _with_facts(plain, facts)
+            text = hide(plain, facts, DEPTHS, 80)
             for depth, question, key in zip(DEPTHS, questions, keys, strict=True):
                 yield {"prompt": f"{text}\n{question}", "answer": key, "depth": depth}
 
     return {"test": datasets.Dataset.from_list(list(documents()))}
-
-
-def _with_facts(plain: str, facts: list[str]) -> str:
-    """The facts at DEPTHS, each after the end of a line where there is one near."""
-    places = []
-    for depth in DEPTHS:
-        place = len(plain) * depth // 100
-        line_end = plain.find("\n", place, place + 80)
-        places.append(place if line_end < 0 else line_end + 1)
-    parts = [plain[a:b] + fact for a, b, fact in zip([0, *places], places, facts, strict=False)]
-    return "".join(parts) + plain[places[-1] :]
 
 
 def pass_key_scores(document: dict[str, Any], results: list[str]) -> dict[str, float]:
