@@ -53,6 +53,7 @@ def test_without_a_sum() -> None:
     assert torch.equal(cached.value_sum, before) and cached.key[:, :, 3].isfinite().all()
 
 
+@pytest.mark.slow
 def test_opcheck_and_compilation() -> None:
     for position in (None, torch.tensor([3, 4])):
         torch.library.opcheck(OP.default, call_of(2, position, 1))

@@ -61,6 +61,7 @@ def test_two_processes_compile_once(tmp_path: Path) -> None:
     assert out == "cpp []\n" and "compiling" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"PATH": ""}, {"CXX": "no-such-compiler"}], ids=str)
 def test_without_a_compiler_the_reference_runs_and_one_warning_says_so(tmp_path: Path, changes: dict) -> None:
     out, _ = finish(start(environment(tmp_path, **changes)))
@@ -68,6 +69,7 @@ def test_without_a_compiler_the_reference_runs_and_one_warning_says_so(tmp_path:
     assert "Install one" in out
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho disk is full >&2\nexit 1\n")

@@ -214,6 +214,7 @@ def test_append_launches_one_kernel_for_all_positions(launches: list[Launched]) 
     assert {x.data_ptr() for x in (*storage, *tokens)} <= set(addresses[0])
 
 
+@pytest.mark.slow
 def test_what_is_compiled_ahead_is_found_at_run_time(
     launches: list[Launched], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

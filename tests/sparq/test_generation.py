@@ -195,6 +195,7 @@ def test_stop_strings(tokenizer) -> None:
     assert answer(stop_strings=[stop], tokenizer=tokenizer) == answer()[: answer().index(stop) + 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_text_generation_pipeline(tokenizer, batch_size: int) -> None:
     """Two prompts of different length: with `batch_size=2` the shorter one is padded."""

@@ -108,6 +108,7 @@ def test_harmless_pickled_weights_are_not_read_either(folder: Path, capsys: pyte
     assert "safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pickled_adapters_are_not_unpickled(folder: Path, goes_off: Path) -> None:
     """transformers loads an adapter that lies in the folder by itself, where PEFT is installed."""
     pytest.importorskip("peft")

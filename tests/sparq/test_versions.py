@@ -128,6 +128,7 @@ def test_the_documents_name_the_same_bounds_and_what_was_tried() -> None:
     assert "{}, {}, {} (`make test-oldest`)".format(*oldest) in text
 
 
+@pytest.mark.slow
 def test_import_fails_before_it_needs_what_is_missing() -> None:
     """In a fresh process, and without importing the library that is wrong."""
     code = (
