@@ -30,7 +30,7 @@ TOKENS = 64  # scored after each context
 CUE = 32  # tokens of a passage that come back before the scored ones, read densely
 PASSAGE = 0.35  # of the context: where the passage stands that comes back
 KINDS = ("plain", "repeat")
-OPPONENTS_UP_TO = 4096  # tokens of context: in plain PyTorch they take five times SparQ's time
+OPPONENTS = (1024, 4096)  # tokens of context: in plain PyTorch they take five times SparQ's time
 COLOURS = {
     "the paper's SparQ": "#56b4e9",
     "SparQ": "#0072b2",
@@ -162,7 +162,7 @@ def measure(folder: str, document: str, text: str, lengths: tuple[int, ...], cho
                 reader.go_on(cue)
             dense = reader.decode(decoded[:-1])
             for setting in chosen:
-                if setting.method != "sparq" and length > OPPONENTS_UP_TO:
+                if setting.method != "sparq" and length not in OPPONENTS:
                     continue
                 with decoding(setting, reader.model) as report:
                     sparse = reader.decode(decoded[:-1])

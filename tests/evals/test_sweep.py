@@ -75,18 +75,20 @@ def test_the_plan_has_every_method_at_every_ratio(folder):
         assert any(job.task.startswith(name) for name in sweep.METRICS)
 
 
-def test_the_chat_plan_has_every_method_with_and_without_a_dense_first_layer(tmp_path):
+def test_the_chat_plan_compares_like_with_like(tmp_path):
     (tmp_path / "config.json").write_text('{"vocab_size": 49152, "hidden_size": 576, "num_attention_heads": 9}')
     jobs = sweep.jobs([str(tmp_path)], share=1)
     assert {job.task for job in jobs} == set(sweep.CHAT_PLAN)
     for job in jobs:
         assert job.ways[0] == sweep.DENSE
         ways = {(way.name, way.ratio): way.arguments for way in job.ways}
-        for name in sweep.CHAT_METHODS:
-            plain, first_dense = ways[name, 8], ways[f"{name}, dense_layers=1", 8]
-            assert first_dense == plain | {"dense_layers": 1}
-            wanted = sweep.CHAT_RATIOS if name == "sparq" or sweep.CHAT_PLAN[job.task].is_full else (8,)
+        is_full = sweep.CHAT_PLAN[job.task].is_full
+        for name, (method, _) in sweep.CHAT_METHODS.items():
+            is_whole = name == "sparq" or (is_full and name != "h2o")
+            wanted = sweep.CHAT_RATIOS if is_whole else () if name == "h2o" and job.tokens > 2048 else (8,)
             assert [ratio for way, ratio in ways if way == name] == list(wanted)
+            if is_whole or method == "sparq":
+                assert ways[f"{name}, dense_layers=1", 8] == ways[name, 8] | {"dense_layers": 1}
 
 
 def test_the_others_go_on_from_what_h2o_has_read(folder):
