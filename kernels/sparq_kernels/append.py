@@ -1,4 +1,4 @@
-"""One new token per row into everything a cache keeps: K rows, K components, V rows and the sum of V."""
+"""One new token per row into everything a cache keeps: K rows, the index, V rows and the sum of V."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 from .arguments import DTYPES, check_devices, check_memory, check_once, check_required, layout_of
 from .backends import triton_kernels
 from .declaration import define, parts_of, required_tensors
+from .encoding import EncodeArguments, encode_cpu, encode_default
 from .groups import Cached, wrong_group
-from .layout import BLOCK, num_blocks
+from .layout import BLOCK, GROUP, check_index
 
 
 class AppendArguments(NamedTuple):
@@ -21,6 +22,7 @@ class AppendArguments(NamedTuple):
     value: Tensor
     key_components: Tensor
     value_sum: Tensor | None
+    key_ranges: Tensor | None
     new_key: Tensor
     new_value: Tensor
     position: Tensor | None
@@ -29,14 +31,15 @@ class AppendArguments(NamedTuple):
 
 tensors_of, _ = parts_of(AppendArguments)
 REQUIRED = required_tensors(AppendArguments)
-WRITTEN = ("key", "value", "key_components", "value_sum")
+WRITTEN = ("key", "value", "key_components", "value_sum", "key_ranges")
 
 
 def append(cached: Cached, new_key: Tensor, new_value: Tensor, position: int | Tensor) -> None:
     """Write a token's key and value into the storage, in place; on a GPU in one kernel that waits for nothing.
 
     cached: the storage.  Its S positions are all that there is room for, the new one among them; key_components must
-        have room for as many.  The value is added to value_sum, unless that is None.
+        have room for as many; codes are written where the position is the last one of its group.  The value is added to
+        value_sum, unless that is None.
     new_key, new_value: [B, Hkv, 1, d], the storage's dtype.
     position: where it goes: an int, or int64 [B] on the storage's device, one for each row.
     Raises ValueError for a wrong shape, stride, device or position, TypeError for a wrong dtype, RuntimeError for
@@ -45,13 +48,14 @@ def append(cached: Cached, new_key: Tensor, new_value: Tensor, position: int | T
     """
     if not isinstance(cached, Cached):
         raise wrong_group("cached", cached, Cached)
-    key, key_components, value, value_sum = cached
+    key, key_components, value, value_sum, key_ranges = cached
     is_per_row = isinstance(position, Tensor)
     _append_op(
         key,
         value,
         key_components,
         value_sum,
+        key_ranges,
         new_key,
         new_value,
         position if is_per_row else None,
@@ -68,7 +72,10 @@ def append_default(call: AppendArguments) -> None:
         s: Any = call.offset
         call.key[:, :, s] = new_key
         call.value[:, :, s] = new_value
-        call.key_components[:, :, s // BLOCK, :, s % BLOCK] = new_key
+        if call.key_ranges is None:
+            call.key_components[:, :, s // BLOCK, :, s % BLOCK] = new_key
+        elif s % GROUP == GROUP - 1:
+            _code(call, slice(None), s // GROUP)
     else:
         s = call.position + call.offset
         if s.device.type == "cpu" and not bool(((s >= 0) & (s < call.key.shape[2])).all()):
@@ -76,9 +83,22 @@ def append_default(call: AppendArguments) -> None:
         b = torch.arange(len(s), device=s.device)
         call.key[b, :, s] = new_key
         call.value[b, :, s] = new_value
-        call.key_components[b, :, s // BLOCK, :, s % BLOCK] = new_key
+        if call.key_ranges is None:
+            call.key_components[b, :, s // BLOCK, :, s % BLOCK] = new_key
+        else:
+            for row, position in enumerate(s.tolist()):
+                if position % GROUP == GROUP - 1:
+                    _code(call, slice(row, row + 1), position // GROUP)
     if call.value_sum is not None:
         call.value_sum.add_(new_value)
+
+
+def _code(call: AppendArguments, rows: slice, group: int) -> None:
+    assert call.key_ranges is not None
+    parts = EncodeArguments(
+        call.key[rows], call.key_components[rows], call.key_ranges[rows], group * GROUP, (group + 1) * GROUP
+    )
+    (encode_cpu if call.key.device.type == "cpu" else encode_default)(parts)
 
 
 def append_cuda(call: AppendArguments) -> None:
@@ -132,21 +152,15 @@ def _check_layout(call: AppendArguments) -> None:
     if key.dtype not in DTYPES:
         raise TypeError(f"key must be float32, bfloat16, float16 or float64, got {key.dtype}")
     batch, heads, capacity, head_dim = key.shape
-    blocks = num_blocks(capacity)
-    stored = call.key_components.shape
-    if len(stored) != 5 or stored[:2] != key.shape[:2] or stored[2] < blocks or stored[3:] != (head_dim, BLOCK):
-        wanted = f"[{batch}, {heads}, at least {blocks}, {head_dim}, {BLOCK}]"
-        raise ValueError(f"key_components must be {wanted}, got {list(stored)}")
     shapes = {"value": key.shape, "new_key": (batch, heads, 1, head_dim), "new_value": (batch, heads, 1, head_dim)}
     for name, shape in shapes.items():
         if getattr(call, name).shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(getattr(call, name).shape)}")
-    for name in ("value", "key_components", "new_key", "new_value"):
+    for name in ("value", "new_key", "new_value"):
         tensor = getattr(call, name)
         if tensor.dtype != key.dtype:
             raise TypeError(f"{name} must have key's dtype {key.dtype}, got {tensor.dtype}")
-    if call.key_components.stride()[3:] != (BLOCK, 1) and head_dim > 1:
-        raise ValueError(f"key_components must have contiguous blocks [d, {BLOCK}], got {call.key_components.stride()}")
+    check_index(key, call.key_components, call.key_ranges)
     for name in ("key", "value"):
         if getattr(call, name).stride(3) != 1 and head_dim > 1:
             raise ValueError(f"{name} must be contiguous in its last axis, got strides {getattr(call, name).stride()}")

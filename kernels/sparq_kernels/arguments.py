@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .declaration import Part, parts_of, required_tensors
 from .groups import Budget, Cached, Visible
-from .layout import BLOCK, num_blocks
+from .layout import BLOCK, check_index
 from .reference import max_positions
 
 MAX_HEAD_DIM = 512
@@ -29,6 +29,7 @@ class Arguments(NamedTuple):
     key_components: Tensor
     value: Tensor
     value_sum: Tensor
+    key_ranges: Tensor | None
     length: Tensor
     start: Tensor | None
     mask: Tensor | None
@@ -37,6 +38,8 @@ class Arguments(NamedTuple):
     k: int
     k_divisor: int | None
     local: int | None
+    mass: float | None
+    k_min: int
     scale: float | None
     softcap: float | None
     mean_from: float
@@ -107,8 +110,8 @@ def check_devices(call: Any, tensors_of: Part, leading: str) -> None:
 def check_arguments(call: Arguments) -> None:
     """Raise for a shape, dtype, device, stride or option that an implementation could not survive."""
     check_tensors(call)
-    query, key, key_components, value, value_sum, length, start, mask, counts = tensors_of(call)
-    r, k, k_divisor, local, scale, softcap, mean_from, _ = options_of(call)
+    query, key, key_components, value, value_sum, key_ranges, length, start, mask, counts = tensors_of(call)
+    r, k, k_divisor, local, mass, k_min, scale, softcap, mean_from, _ = options_of(call)
     batch, num_heads, query_length, head_dim = query.shape
     num_kv_heads, cached = key.shape[1], key.shape[2]
     if not 1 <= query_length <= MAX_QUERY_LENGTH:
@@ -126,24 +129,18 @@ def check_arguments(call: Arguments) -> None:
         raise ValueError(f"key must be [{batch}, Hkv, S, {head_dim}] to match query, got {list(key.shape)}")
     if value.shape != key.shape:
         raise ValueError(f"value must have key's shape {list(key.shape)}, got {list(value.shape)}")
-    blocks = num_blocks(cached)
-    stored = key_components.shape
-    if len(stored) != 5 or stored[:2] != key.shape[:2] or stored[2] < blocks or stored[3:] != (head_dim, BLOCK):
-        wanted = f"[{batch}, {num_kv_heads}, at least {blocks}, {head_dim}, {BLOCK}]"
-        raise ValueError(f"key_components must be {wanted}, got {list(stored)}")
     if value_sum.shape != (batch, num_kv_heads, head_dim):
         raise ValueError(f"value_sum must be [{batch}, {num_kv_heads}, {head_dim}], got {list(value_sum.shape)}")
 
     dtype = query.dtype
     if dtype not in DTYPES:
         raise TypeError(f"query must be float32, bfloat16, float16 or float64, got {dtype}")
-    for name, tensor in (("key", key), ("key_components", key_components), ("value", value)):
+    for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != dtype:
             raise TypeError(f"{name} must have query's dtype {dtype}, got {tensor.dtype}")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name} must be contiguous in its last axis, got strides {tensor.stride()}")
-    if key_components.stride(3) != BLOCK and head_dim > 1:
-        raise ValueError(f"key_components must have contiguous blocks [d, {BLOCK}], got {key_components.stride()}")
+    check_index(key, key_components, key_ranges)
     if value_sum.dtype != torch.float32 and not (value_sum.dtype == dtype == torch.float64):
         raise TypeError(f"value_sum must be float32 (or float64 with float64 inputs), got {value_sum.dtype}")
 
@@ -166,6 +163,7 @@ def check_arguments(call: Arguments) -> None:
     if not 1 <= r <= head_dim:
         raise ValueError(f"r must be 1 to head_dim ({head_dim}), got {r}")
     check_budget(k, k_divisor, local)
+    check_mass(mass, k_min, k)
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite or None, got {scale}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
@@ -208,6 +206,14 @@ def check_budget(k: int, k_divisor: int | None, local: int | None) -> None:
         raise ValueError(f"k_divisor must be at least 1 or None, got {k_divisor}")
     if local is not None and not 0 <= local <= k:
         raise ValueError(f"local must be 0 to k ({k}) or None, got {local}")
+
+
+def check_mass(mass: float | None, k_min: int, k: int) -> None:
+    """Raise ValueError for a number that `decode` would not take."""
+    if mass is not None and not 0 < mass < 1:
+        raise ValueError(f"mass must lie between 0 and 1 or be None, got {mass}")
+    if not 1 <= k_min <= k:
+        raise ValueError(f"k_min must be 1 to k ({k}), got {k_min}")
 
 
 def check_memory(call: Any, tensors_of: Part) -> None:

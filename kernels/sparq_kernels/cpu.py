@@ -28,21 +28,23 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .arguments import Arguments
+from .layout import GROUP
 
 SOURCES = Path(__file__).parent / "csrc"
 SOURCE, FILES = SOURCES / "decode.cpp", sorted(SOURCES.iterdir())
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # csrc/arguments.h in two parts: what changes with every call, and what does not.
-POINTERS = struct.Struct("@12Pq")
-LAYOUT = struct.Struct("@29q3d")
+POINTERS = struct.Struct("@14Pq")
+LAYOUT = struct.Struct("@32q4d")
+ENCODING = struct.Struct("@3P15q")
 
 
 class CompilerError(Exception):
@@ -55,14 +57,16 @@ def backend() -> str:
 
 
 @functools.cache
-def kernel() -> Callable[[bytes], int] | None:
-    """The compiled function, or None (with one warning) when it cannot be had."""
+def kernel() -> ctypes.CDLL | None:
+    """The compiled functions, or None (with one warning) when they cannot be had."""
     if os.environ.get("SPARQ_BACKEND") == "reference":
         return None
     try:
         library = ctypes.CDLL(str(build()))
         library.sparq_arguments_size.restype = ctypes.c_int64
-        if library.sparq_arguments_size() != POINTERS.size + LAYOUT.size:
+        library.sparq_encode_arguments_size.restype = ctypes.c_int64
+        sizes = library.sparq_arguments_size(), library.sparq_encode_arguments_size()
+        if sizes != (POINTERS.size + LAYOUT.size, ENCODING.size):
             raise CompilerError("the kernel's arguments do not have the size cpu.py expects")
     except (CompilerError, OSError) as error:
         warnings.warn(
@@ -80,10 +84,10 @@ def kernel() -> Callable[[bytes], int] | None:
             RuntimeWarning,
             stacklevel=2,
         )
-    function = library.sparq_decode
-    function.argtypes = [ctypes.c_char_p]
-    function.restype = ctypes.c_int64
-    return function
+    for function in (library.sparq_decode, library.sparq_encode):
+        function.argtypes = [ctypes.c_char_p]
+        function.restype = ctypes.c_int64
+    return library
 
 
 class Plan(NamedTuple):
@@ -110,6 +114,7 @@ def plan(call: Arguments) -> Plan:
         *call.key_components.stride()[:3],
         *call.value.stride()[:3],
         *call.value_sum.stride()[:2],
+        *((0, 0) if call.key_ranges is None else call.key_ranges.stride()[:2]),
         call.length.stride(0),
         0 if call.start is None else call.start.stride(0),
         0 if call.mask is None else call.mask.stride(0),
@@ -119,28 +124,32 @@ def plan(call: Arguments) -> Plan:
         call.k_divisor or 0,
         -1 if call.local is None else call.local,
         call.k_max,
+        call.k_min,
         call.softmax_scale,
         call.softcap or 0.0,
         call.mean_from,
+        call.mass or 0.0,
     )
     positions_shape = (batch, num_kv_heads, query_length, call.k_max if call.return_positions else 0)
     return Plan(layout, (batch, num_heads, query_length, head_dim), positions_shape)
 
 
-def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
     """Results as `reference.decode_reference` gives them; None when a value of `length` or `start` is out of range."""
-    function = kernel()
-    assert function is not None, "callers ask kernel() first"
+    library = kernel()
+    assert library is not None, "callers ask kernel() first"
     output = torch.empty(plan.output_shape, dtype=call.query.dtype)
     alpha = torch.empty(plan.output_shape[:3], dtype=torch.float32)
     lse = torch.empty(plan.output_shape[:3], dtype=torch.float32)
     positions = torch.empty(plan.positions_shape, dtype=torch.int64)
+    read = torch.empty(plan.positions_shape[:3], dtype=torch.int32)
     pointers = POINTERS.pack(
         call.query.data_ptr(),
         call.key.data_ptr(),
         call.key_components.data_ptr(),
         call.value.data_ptr(),
         call.value_sum.data_ptr(),
+        0 if call.key_ranges is None else call.key_ranges.data_ptr(),
         call.length.data_ptr(),
         0 if call.start is None else call.start.data_ptr(),
         0 if call.mask is None else call.mask.data_ptr(),
@@ -148,16 +157,43 @@ def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor] | 
         alpha.data_ptr(),
         positions.data_ptr(),  # null when empty
         lse.data_ptr(),
+        read.data_ptr(),
         torch.get_num_threads(),
     )
-    status = function(pointers + plan.layout)
+    status = library.sparq_decode(pointers + plan.layout)
     if status == 0:
-        return output, alpha, positions, lse
+        return output, alpha, positions, lse, read
     if status == 2:
         raise MemoryError("sparq_kernels: not enough memory for the CPU kernel's scratch")
     if status == 3:
         return None
     raise RuntimeError(f"sparq_kernels: the CPU kernel refused its arguments (status {status})")
+
+
+def encode(call: Any) -> None:
+    """Codes for `call`, an `encoding.EncodeArguments` that has been checked."""
+    library = kernel()
+    assert library is not None, "callers ask kernel() first"
+    key, codes, ranges, begin, end = call
+    batch, num_kv_heads, _, head_dim = key.shape
+    arguments = ENCODING.pack(
+        key.data_ptr(),
+        codes.data_ptr(),
+        ranges.data_ptr(),
+        torch.get_num_threads(),
+        batch,
+        num_kv_heads,
+        head_dim,
+        *key.stride()[:3],
+        *codes.stride()[:3],
+        *ranges.stride()[:2],
+        begin // GROUP,
+        end // GROUP,
+        DTYPE_CODES[key.dtype],
+    )
+    status = library.sparq_encode(arguments)
+    if status:
+        raise RuntimeError(f"sparq_kernels: the CPU kernel refused to encode (status {status})")
 
 
 def library() -> Path:

@@ -15,17 +15,23 @@ class Cached(NamedTuple):
     """What is cached, and where it lies.
 
     key, value: [B, Hkv, S, d], S the cached positions including the new; last axis contiguous, other strides free.
-    key_components: [B, Hkv, blocks, d, BLOCK], the same keys as written by `layout.write_components`.
+    key_components: the index, by which positions are found: [B, Hkv, blocks, d, BLOCK], the same keys as written by
+        `layout.write_components`; or with `key_ranges` uint8 [B, Hkv, blocks, d, BLOCK / 2], their four-bit codes as
+        written by `encode`.
     value_sum: [B, Hkv, d] float32 (float64 allowed with float64 keys), the sum of V over exactly the valid positions.
         `decode` needs it; where it is None `append` leaves it to others to keep.
+    key_ranges: [B, Hkv, groups, d, 2], the least value and the step of each run of codes, as written by `encode`; None:
+        the index is not coded.
 
-    key, key_components and value share a dtype: float32, bfloat16, float16 (float32 arithmetic) or float64.
+    key, value, key_components (unless they are codes) and key_ranges share a dtype: float32, bfloat16, float16 (float32
+    arithmetic) or float64.
     """
 
     key: Tensor
     key_components: Tensor
     value: Tensor
     value_sum: Tensor | None
+    key_ranges: Tensor | None = None
 
 
 class Visible(NamedTuple):
@@ -50,12 +56,17 @@ class Budget(NamedTuple):
     k: positions attended in full, the local window included.  A query that sees n valid positions attends
         min(n, max(k, n // k_divisor)); without k_divisor min(n, k).
     local: newest valid positions that are always attended, at most k; None means a quarter of the query's budget.
+    mass: 0 < mass < 1, where the approximate scores say when to stop: a KV head attends, the local window first and then
+        from the highest score down, as few positions as hold this share of the scores' sum over the group; at least
+        k_min, the local window included, and at most what k and k_divisor say.  None: all that these say.
     """
 
     r: int
     k: int
     k_divisor: int | None = None
     local: int | None = None
+    mass: float | None = None
+    k_min: int = 1
 
 
 def wrong_group(name: str, group: Any, kind: type) -> TypeError:

@@ -16,6 +16,11 @@ milliseconds of the whole decode step with k = 512, float32 / bfloat16:
 A cache is up to one block longer than it need be, and beyond 2048 little is left to gain.  Flat storage [d, capacity],
 the limit of ever larger blocks, was read at 31 GB/s (with no arithmetic; blocks of 1024: 26.9 / 22.4), but every run
 moves when it grows.  The CPU kernel serves any multiple of 256 (csrc/arguments.h has the same constant).
+
+Or K is kept in codes of four bits, in the same order: a run of GROUP positions of a component has a least value and a
+step, and stands for `lo + step * code`.  Only whole groups are coded; the keys of the last one are read from K itself,
+until its last position arrives.  So nothing is coded twice, and a code depends on the keys of its group alone, not on
+how they arrived.
 """
 
 from __future__ import annotations
@@ -28,6 +33,8 @@ import torch
 from torch import Tensor
 
 BLOCK = 2048
+GROUP = 256  # positions that share a range; a divisor of BLOCK, and what the kernels score in one go
+LEVELS = 15  # steps of a range
 HUGE_PAGE = 2 << 20  # bytes
 MADV_HUGEPAGE = 14
 
@@ -50,13 +57,40 @@ def allocate_components(
     Returns a tensor [batch, num_kv_heads, ceil(capacity / BLOCK), head_dim, BLOCK].
     Raises ValueError for a size below 1.
     """
+    components = torch.empty(_block_shape(batch, num_kv_heads, capacity, head_dim), dtype=dtype, device=device)
+    prefer_huge_pages(components)
+    return components
+
+
+def _block_shape(batch: int, num_kv_heads: int, capacity: int, head_dim: int) -> tuple[int, int, int, int, int]:
     sizes = {"batch": batch, "num_kv_heads": num_kv_heads, "capacity": capacity, "head_dim": head_dim}
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
-    components = torch.empty((batch, num_kv_heads, num_blocks(capacity), head_dim, BLOCK), dtype=dtype, device=device)
-    prefer_huge_pages(components)
-    return components
+    return batch, num_kv_heads, num_blocks(capacity), head_dim, BLOCK
+
+
+def allocate_codes(
+    batch: int,
+    num_kv_heads: int,
+    capacity: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised storage for the codes of ``capacity`` positions and for their ranges.
+
+    Returns uint8 [batch, num_kv_heads, ceil(capacity / BLOCK), head_dim, BLOCK / 2], and a tensor of K's dtype
+    [batch, num_kv_heads, groups, head_dim, 2] with the least value and the step of each run of GROUP positions.
+    Byte j of a run's GROUP / 2 has the code of its position j in the low four bits, that of j + GROUP / 2 in the high.
+    Raises ValueError for a size below 1.
+    """
+    shape = _block_shape(batch, num_kv_heads, capacity, head_dim)
+    codes = torch.empty((*shape[:-1], BLOCK // 2), dtype=torch.uint8, device=device)
+    groups = codes.shape[2] * (BLOCK // GROUP)
+    ranges = torch.empty((batch, num_kv_heads, groups, head_dim, 2), dtype=dtype, device=device)
+    prefer_huge_pages(codes)
+    return codes, ranges
 
 
 def prefer_huge_pages(tensor: Tensor) -> None:
@@ -118,6 +152,71 @@ def read_components(components: Tensor, length: int) -> Tensor:
     if not 0 <= length <= blocks * block:
         raise ValueError(f"length must be in [0, {blocks * block}], got {length}")
     return components.transpose(-1, -2).flatten(2, 3)[:, :, :length].contiguous()
+
+
+def find_ranges(key: Tensor) -> Tensor:
+    """The least value and the step of each component of whole groups of keys [..., n * GROUP, d]: [..., n, d, 2].
+
+    Values that are not finite stand outside of the range: padding may hold anything.
+    """
+    runs = key.unflatten(-2, (-1, GROUP))
+    compute = torch.float64 if key.dtype == torch.float64 else torch.float32
+    finite = runs.isfinite()
+    low = torch.where(finite, runs, torch.inf).amin(-2).to(compute)
+    high = torch.where(finite, runs, -torch.inf).amax(-2).to(compute)
+    step = (high - low) / LEVELS
+    both = torch.stack([low, step], -1).masked_fill(~finite.any(-2)[..., None], 0)
+    return both.to(key.dtype)  # before codes are made with them: every device sees the same
+
+
+def find_codes(key: Tensor, ranges: Tensor) -> Tensor:
+    """The packed codes uint8 [..., n, d, GROUP / 2] of whole groups of keys [..., n * GROUP, d] in their ranges."""
+    compute = torch.float64 if key.dtype == torch.float64 else torch.float32
+    low, step = ranges.to(compute).unbind(-1)  # [..., n, d]
+    runs = key.unflatten(-2, (-1, GROUP)).transpose(-1, -2).to(compute)  # [..., n, d, GROUP]
+    inverse = torch.where(step > 0, 1 / step, 0)  # rounded once, and equally everywhere
+    code = ((runs - low[..., None]) * inverse[..., None]).round().nan_to_num(nan=0).clamp(0, LEVELS).to(torch.uint8)
+    first, second = code.chunk(2, -1)
+    return first | (second << 4)
+
+
+def read_codes(codes: Tensor, ranges: Tensor, groups: int) -> Tensor:
+    """What the first `groups` of a coded index stand for, [B, Hkv, d, groups * GROUP]; computed in float32 or, with
+    float64 ranges, in that."""
+    compute = torch.float64 if ranges.dtype == torch.float64 else torch.float32
+    batch, heads, blocks, head_dim, _ = codes.shape
+    runs = codes.unflatten(-1, (BLOCK // GROUP, GROUP // 2)).transpose(2, 3)  # [B, Hkv, d, blocks, groups, bytes]
+    packed = runs.reshape(batch, heads, head_dim, blocks * (BLOCK // GROUP), GROUP // 2)[:, :, :, :groups]
+    code = torch.cat([packed & 15, packed >> 4], -1).to(compute)  # [B, Hkv, d, groups, GROUP]
+    low, step = ranges[:, :, :groups].transpose(2, 3).to(compute).unbind(-1)  # [B, Hkv, d, groups]
+    return (low[..., None] + step[..., None] * code).flatten(3)
+
+
+def check_index(key: Tensor, components: Tensor, ranges: Tensor | None) -> None:
+    """Raise where they are not the index of keys [B, Hkv, S, d], or of storage for as many.  `components` is the index
+    itself where there are no ranges, else its codes."""
+    batch, heads, positions, head_dim = key.shape
+    blocks, stored = num_blocks(positions), components.shape
+    run, dtype = (BLOCK, key.dtype) if ranges is None else (BLOCK // 2, torch.uint8)
+    if len(stored) != 5 or stored[:2] != key.shape[:2] or stored[2] < blocks or stored[3:] != (head_dim, run):
+        wanted = f"[{batch}, {heads}, at least {blocks}, {head_dim}, {run}]"
+        raise ValueError(f"key_components must be {wanted}, got {list(stored)}")
+    if components.dtype != dtype:
+        wanted = f"have key's dtype {dtype}" if ranges is None else "be codes (uint8), for there are key_ranges"
+        raise TypeError(f"key_components must {wanted}, got {components.dtype}")
+    if components.stride(4) != 1 or (components.stride(3) != run and head_dim > 1):
+        raise ValueError(f"key_components must have contiguous blocks [d, {run}], got strides {components.stride()}")
+    if ranges is None:
+        return
+    groups = blocks * (BLOCK // GROUP)
+    found = ranges.shape
+    if len(found) != 5 or found[:2] != key.shape[:2] or found[2] < groups or found[3:] != (head_dim, 2):
+        wanted = f"[{batch}, {heads}, at least {groups}, {head_dim}, 2]"
+        raise ValueError(f"key_ranges must be {wanted}, got {list(found)}")
+    if ranges.dtype != key.dtype:
+        raise TypeError(f"key_ranges must have key's dtype {key.dtype}, got {ranges.dtype}")
+    if ranges.stride()[2:] != (2 * head_dim, 2, 1):
+        raise ValueError(f"key_ranges must be contiguous in its last three axes, got strides {ranges.stride()}")
 
 
 def _write_within_block(components: Tensor, key: Tensor, position: int) -> None:

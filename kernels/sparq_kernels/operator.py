@@ -15,18 +15,21 @@ from .declaration import define
 from .groups import Budget, Cached, Visible, wrong_group
 from .reference import decode_reference
 
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of DecodeOutput
 MAX_PLANS = 4096  # a growing cache brings a new layout with every token
 
 
 class DecodeOutput(NamedTuple):
     """output: [B, Hq, Q, d] in the query's dtype.  alpha: [B, Hq, Q] float32, the approximate score mass that was
     attended.  positions: [B, Hkv, Q, k_max] int64, ascending, unused slots -1; None unless asked for.  lse: [B, Hq, Q]
-    float32, the logarithm of the summed exponentials of the attended positions' logits; -inf where there are none."""
+    float32, the logarithm of the summed exponentials of the attended positions' logits; -inf where there are none.  read:
+    [B, Hkv, Q] int32, how many positions were attended."""
 
     output: Tensor
     alpha: Tensor
     positions: Tensor | None
     lse: Tensor
+    read: Tensor
 
 
 def decode(
@@ -76,11 +79,11 @@ def decode(
     key, value = cached.key, cached.value
     if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (query, key, value)):
         with torch.no_grad():
-            output, alpha, positions, lse = _decode_op(*arguments)
+            output, alpha, positions, lse, read = _decode_op(*arguments)
         output, alpha, lse = _NoGradient.apply(output, alpha, lse, query, key, value)
     else:
-        output, alpha, positions, lse = _decode_op(*arguments)
-    return DecodeOutput(output, alpha, positions if return_positions else None, lse)
+        output, alpha, positions, lse, read = _decode_op(*arguments)
+    return DecodeOutput(output, alpha, positions if return_positions else None, lse, read)
 
 
 def mean_from(mean_value: bool | float) -> float:
@@ -105,7 +108,7 @@ class _NoGradient(torch.autograd.Function):
         )
 
 
-def decode_default(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def decode_default(call: Arguments) -> Results:
     """What the dispatcher calls on a device without a kernel of its own: the reference."""
     check_arguments(call)
     if call.query.device.type == "cpu":
@@ -123,7 +126,7 @@ def decode_default(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def decode_cpu(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def decode_cpu(call: Arguments) -> Results:
     """The C++ kernel, or the reference where it does not serve: float64, or no compiler."""
     if call.query is None or call.query.dtype == torch.float64 or cpu.kernel() is None:
         return decode_default(call)
@@ -137,7 +140,7 @@ def decode_cpu(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return result
 
 
-def decode_cuda(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def decode_cuda(call: Arguments) -> Results:
     """The Triton kernels (NVIDIA and AMD), or the reference where they do not serve: float64, or no Triton."""
     gpu = triton_kernels()
     if call.query is None or call.query.dtype == torch.float64 or gpu is None:
@@ -175,7 +178,7 @@ def _with_contiguous_rows(call: Arguments) -> Arguments:
     return call
 
 
-def decode_fake(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def decode_fake(call: Arguments) -> Results:
     check_tensors(call)
     query, key = call.query, call.key
     k_max = call.k_max if call.return_positions else 0
@@ -184,9 +187,10 @@ def decode_fake(call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         query.new_empty(query.shape[:3], dtype=torch.float32),
         query.new_empty((query.shape[0], key.shape[1], query.shape[2], k_max), dtype=torch.int64),
         query.new_empty(query.shape[:3], dtype=torch.float32),
+        query.new_empty((query.shape[0], key.shape[1], query.shape[2]), dtype=torch.int32),
     )
 
 
 _decode_op = define(
-    "decode", Arguments, results=4, default=decode_default, cpu=decode_cpu, cuda=decode_cuda, fake=decode_fake
+    "decode", Arguments, results=5, default=decode_default, cpu=decode_cpu, cuda=decode_cuda, fake=decode_fake
 )

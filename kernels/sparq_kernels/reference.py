@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .groups import Budget, Cached, Visible
-from .layout import num_blocks
+from .layout import GROUP, num_blocks, read_codes
 
 
 def decode_reference(
@@ -25,7 +25,7 @@ def decode_reference(
     softcap: float | None,
     mean_from: float,
     return_positions: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results as in `operator.decode`; the arguments must have been checked.
 
     float64 inputs are computed in float64, everything else in float32.  `positions` is [B, Hkv, Q, 0] unless asked for.
@@ -54,8 +54,8 @@ def decode_reference(
                 return_positions,
             )
         )
-    output, alpha, positions, lse = (torch.cat(parts, 2) for parts in zip(*results, strict=True))
-    return output, alpha, positions, lse
+    output, alpha, positions, lse, read = (torch.cat(parts, 2) for parts in zip(*results, strict=True))
+    return output, alpha, positions, lse, read
 
 
 def _decode_one(
@@ -67,11 +67,11 @@ def _decode_one(
     softcap: float | None,
     mean_from: float,
     return_positions: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The five steps for one query of each row; the sum of V is over what it sees."""
-    key, key_components, value, value_sum = cache
+    key, _, value, value_sum, _ = cache
     length, start, mask, _ = visible
-    r, k, k_divisor, local = limits
+    r, k, k_divisor, local, mass, k_min = limits
     assert value_sum is not None
     batch, num_heads, _, head_dim = query.shape
     num_kv_heads, cached = key.shape[1], key.shape[2]
@@ -89,9 +89,7 @@ def _decode_one(
     q_c = q.gather(-1, c[:, :, None].expand(-1, -1, q.shape[2], -1))  # [B, Hkv, G, r]
 
     # 2. Approximate scores, with the temperature that makes up for the components left out.
-    blocks = key_components[:, :, : num_blocks(cached)]
-    k_c = blocks.gather(3, c[:, :, None, :, None].expand(-1, -1, blocks.shape[2], -1, blocks.shape[4]))
-    k_c = k_c.transpose(2, 3).flatten(3)[..., :cached].to(compute)  # [B, Hkv, r, S]
+    k_c = indexed(cache, c, length).to(compute)  # [B, Hkv, r, S]
     tau = (q_c.abs().sum(-1, keepdim=True) / q.abs().sum(-1, keepdim=True)).sqrt()
     tau = torch.where(tau > 0, tau, 1.0)  # an all-zero query divides 0 by 0
     approximate = soften(q_c @ k_c * (scale / tau), softcap)  # [B, Hkv, G, S]
@@ -103,7 +101,13 @@ def _decode_one(
     score = s_hat.sum(2).nan_to_num(nan=0.0)  # [B, Hkv, S]
     score = score.masked_fill(forced[:, None], torch.inf).masked_fill(~valid[:, None], -torch.inf)
     ranked = score.sort(dim=-1, descending=True, stable=True).indices[..., :k_max]  # [B, Hkv, k_max]
-    chosen = (torch.arange(k_max, device=q.device) < budget[:, None])[:, None]  # [B, 1, k_max]
+    budget = budget[:, None].expand(-1, num_kv_heads)  # [B, Hkv]
+    if mass is not None:
+        share = s_hat.sum(2).nan_to_num(nan=0.0).gather(-1, ranked) / s_hat.shape[2]
+        wanted = (share.cumsum(-1) < mass).sum(-1) + 1
+        least = torch.maximum(n.clamp(max=k_min), window)[:, None]
+        budget = torch.minimum(torch.maximum(wanted, least), budget)
+    chosen = torch.arange(k_max, device=q.device) < budget[..., None]  # [B, Hkv, k_max]
     p = ranked.masked_fill(~chosen, cached).sort(-1).values  # ascending, unused slots last
     p_safe = p.clamp(max=cached - 1)
 
@@ -118,7 +122,7 @@ def _decode_one(
 
     # 5. Blend with the mean value by the score mass that was not attended, unless that is too much.
     picked = s_hat.gather(-1, p_safe[:, :, None].expand(-1, -1, q.shape[2], -1)).masked_fill(~chosen[:, :, None], 0.0)
-    everything = (budget >= n)[:, None, None]
+    everything = (budget >= n[:, None])[..., None]  # [B, Hkv, 1]
     alpha = torch.where(everything, 1.0, picked.sum(-1))  # [B, Hkv, G]
     output = y
     if mean_from < math.inf:
@@ -134,7 +138,32 @@ def _decode_one(
         alpha.reshape(batch, num_heads, 1).float(),
         positions,
         lse.reshape(batch, num_heads, 1).float(),
+        budget[..., None].to(torch.int32),
     )
+
+
+def indexed(cache: Cached, c: Tensor, length: Tensor) -> Tensor:
+    """What the index has for the components c [B, Hkv, r] of every position: [B, Hkv, r, S].
+
+    Codes are of whole groups; what a query sees of its last group is K itself.
+    """
+    key, blocks, ranges = cache.key, cache.key_components, cache.key_ranges
+    size = key.shape[2]
+    if ranges is None:
+        blocks = blocks[:, :, : num_blocks(size)]
+        found = blocks.gather(3, c[:, :, None, :, None].expand(-1, -1, blocks.shape[2], -1, blocks.shape[4]))
+        return found.transpose(2, 3).flatten(3)[..., :size]
+    own = key.transpose(2, 3).gather(2, c[..., None].expand(-1, -1, -1, size))
+    groups = size // GROUP
+    if not groups:
+        return own
+    coded = read_codes(blocks, ranges, groups)
+    coded = coded.gather(2, c[..., None].expand(-1, -1, -1, coded.shape[3]))
+    is_coded = (
+        torch.arange(groups * GROUP, device=key.device) < (length // GROUP * GROUP)[:, None]
+    )  # [B, groups * GROUP]
+    front = torch.where(is_coded[:, None, None], coded, own[..., : groups * GROUP].to(coded.dtype))
+    return torch.cat([front, own[..., groups * GROUP :].to(coded.dtype)], -1)
 
 
 def max_positions(cached: int, k: int, k_divisor: int | None) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import sparq_kernels
 import torch
-from sparq_kernels import BLOCK, Cached
+from sparq_kernels import BLOCK, GROUP, Cached
 from sparq_kernels.append import AppendArguments
 from sparq_kernels.arguments import Arguments, tensors_of
 from sparq_kernels.operator import mean_from
@@ -73,6 +73,22 @@ CASES: dict[str, dict[str, Any]] = {
     "negative scale": {"r": 4, "k": 20, "scale": -0.3},
     "no mean value": {"r": 4, "k": 20, "mean_value": False},
     "mean value where enough was attended": {"r": 4, "k": 20, "mean_value": 0.3, "cached": 50},
+    "most of the mass": {"cached": 700, "r": 4, "k": 700, "mass": 0.9},
+    "most of the mass, of some": {"cached": 700, "r": 8, "k": 90, "mass": 0.5, "k_min": 3, "local": 2},
+    "mass, no local window": {"r": 8, "k": 250, "mass": 0.3, "local": 0, "batch": 2, "lengths": [300, 9]},
+    "mass of everything": {"r": 8, "k": 300, "mass": 0.9999999, "k_min": 300},
+    "mass in groups and holes": {
+        "batch": 2,
+        "num_heads": 6,
+        "cached": 600,
+        "holes": 0.3,
+        "query_length": 3,
+        "r": 6,
+        "k": 12,
+        "k_divisor": 3,
+        "mass": 0.8,
+        "k_min": 10,
+    },
     "two queries": {"query_length": 2, "r": 4, "k": 20},
     "sixteen queries": {"query_length": 16, "r": 4, "k": 20},
     "more queries than positions": {"query_length": 5, "cached": 3, "r": 4, "k": 2},
@@ -102,6 +118,7 @@ class Case:
     length: Tensor
     start: Tensor | None = None
     mask: Tensor | None = None
+    key_ranges: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -115,6 +132,7 @@ class Case:
             self.length,
             self.start,
             self.mask,
+            self.key_ranges,
         )
 
     @property
@@ -135,7 +153,20 @@ class Case:
             seen[b].tolist(),
             self.query.shape[3] ** -0.5 if scale is None else scale,
             self.options.get("softcap"),
+            [] if self.key_ranges is None else self.coded_keys(b, h, int(self.length[b]) - later),
         )
+
+    def coded_keys(self, b: int, h: int, seen: int) -> list[list[float]]:
+        """What the codes stand for, [S][d] in float64; the keys themselves behind the last whole group that is seen."""
+        assert self.key_ranges is not None
+        keys = self.key[b, h].double().nan_to_num(nan=1e3).tolist()
+        for s in range(max(seen, 0) // GROUP * GROUP):
+            within, ranges = s % GROUP, self.key_ranges[b, h, s // GROUP].double().tolist()
+            at = s % BLOCK // GROUP * (GROUP // 2) + within % (GROUP // 2)
+            packed = self.key_components[b, h, s // BLOCK, :, at].tolist()
+            codes = [byte >> 4 if within >= GROUP // 2 else byte & 15 for byte in packed]
+            keys[s] = [low + step * code for (low, step), code in zip(ranges, codes, strict=True)]
+        return keys
 
 
 def make_case(
@@ -152,6 +183,7 @@ def make_case(
     holes: float = 0.0,
     seed: int = 0,
     draw: Callable[..., Tensor] = torch.randn,
+    index: str = "full",
     **options: Any,
 ) -> Case:
     """Random inputs; `holes` is the share of positions that a mask takes out, `draw` what fills the tensors."""
@@ -174,23 +206,42 @@ def make_case(
 
     _, key = storage()
     _, value = storage()
-    components = sparq_kernels.allocate_components(batch, num_kv_heads, cached + SPARE, head_dim, dtype, "cpu")
-    components.fill_(torch.nan)
-    sparq_kernels.write_components(components, key, 0)
+    components, ranges = index_of(key, index)
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     value_sum = value.double().masked_fill(~valid[:, None, :, None], 0.0).sum(2).to(precise)
     query = (2 * fill(batch, query_length, num_heads, head_dim)).transpose(1, 2)
-    return Case(query, key, components, value, value_sum, length, start, mask, options)
+    return Case(query, key, components, value, value_sum, length, start, mask, ranges, options)
 
 
-def storage_of(batch: int, heads: int, capacity: int, head_dim: int, dtype: torch.dtype = torch.float32) -> Cached:
-    """Uninitialised keys, values and components, and some sum of values: what `append` writes to."""
+def index_of(key: Tensor, index: str) -> tuple[Tensor, Tensor | None]:
+    """The index of keys, and poison behind it."""
+    batch, heads, cached, head_dim = key.shape
+    empty = empty_index((batch, heads, cached + SPARE, head_dim), key.dtype, index)
+    if empty[1] is None:
+        sparq_kernels.write_components(empty[0], key, 0)
+    else:
+        sparq_kernels.encode(Cached(key, empty[0], key, None, empty[1]), 0, cached)
+    return empty
+
+
+def empty_index(shape: tuple[int, int, int, int], dtype: torch.dtype, index: str) -> tuple[Tensor, Tensor | None]:
+    """An index of nothing but poison for keys of that shape."""
+    if index == "full":
+        return sparq_kernels.allocate_components(*shape, dtype, "cpu").fill_(torch.nan), None
+    codes, ranges = sparq_kernels.allocate_codes(*shape, dtype, "cpu")
+    return codes.fill_(255), ranges.fill_(torch.nan)
+
+
+def storage_of(
+    batch: int, heads: int, capacity: int, head_dim: int, dtype: torch.dtype = torch.float32, index: str = "full"
+) -> Cached:
+    """Uninitialised keys, values and index, and some sum of values: what `append` writes to."""
     shape = (batch, heads, capacity, head_dim)
     key, value = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
-    components = sparq_kernels.allocate_components(*shape, dtype, "cpu").fill_(torch.nan)
+    components, ranges = empty_index(shape, dtype, index)
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     value_sum = torch.arange(batch * heads * head_dim, dtype=precise).view(batch, heads, head_dim)
-    return Cached(key, components, value, value_sum)
+    return Cached(key, components, value, value_sum, ranges)
 
 
 def new_token(batch: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -208,7 +259,7 @@ def small_integers(shape: tuple[int, ...], generator: torch.Generator) -> Tensor
 def call_of(case: Case, **changes: Any) -> Arguments:
     """The operator's arguments, positions asked for."""
     tensors = {name: getattr(case, name) for name in tensors_of(Arguments._fields) if name != "counts"}
-    options = {"r": 4, "k": 20, "mean_value": True, "return_positions": True, **case.options, **changes}
+    options = {"r": 4, "k": 20, "k_min": 1, "mean_value": True, "return_positions": True, **case.options, **changes}
     options["mean_from"] = mean_from(options.pop("mean_value"))
     return Arguments(**{**dict.fromkeys(Arguments._fields), **tensors, **options})
 
@@ -230,7 +281,7 @@ def _called(function: Callable[..., Any], call: Arguments, scale: float | None, 
 
 def append_call(call: AppendArguments) -> None:
     """By the public function."""
-    cached = Cached(call.key, call.key_components, call.value, call.value_sum)
+    cached = Cached(call.key, call.key_components, call.value, call.value_sum, call.key_ranges)
     sparq_kernels.append(cached, call.new_key, call.new_value, call.offset if call.position is None else call.position)
 
 
@@ -247,9 +298,13 @@ def reference_call(call: Arguments) -> sparq_kernels.DecodeOutput:
     return sparq_kernels.DecodeOutput(*_called(decode_reference, call, call.softmax_scale, mean_from=call.mean_from))
 
 
-def check_against_equations(case: Case, result: sparq_kernels.DecodeOutput) -> None:
-    """Every row and head: positions allowed, sufficient and best up to rounding; output and alpha right for them."""
+def check_against_equations(case: Case, result: sparq_kernels.DecodeOutput, is_rounded: bool = False) -> None:
+    """Every row and head: positions allowed, sufficient and best up to rounding; output and alpha right for them.
+
+    is_rounded: the scores of coded keys came from weights of eight bits, and are off by what `score_error` allows.
+    """
     r, k = case.options["r"], case.options["k"]
+    mass, k_min = case.options.get("mass"), case.options.get("k_min", 1)
     k_divisor, local = case.options.get("k_divisor"), case.options.get("local")
     tolerance, num_kv_heads = TOLERANCE[case.query.dtype], case.key.shape[1]
     group = case.query.shape[1] // num_kv_heads
@@ -261,31 +316,64 @@ def check_against_equations(case: Case, result: sparq_kernels.DecodeOutput) -> N
         slots = result.positions[b, h, i].tolist()
         chosen = [s for s in slots if s >= 0]
         assert slots == sorted(set(chosen)) + [-1] * (len(slots) - len(chosen))
-        assert len(chosen) == head.budget(k, k_divisor)
+        assert len(chosen) == result.read[b, h, i]
         assert set(chosen) <= set(head.valid_positions)
         window = set(head.window(k, k_divisor, local))
         assert window <= set(chosen)
-        check_best(head, r, set(chosen), window)
+        # A score is off by this factor: each logit by at most the error, above and below the line.
+        slack = math.exp(2 * score_error(case, head, b, h, r)) if is_rounded else 1 + 1e-5
+        budget = head.budget(k, k_divisor)
+        if mass is None:
+            assert len(chosen) == budget
+        else:
+            check_mass(head, r, chosen, window, mass, min(k_min, budget), budget, slack)
+        check_best(head, r, set(chosen), window, slack)
 
-        output, alpha = head.output(r, chosen, case.options.get("mean_value", True))
         heads = slice(h * group, (h + 1) * group)
+        attended = result.alpha[b, heads, i].tolist() if is_rounded else None
+        output, alpha = head.output(r, chosen, case.options.get("mean_value", True), attended)
         for actual, expected, allowed in (
             (result.output, output, {"rtol": tolerance, "atol": tolerance}),
-            (result.alpha, alpha, {"rtol": 2e-5, "atol": 1e-6}),
+            (result.alpha, alpha, {"rtol": 2e-5 + slack - 1, "atol": 1e-6}),
             (result.lse, head.lse(chosen), {"rtol": 2e-5, "atol": 2e-5}),
         ):
             right = torch.tensor(expected, dtype=torch.float64)
             torch.testing.assert_close(actual[b, heads, i].double(), right, **allowed)
 
 
-def check_best(head: Head, r: int, chosen: set[int], window: set[int]) -> None:
-    """No position left out scores more than one chosen on merit, beyond rounding."""
+def score_error(case: Case, head: Head, b: int, h: int, r: int) -> float:
+    """How much a logit of a coded key may be off where weights w = q * step are rounded to unit * n, |n| <= 127, and the
+    loss at the middle of the codes is made up for: sum of |w - unit * n| * 15 / 2, each half a unit, and rounding."""
+    assert case.key_ranges is not None
+    c, largest = head.components(r), 0.0
+    steps = case.key_ranges[b, h, : case.key.shape[2] // GROUP, :, 1].double()  # [groups, d]
+    for query in head.queries:
+        w = steps * torch.tensor(query, dtype=torch.float64) * head.scale / head.temperature(query, c)
+        largest = max(largest, w[:, c].abs().amax().item() if len(w) else 0.0)
+    return 15 / 4 * r * largest / 127 + 1e-5
+
+
+def check_mass(
+    head: Head, r: int, chosen: list[int], window: set[int], mass: float, k_min: int, budget: int, slack: float
+) -> None:
+    """As many as the mass asks for, and no more, up to scores that are off by the factor `slack`."""
+    scores, least = head.scores(r), max(len(window), k_min)
+    assert least <= len(chosen) <= budget
+    if len(chosen) < budget:
+        assert head.share(scores, chosen) * slack >= mass - 1e-5
+    if len(chosen) > least:
+        worst = min(set(chosen) - window, key=lambda s: sum(row[s] for row in scores))
+        assert head.share(scores, [s for s in chosen if s != worst]) / slack <= mass + 1e-5
+
+
+def check_best(head: Head, r: int, chosen: set[int], window: set[int], slack: float = 1.0) -> None:
+    """No position left out scores more than one chosen on merit, beyond rounding: each off by the factor `slack`."""
     scores = head.scores(r)
     total = {s: math.fsum(row[s] for row in scores) for s in head.valid_positions}
     on_merit = [total[s] for s in chosen - window]
     left_out = [total[s] for s in set(total) - chosen]
     if on_merit and left_out:
-        assert min(on_merit) >= max(left_out) * (1 - 1e-4) - 1e-29
+        assert min(on_merit) >= max(left_out) * (1 - 1e-4) / slack**2 - 1e-29
 
 
 def check_same(case: Case, actual: sparq_kernels.DecodeOutput, expected: sparq_kernels.DecodeOutput) -> None:

@@ -21,7 +21,7 @@ PROFILE = settings(max_examples=60, deadline=None, suppress_health_check=list(He
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, index: str = "full") -> Case:
     batch, num_kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 6))
     head_dim = draw(st.integers(1, 20))
     cached = draw(st.one_of(st.integers(1, 40), st.integers(250, 262), st.integers(500, 600)))
@@ -48,6 +48,7 @@ def cases(draw: st.DrawFn) -> Case:
         holes=draw(st.sampled_from([0.0, 0.0, 0.2, 0.9])),
         seed=draw(st.integers(0, 1 << 30)),
         draw=draw(st.sampled_from([torch.randn, small_integers])),
+        index=index,
         **options,
     )
 

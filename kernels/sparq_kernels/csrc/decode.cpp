@@ -3,10 +3,11 @@
 // Phases, each a function over a range so that work can be split over positions as well as over heads:
 //   prepare   top-r components of the group's summed |q|, queries scaled for scoring in base 2
 //   score     per tile of 256 positions: logits summed over the r component runs, a few at a time while the next few
-//             are on their way, then turned into 2^x; each unit of 64 keeps its own integer reference exponent and sum
+//             are on their way (of the four-bit index by integer products, codes.h; its last, incomplete tile from rows
+//             of K), then turned into 2^x; each unit of 64 keeps its own integer reference exponent and sum
 //   combine   the group's summed softmax per position, and the maximum of every 16th position of a tile of 256
 //   select    what at least `wanted` of those maxima reach, the wanted-th largest score reaches too, so only positions at
-//             least that good compete; the local window is appended; alpha
+//             least that good compete, as many as the budget or the mass asks for; the local window is appended; alpha
 //   attend    exact attention over chunks of the chosen rows
 //   merge     chunks joined, blend with the mean value
 // With many heads one task does all phases of a head, so that its scratch stays in the core's cache.  With few, each
@@ -22,6 +23,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "codes.h"
 #include "select.h"
 #include "simd.h"
 
@@ -40,6 +42,7 @@ constexpr int64_t CHUNK = 128;       // chosen positions per attend task
 constexpr int64_t UNIT = 64;         // neighbouring positions whose scores share a reference exponent
 constexpr int64_t TILE = 256;        // positions scored and combined in one go
 static_assert(BLOCK % TILE == 0, "a tile lies within one block of storage");
+static_assert(GROUP == TILE && TILE == 2 * CHUNK, "a tile is coded, or scored from two chunks of rows");
 constexpr int64_t UNITS = TILE / UNIT;
 constexpr int64_t LINE = 64;         // bytes
 constexpr int RUNS = W == 16 ? 8 : 4;  // components added at a time; as many are fetched ahead, which fits the L1 cache
@@ -99,18 +102,23 @@ struct Row {
     int64_t first = 0, end = 0;    // valid positions lie in [first, end)
     int64_t later_end = 0;         // positions in [end, later_end) belong to later queries: V's sum counts them too
     int64_t n = 0;                 // how many of them are valid
-    int64_t budget = 0;            // positions attended
+    int64_t budget = 0;            // positions attended; the most where the scores' mass decides
+    int64_t least = 0;             // ... and the fewest
     int64_t window = 0;            // newest valid positions forced in ...
     int64_t window_begin = 0;      // ... all at or behind this one
     const uint8_t* mask = nullptr;
 
-    bool everything() const { return budget == n; }
+    bool everything() const { return least == n; }
 };
+
+// r, up to whole vectors.
+int64_t padded_components(const Arguments& a) { return (a.r + W - 1) / W * W; }
 
 // Everything a head needs between its phases.
 struct Scratch {
     float* scored_queries;   // [r, 4] for every four queries of the group
     float* queries;          // [G, d padded], times scale (and log2 e without softcap)
+    float* row_queries;      // [G, d padded]: of these, the components that score, over tau; with a coded index only
     int32_t* components;     // [r]
     float* weights;          // [G, positions]: 2^(x - reference)
     float* reference;        // [G, units]: integers
@@ -122,6 +130,7 @@ struct Scratch {
     int32_t* candidates;     // [positions + W]
     int32_t* picks;          // [k_max + W]
     int32_t* chosen;         // [k_max]
+    int64_t* budget;         // [1]: how many
     float* mass;             // [G]: of the softmax over the scores, what the chosen positions have
     float* row_weights;      // [chunks, G, CHUNK]: softmax over a chunk's rows, not normalised
     float* partial;          // [chunks, G, d padded]
@@ -131,8 +140,9 @@ struct Scratch {
     size_t place(char* base, const Arguments& a, int64_t tiles, int64_t padded_dim) {
         Layout layout{base};
         int64_t positions = tiles * TILE, chunks = (a.k_max + CHUNK - 1) / CHUNK, units = padded_units(tiles);
-        layout.place(scored_queries, a.r * a.group);
+        layout.place(scored_queries, padded_components(a) * a.group);
         layout.place(queries, a.group * padded_dim);
+        layout.place(row_queries, a.key_ranges ? a.group * padded_dim : 0);
         layout.place(components, a.head_dim + W);
         layout.place(weights, a.group * positions);
         layout.place(reference, a.group * units);
@@ -144,6 +154,7 @@ struct Scratch {
         layout.place(candidates, positions + W);
         layout.place(picks, positions + W);
         layout.place(chosen, a.k_max);
+        layout.place(budget, 1);
         layout.place(mass, a.group);
         layout.place(row_weights, chunks * a.group * CHUNK);
         layout.place(partial, chunks * a.group * padded_dim);
@@ -167,6 +178,7 @@ Row make_row(const Arguments& a, int64_t b, int64_t i) {
     }
     row.budget = std::min(row.n, std::max(a.k, a.k_divisor ? row.n / a.k_divisor : 0));
     row.window = a.local < 0 ? row.budget / 4 : std::min(a.local, row.budget);
+    row.least = a.mass > 0 ? std::max(std::min(a.k_min, row.n), row.window) : row.budget;
     row.window_begin = row.end - row.window;
     if (row.mask) {
         row.window_begin = row.end;
@@ -199,7 +211,7 @@ template <class T>
 class Decoder {
     const Arguments& a;
     const int64_t group, dim, padded_dim, tiles, units;
-    const bool capped;
+    const bool capped, coded;
     std::vector<Row> rows;
     std::vector<Scratch> scratch;
 
@@ -212,6 +224,7 @@ class Decoder {
           tiles((a.cached + TILE - 1) / TILE),
           units(padded_units(tiles)),
           capped(a.softcap > 0),
+          coded(a.key_ranges),
           rows(a.batch * a.query_length),
           scratch(per_head ? heads() : a.threads) {
         size_t each = Scratch().place(nullptr, a, tiles, padded_dim);
@@ -311,7 +324,17 @@ class Decoder {
             if (!(tau > 0)) tau = 1;
             int64_t together = queries_at_once(group - g / 4 * 4);
             float* out = s.scored_queries + g / 4 * 4 * a.r + g % 4;
-            for (int64_t c = 0; c < a.r; c++) out[c * together] = query[slot<T>(s.components[c])] / tau;
+            if (coded) {
+                together = 1;
+                out = s.scored_queries + g * padded_components(a);
+                std::fill(out + a.r, out + padded_components(a), 0.f);
+                std::fill_n(s.row_queries + g * padded_dim, padded_dim, 0.f);
+            }
+            for (int64_t c = 0; c < a.r; c++) {
+                int64_t from = slot<T>(s.components[c]);
+                out[c * together] = query[from] / tau;
+                if (coded) s.row_queries[g * padded_dim + from] = query[from] / tau;
+            }
         }
     }
 
@@ -415,12 +438,11 @@ class Decoder {
                     int64_t index) const {
         alignas(LINE) float sums[TILE * G];
         tile_logits<G>(tile, s.components, s.scored_queries + g * a.r, sums);
-        int64_t positions = tiles * TILE;
         // Meanwhile the first runs of the next tile are fetched, by the first queries of the group for all.
         constexpr int64_t PIECE = (TILE + UNITS * G - 1) / (UNITS * G);
         int64_t fetched = g == 0 && next_tile ? std::min<int64_t>(a.r, RUNS) : 0;
         for (int64_t i = 0; i < G; i++) {
-            float* x = s.weights + (g + i) * positions + index * TILE;
+            float* x = tile_weights(s, g + i, index);
             for (int64_t u = 0; u < UNITS; u++) {
                 for (int64_t c = 0; c < fetched; c++)
                     prefetch(next_tile + s.components[c] * BLOCK + (i * UNITS + u) * PIECE, PIECE);
@@ -429,25 +451,107 @@ class Decoder {
                     store_pair<T>(x + p, load(pair), load(pair + G * W));
                 }
             }
-            if (capped || keep) finish_logits(x, keep);
-            int64_t unit = (g + i) * units + index * UNITS;
-            exponentiate<UNIT, UNITS>(x, s.reference + unit, s.sum + unit);
+            finish_tile(x, keep, s, g + i, index);
         }
+    }
+
+    // The same of a tile that is coded.
+    void score_codes(const uint8_t* tile, const uint8_t* next_tile, const T* ranges, const int32_t* keep, Scratch& s,
+                     int64_t index) const {
+        int64_t padded_r = padded_components(a), count = (a.r + 3) / 4;
+        alignas(LINE) uint8_t quads[MAX_HEAD_DIM * RUN];  // [count, RUN, 4]: the codes of four components side by side
+        for (int64_t q = 0; q < count; q++) {
+            const uint8_t* runs[4];
+            for (int64_t m = 0; m < 4; m++) {  // behind the last one that one again, at the weight 0
+                int64_t offset = s.components[std::min(4 * q + m, a.r - 1)] * RUN_STRIDE;
+                runs[m] = tile + offset;
+                if (next_tile)
+                    for (int64_t i = 0; i < RUN; i += LINE) __builtin_prefetch(next_tile + offset + i);
+            }
+            interleave_runs(runs, quads + q * 4 * RUN);
+        }
+        T pairs[2][MAX_HEAD_DIM];
+        float low[MAX_HEAD_DIM + W], step[MAX_HEAD_DIM + W];
+        for (int64_t c = 0; c < a.r; c++)
+            for (int i = 0; i < 2; i++) pairs[i][c] = ranges[2 * s.components[c] + i];
+        widen(pairs[0], a.r, low);
+        widen(pairs[1], a.r, step);
+        std::fill(low + a.r, low + padded_r, 0.f);
+        std::fill(step + a.r, step + padded_r, 0.f);
+        for (int64_t g = 0; g < group; g += 4) {
+            switch (queries_at_once(group - g)) {
+                case 1: score_codes<1>(quads, low, step, keep, s, g, index); break;
+                case 2: score_codes<2>(quads, low, step, keep, s, g, index); break;
+                case 3: score_codes<3>(quads, low, step, keep, s, g, index); break;
+                default: score_codes<4>(quads, low, step, keep, s, g, index); break;
+            }
+        }
+    }
+
+    template <int G>
+    void score_codes(const uint8_t* quads, const float* low, const float* step, const int32_t* keep, Scratch& s,
+                     int64_t g, int64_t index) const {
+        int64_t padded_r = padded_components(a);
+        int8_t bytes[G][MAX_HEAD_DIM + W];
+        const int8_t* weights[G];
+        ByteWeights of[G];
+        float* x[G];
+        for (int64_t i = 0; i < G; i++) {
+            of[i] = byte_weights(s.scored_queries + (g + i) * padded_r, low, step, padded_r, bytes[i]);
+            weights[i] = bytes[i];
+            x[i] = tile_weights(s, g + i, index);
+        }
+        coded_logits<G>(quads, (a.r + 3) / 4, weights, of, x);
+        for (int64_t i = 0; i < G; i++) finish_tile(x[i], keep, s, g + i, index);
+    }
+
+    // The same of a tile of which not all positions are there yet, from rows of K.
+    void score_rows(const T* keys, const Row& row, const int32_t* keep, Scratch& s, int64_t index) const {
+        int32_t positions[TILE];
+        int64_t first = std::max(index * TILE, row.first), count = std::min((index + 1) * TILE, row.end) - first;
+        for (int64_t i = 0; i < count; i++) positions[i] = static_cast<int32_t>(first + i);
+        float logits[4 * CHUNK];
+        for (int64_t g = 0; g < group; g += 4) {
+            const float* queries = s.row_queries + g * padded_dim;
+            int64_t together = queries_at_once(group - g);
+            for (int64_t begin = 0; begin < count; begin += CHUNK) {
+                int64_t some = std::min(CHUNK, count - begin);
+                switch (together) {
+                    case 1: row_logits<1>(keys, nullptr, positions + begin, some, queries, logits); break;
+                    case 2: row_logits<2>(keys, nullptr, positions + begin, some, queries, logits); break;
+                    case 3: row_logits<3>(keys, nullptr, positions + begin, some, queries, logits); break;
+                    default: row_logits<4>(keys, nullptr, positions + begin, some, queries, logits); break;
+                }
+                for (int64_t i = 0; i < together; i++)
+                    std::copy_n(logits + i * CHUNK, some, tile_weights(s, g + i, index) + first % TILE + begin);
+            }
+            for (int64_t i = 0; i < together; i++) finish_tile(tile_weights(s, g + i, index), keep, s, g + i, index);
+        }
+    }
+
+    float* tile_weights(Scratch& s, int64_t g, int64_t tile) const { return s.weights + (g * tiles + tile) * TILE; }
+
+    // In place: a tile's logits become weights, with a reference and a sum for each unit.
+    void finish_tile(float* x, const int32_t* keep, Scratch& s, int64_t g, int64_t tile) const {
+        if (capped || keep) finish_logits(x, keep);
+        int64_t unit = g * units + tile * UNITS;
+        exponentiate<UNIT, UNITS>(x, s.reference + unit, s.sum + unit);
     }
 
     void skip_tile(Scratch& s, int64_t tile) const {
         for (int64_t g = 0; g < group; g++) {
             int64_t unit = g * units + tile * UNITS;
-            std::fill_n(s.weights + (g * tiles + tile) * TILE, TILE, 0.f);
+            std::fill_n(tile_weights(s, g, tile), TILE, 0.f);
             std::fill_n(s.reference + unit, UNITS, LOWEST);
             std::fill_n(s.sum + unit, UNITS, 0.f);
         }
     }
 
-    // Component 0 of a tile: a block of storage holds several tiles.
-    const T* tile_at(const T* components, int64_t tile) const {
+    // Component 0 of a tile, of which an element has so many positions: a block of storage holds several tiles.
+    template <class Element>
+    const Element* tile_at(const Element* components, int64_t tile, int64_t positions_each = 1) const {
         int64_t position = tile * TILE;
-        return components + position / BLOCK * a.components_block + position % BLOCK;
+        return components + position / BLOCK * a.components_block + position % BLOCK / positions_each;
     }
 
     void score(int64_t head, Scratch& s, int64_t from, int64_t to) const {
@@ -456,6 +560,7 @@ class Decoder {
         from = std::max(from, row.first / TILE);
         to = std::min(to, (row.end + TILE - 1) / TILE);
         const T* components = head_of<T>(a.key_components, head, a.components_batch, a.components_head);
+        const uint8_t* codes = head_of<uint8_t>(a.key_components, head, a.components_batch, a.components_head);
         int32_t lanes[TILE];
         for (int64_t j = from; j < to; j++) {
             const int32_t* keep = nullptr;
@@ -465,6 +570,16 @@ class Decoder {
                     continue;
                 }
                 keep = lanes;
+            }
+            if (coded) {
+                if ((j + 1) * TILE > row.end) {
+                    score_rows(head_of<T>(a.key, head, a.key_batch, a.key_head), row, keep, s, j);
+                    continue;
+                }
+                const uint8_t* next = (j + 2) * TILE <= row.end && j + 1 < to ? tile_at(codes, j + 1, 2) : nullptr;
+                const T* ranges = head_of<T>(a.key_ranges, head, a.ranges_batch, a.ranges_head) + j * 2 * dim;
+                score_codes(tile_at(codes, j, 2), next, ranges, keep, s, j);
+                continue;
             }
             const T *tile = tile_at(components, j), *next = j + 1 < to ? tile_at(components, j + 1) : nullptr;
             for (int64_t g = 0; g < group; g += 4) {
@@ -546,21 +661,57 @@ class Decoder {
         return count;
     }
 
-    // Approximate score mass of the chosen positions for G queries.
+    // Approximate score mass of the chosen positions [begin, end) for G queries, added to what is in s.mass.
     template <int G>
-    void sum_mass(const Row& row, Scratch& s, int64_t g) const {
+    void sum_mass(Scratch& s, int64_t g, int64_t begin, int64_t end) const {
         double sum[G] = {};  // k may be tens of thousands
-        for (int64_t i = 0; i < row.budget; i++) {
+        for (int64_t i = begin; i < end; i++) {
             int64_t position = s.chosen[i], unit = position / UNIT;
             for (int j = 0; j < G; j++)
                 sum[j] += s.weights[(g + j) * tiles * TILE + position] * s.unit_weight[(g + j) * units + unit];
         }
-        for (int j = 0; j < G; j++) s.mass[g + j] = static_cast<float>(sum[j]);
+        for (int j = 0; j < G; j++) s.mass[g + j] += static_cast<float>(sum[j]);
+    }
+
+    void add_mass(Scratch& s, int64_t begin, int64_t end) const {
+        for (int64_t g = 0; g < group; g += 4) {
+            switch (queries_at_once(group - g)) {
+                case 1: sum_mass<1>(s, g, begin, end); break;
+                case 2: sum_mass<2>(s, g, begin, end); break;
+                case 3: sum_mass<3>(s, g, begin, end); break;
+                default: sum_mass<4>(s, g, begin, end); break;
+            }
+        }
+    }
+
+    // Appends the valid positions [begin, end) to what is chosen.  Returns how many are then.
+    int64_t take(const Row& row, Scratch& s, int64_t taken, int64_t begin) const {
+        for (int64_t p = begin; p < row.end; p++)
+            if (!row.mask || row.mask[p]) s.chosen[taken++] = static_cast<int32_t>(p);
+        return taken;
     }
 
     void select(int64_t head, Scratch& s) const {
         const Row& row = row_of(head);
-        int64_t wanted = row.everything() ? 0 : row.budget - row.window, taken = std::max<int64_t>(wanted, 0);
+        int64_t taken = row.everything() ? take(row, s, 0, row.first) : choose(row, s);
+        *s.budget = taken;
+        if (a.positions) {
+            int64_t* out = a.positions + result_index(head, 1, 0) * a.k_max;
+            for (int64_t i = 0; i < a.k_max; i++) out[i] = i < taken ? s.chosen[i] : -1;
+        }
+        a.read[result_index(head, 1, 0)] = static_cast<int32_t>(taken);
+    }
+
+    // By score, and the local window behind them.  Returns how many are chosen.
+    int64_t choose(const Row& row, Scratch& s) const {
+        int64_t wanted = row.budget - row.window;
+        std::fill_n(s.mass, group, 0.f);
+        float missing = static_cast<float>(a.mass * group);
+        if (a.mass > 0) {
+            add_mass(s, 0, take(row, s, 0, row.window_begin));
+            for (int64_t g = 0; g < group; g++) missing -= s.mass[g];
+            std::fill_n(s.mass, group, 0.f);
+        }
         if (wanted > 0) {
             int64_t from = row.first / TILE, to = (row.window_begin + TILE - 1) / TILE;
             int64_t lanes = (to - from) * LANES;
@@ -572,24 +723,14 @@ class Decoder {
                 memcpy(&bound, &key, sizeof bound);
             }
             int64_t count = gather_candidates(s, from, to, bound);
+            if (a.mass > 0)
+                wanted = std::clamp(needed_for(s.keys, count, missing), row.least - row.window, wanted);
             select_largest(s.keys, count, wanted, s.picks);
             for (int64_t i = 0; i < wanted; i++) s.chosen[i] = s.candidates[s.picks[i]];
         }
-        int64_t forced_from = row.everything() ? row.first : row.window_begin;
-        for (int64_t p = forced_from; p < row.end; p++)
-            if (!row.mask || row.mask[p]) s.chosen[taken++] = static_cast<int32_t>(p);
-        for (int64_t g = 0; g < group && !row.everything(); g += 4) {
-            switch (queries_at_once(group - g)) {
-                case 1: sum_mass<1>(row, s, g); break;
-                case 2: sum_mass<2>(row, s, g); break;
-                case 3: sum_mass<3>(row, s, g); break;
-                default: sum_mass<4>(row, s, g); break;
-            }
-        }
-        if (a.positions) {
-            int64_t* out = a.positions + result_index(head, 1, 0) * a.k_max;
-            for (int64_t i = 0; i < a.k_max; i++) out[i] = i < taken ? s.chosen[i] : -1;
-        }
+        int64_t taken = take(row, s, std::max<int64_t>(wanted, 0), row.window_begin);
+        add_mass(s, 0, taken);
+        return taken;
     }
 
     // out[g][i] = query g . key of chosen[i], in base 2 (capped before that).  G queries and a few rows make a vector of
@@ -635,8 +776,7 @@ class Decoder {
     }
 
     void attend(int64_t head, Scratch& s, int64_t chunk) const {
-        const Row& row = row_of(head);
-        int64_t begin = chunk * CHUNK, count = std::min(CHUNK, row.budget - begin);
+        int64_t begin = chunk * CHUNK, count = std::min(CHUNK, *s.budget - begin);
         if (count <= 0) return;
         const int32_t* chosen = s.chosen + begin;
         float* partial = s.partial + chunk * group * padded_dim;
@@ -729,13 +869,14 @@ class Decoder {
     // Joins the chunks of query g and writes its output.
     void merge_query(int64_t head, const Row& row, const Scratch& s, int64_t g) const {
         float out[MAX_HEAD_DIM] = {};
-        int64_t chunks = (row.budget + CHUNK - 1) / CHUNK;
+        int64_t chunks = (*s.budget + CHUNK - 1) / CHUNK;
+        bool everything = *s.budget == row.n;
         float highest = LOWEST, z = 0;
         for (int64_t c = 0; c < chunks; c++) highest = std::max(highest, s.partial_max[c * group + g]);
         for (int64_t c = 0; c < chunks; c++)
             z += s.partial_sum[c * group + g] * power_of_two_or_zero(splat(s.partial_max[c * group + g] - highest))[0];
-        float alpha = row.everything() ? 1.f : s.mass[g];
-        bool blend = std::isfinite(a.mean_from) && !row.everything() && !(alpha < static_cast<float>(a.mean_from));
+        float alpha = everything ? 1.f : s.mass[g];
+        bool blend = std::isfinite(a.mean_from) && !everything && !(alpha < static_cast<float>(a.mean_from));
         float attended = blend ? alpha : 1.f;
         for (int64_t c = 0; c < chunks; c++) {
             const float* partial = s.partial + (c * group + g) * padded_dim;
@@ -769,6 +910,22 @@ bool rows_in_range(const Arguments& a) {
         if (length < 0 || length > a.cached || (a.start && a.start[b * a.start_batch] < 0)) return false;
     }
     return true;
+}
+
+template <class T>
+void encode(const EncodeArguments& a) {
+    int64_t groups = a.last - a.first, per_block = BLOCK / GROUP;
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(static_cast<int>(a.threads))
+    share(next, a.batch * a.num_kv_heads * groups, [&](int64_t i) {
+        int64_t b = i / groups / a.num_kv_heads, h = i / groups % a.num_kv_heads, group = a.first + i % groups;
+        const T* key = static_cast<const T*>(a.key) + b * a.key_batch + h * a.key_head;
+        uint8_t* codes = static_cast<uint8_t*>(a.codes) + b * a.codes_batch + h * a.codes_head;
+        T* ranges = static_cast<T*>(a.ranges) + b * a.ranges_batch + h * a.ranges_head;
+        encode_group<T>(key + group * GROUP * a.key_position, a.key_position, a.head_dim,
+                        codes + group / per_block * a.codes_block + group % per_block * RUN,
+                        ranges + group * 2 * a.head_dim);
+    });
 }
 
 template <class T>
@@ -835,5 +992,18 @@ extern "C" int64_t sparq_decode(const sparq::Arguments* arguments) {
         }
     } catch (const std::bad_alloc&) {
         return 2;
+    }
+}
+
+extern "C" int64_t sparq_encode_arguments_size() { return sizeof(sparq::EncodeArguments); }
+
+// 0 when done, 1 for a dtype it does not know.
+extern "C" int64_t sparq_encode(const sparq::EncodeArguments* arguments) {
+    using namespace sparq;
+    switch (arguments->dtype) {
+        case 0: encode<float>(*arguments); return 0;
+        case 1: encode<BFloat16>(*arguments); return 0;
+        case 2: encode<Float16>(*arguments); return 0;
+        default: return 1;
     }
 }

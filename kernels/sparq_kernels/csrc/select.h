@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "simd.h"
 
@@ -100,6 +101,34 @@ inline void select_largest(int32_t* keys, int64_t n, int64_t wanted, int32_t* ou
         out[taken] = static_cast<int32_t>(i);
         taken += tie || keys[i] > threshold;
     }
+}
+
+// The fewest of n keys, bits of scores of at least 0, whose scores add up to `mass`: 0 where that is nothing, n + 1 where
+// all are too few, or `mass` is no number.  The keys are padded here.
+inline int64_t needed_for(int32_t* keys, int64_t n, float mass) {
+    if (mass <= 0 && std::isfinite(mass)) return 0;
+    pad_keys(keys, n);
+    auto sum_at_least = [&](int32_t threshold) {
+        Floats sum = {};
+        for (int64_t i = 0; i < n; i += W) {
+            Ints key = load_ints(keys + i);
+            sum += key >= threshold ? reinterpret_cast<Floats>(key) : Floats{};
+        }
+        return horizontal_sum(sum);
+    };
+    if (n == 0 || !(sum_at_least(0) >= mass)) return n + 1;
+    int64_t low = 0, high = *std::max_element(keys, keys + n);  // sum_at_least(low) >= mass > sum_at_least(high + 1)
+    while (low < high) {
+        int64_t middle = low + (high - low + 1) / 2;
+        if (sum_at_least(static_cast<int32_t>(middle)) < mass) high = middle - 1;
+        else low = middle;
+    }
+    int32_t last = static_cast<int32_t>(low);
+    int64_t above = count_at_least(keys, n, last + 1), ties = count_at_least(keys, n, last) - above;
+    float score;
+    memcpy(&score, &last, sizeof score);
+    float rest = (mass - sum_at_least(last + 1)) / score;
+    return above + std::clamp<int64_t>(static_cast<int64_t>(std::ceil(std::min(rest, float(ties)))), 1, ties);
 }
 
 }  // namespace sparq

@@ -1,0 +1,238 @@
+// The four-bit index: reading its codes as quads of bytes, and making them.
+//
+// A run of GROUP positions of a component is GROUP / 2 bytes: byte j has the code of position j in its low bits, that of
+// j + GROUP / 2 in its high bits.  Products need the codes of four components of one position side by side, which is
+// what the processors' dot products of bytes take.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "arguments.h"
+#include "simd.h"
+
+#if defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+namespace sparq {
+
+constexpr int64_t RUN = GROUP / 2;           // bytes of a run
+constexpr int64_t RUN_STRIDE = BLOCK / 2;    // bytes from a component to the next
+constexpr int64_t PIECE = 4 * W;             // bytes of a vector
+constexpr int64_t PIECES = RUN / PIECE;      // of a run
+constexpr int LEVELS = 15;
+
+// Four runs side by side: out[4 j + m] is byte j of run m.
+SPARQ_INLINE void interleave_runs(const uint8_t* const (&runs)[4], uint8_t* out) {
+#if defined(__AVX512BW__)
+    // Unpacking works inside 16 bytes, so the words are first put where it leaves them in order.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int64_t i = 0; i < RUN; i += 64) {
+        __m512i v[4];
+        for (int m = 0; m < 4; m++) v[m] = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(runs[m] + i));
+        __m512i low01 = _mm512_unpacklo_epi8(v[0], v[1]), high01 = _mm512_unpackhi_epi8(v[0], v[1]);
+        __m512i low23 = _mm512_unpacklo_epi8(v[2], v[3]), high23 = _mm512_unpackhi_epi8(v[2], v[3]);
+        _mm512_storeu_si512(out + 4 * i, _mm512_unpacklo_epi16(low01, low23));
+        _mm512_storeu_si512(out + 4 * i + 64, _mm512_unpackhi_epi16(low01, low23));
+        _mm512_storeu_si512(out + 4 * i + 128, _mm512_unpacklo_epi16(high01, high23));
+        _mm512_storeu_si512(out + 4 * i + 192, _mm512_unpackhi_epi16(high01, high23));
+    }
+#elif defined(__AVX2__)
+    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    for (int64_t i = 0; i < RUN; i += 32) {
+        __m256i v[4];
+        for (int m = 0; m < 4; m++)
+            v[m] = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(runs[m] + i)), order);
+        __m256i low01 = _mm256_unpacklo_epi8(v[0], v[1]), high01 = _mm256_unpackhi_epi8(v[0], v[1]);
+        __m256i low23 = _mm256_unpacklo_epi8(v[2], v[3]), high23 = _mm256_unpackhi_epi8(v[2], v[3]);
+        __m256i* to = reinterpret_cast<__m256i*>(out + 4 * i);
+        _mm256_storeu_si256(to, _mm256_unpacklo_epi16(low01, low23));
+        _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi16(low01, low23));
+        _mm256_storeu_si256(to + 2, _mm256_unpacklo_epi16(high01, high23));
+        _mm256_storeu_si256(to + 3, _mm256_unpackhi_epi16(high01, high23));
+    }
+#else
+    for (int64_t i = 0; i < RUN; i++)
+        for (int m = 0; m < 4; m++) out[4 * i + m] = runs[m][i];
+#endif
+}
+
+// sum + the four products of each lane's codes, 0 .. 15, with the four signed bytes of `weights`.
+SPARQ_INLINE Ints add_products(Ints sum, Ints codes, int32_t weights) {
+#if defined(__AVX512VNNI__)
+    return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(codes),
+                                                      _mm512_set1_epi32(weights)));
+#elif defined(__AVX512BW__)
+    __m512i pairs = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(codes), _mm512_set1_epi32(weights));
+    return sum + reinterpret_cast<Ints>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+    return reinterpret_cast<Ints>(_mm256_dpbusd_avx_epi32(
+        reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(codes), _mm256_set1_epi32(weights)));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes), _mm256_set1_epi32(weights));
+    return sum + reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return reinterpret_cast<Ints>(vdotq_s32(reinterpret_cast<int32x4_t>(sum), reinterpret_cast<int8x16_t>(codes),
+                                            vreinterpretq_s8_s32(vdupq_n_s32(weights))));
+#else
+    for (int m = 0; m < 4; m++)
+        sum += ((codes >> (8 * m)) & 15) * static_cast<int32_t>(static_cast<int8_t>(weights >> (8 * m)));
+    return sum;
+#endif
+}
+
+// n elements to float32, in their order.
+inline void widen(const float* in, int64_t n, float* out) { std::copy_n(in, n, out); }
+inline void widen(const BFloat16* in, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits = static_cast<uint32_t>(in[i].bits) << 16;
+        memcpy(out + i, &bits, sizeof bits);
+    }
+}
+inline void widen(const Float16* in, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i += W) {
+        Float16 padded[W] = {};
+        memcpy(padded, in + i, std::min<int64_t>(W, n - i) * sizeof(Float16));
+        float wide[W];
+        store(wide, load(padded));
+        std::copy_n(wide, std::min<int64_t>(W, n - i), out + i);
+    }
+}
+
+// Query weights of one group of positions as signed bytes.  With w = query * step of a component, a logit is
+//     sum of query * lo  +  sum of w * code.
+// w is rounded to unit * n, |n| <= 127.  What that loses of w times the middle of the codes is added to the first sum:
+// at most LEVELS / 2 * sum |w - unit * n| <= LEVELS / 4 * r * unit is lost of a logit, unit = max |w| / 127.
+struct ByteWeights {
+    float base, unit;
+};
+
+// query, low, step: r values and zeros behind them, up to whole vectors; `out` has room for as many n.
+inline ByteWeights byte_weights(const float* query, const float* low, const float* step, int64_t padded_r,
+                                int8_t* out) {
+    Floats sum = {}, largest = {};
+    for (int64_t c = 0; c < padded_r; c += W) {
+        Floats q = load(query + c);
+        sum += q * load(low + c);
+        largest = max(absolute(q * load(step + c)), largest);
+    }
+    float most = horizontal_max(largest), inverse = most > 0 ? 127 / most : 0, unit = most / 127;
+    Floats lost = {};
+    for (int64_t c = 0; c < padded_r; c += W) {
+        typedef int8_t Bytes __attribute__((vector_size(W)));
+        Floats w = load(query + c) * load(step + c), n = (w * inverse + ROUNDER) - ROUNDER;
+        lost += w - n * unit;
+        Bytes bytes = __builtin_convertvector(__builtin_convertvector(n, Ints), Bytes);
+        memcpy(out + c, &bytes, sizeof bytes);
+    }
+    return {horizontal_sum(sum) + LEVELS * 0.5f * horizontal_sum(lost), unit};
+}
+
+// x[g][j] = the logit of position j of a group of positions, for G queries whose bytes are weights[g][quads][4].
+template <int G>
+inline void coded_logits(const uint8_t* quads, int64_t count, const int8_t* const* weights, const ByteWeights* of,
+                         float* const* x) {
+    constexpr int V = W == 8 ? 2 : 4;  // vectors of sums for each query: what the registers hold
+    for (int64_t at = 0; at < RUN; at += V * W)
+        for (int high = 0; high < 2; high++) {
+            Ints sums[G][V] = {};
+            for (int64_t q = 0; q < count; q++) {
+                int32_t four[G];
+                for (int g = 0; g < G; g++) memcpy(four + g, weights[g] + 4 * q, 4);
+                for (int v = 0; v < V; v++) {
+                    Bits codes;
+                    memcpy(&codes, quads + 4 * (q * RUN + at + v * W), sizeof codes);
+                    Ints nibbles = reinterpret_cast<Ints>((high ? codes >> 4 : codes) & 0x0f0f0f0fu);
+                    for (int g = 0; g < G; g++) sums[g][v] = add_products(sums[g][v], nibbles, four[g]);
+                }
+            }
+            for (int g = 0; g < G; g++)
+                for (int v = 0; v < V; v++)
+                    store(x[g] + high * RUN + at + v * W,
+                          of[g].base + of[g].unit * __builtin_convertvector(sums[g][v], Floats));
+        }
+}
+
+typedef uint8_t Sixteen __attribute__((vector_size(16)));
+
+// 16 rows of 16 bytes become 16 columns.
+SPARQ_INLINE void transpose_bytes(const uint8_t* in, int64_t in_stride, uint8_t* out, int64_t out_stride) {
+    Sixteen rows[16], mixed[16];
+    SPARQ_UNROLL for (int i = 0; i < 16; i++) memcpy(rows + i, in + i * in_stride, 16);
+    SPARQ_UNROLL for (int round = 0; round < 4; round++) {
+        SPARQ_UNROLL for (int i = 0; i < 8; i++) {
+            mixed[2 * i] = SPARQ_INTERLEAVE_LOW(rows[i], rows[i + 8]);
+            mixed[2 * i + 1] = SPARQ_INTERLEAVE_HIGH(rows[i], rows[i + 8]);
+        }
+        SPARQ_UNROLL for (int i = 0; i < 16; i++) rows[i] = mixed[i];
+    }
+    SPARQ_UNROLL for (int i = 0; i < 16; i++) memcpy(out + i * out_stride, rows + i, 16);
+}
+
+// One group of positions of one KV head: GROUP rows of K, `stride` elements apart.
+// codes: [d] runs RUN_STRIDE bytes apart.  ranges: [d, 2].
+template <class T>
+void encode_group(const T* key, int64_t stride, int64_t dim, uint8_t* codes, T* ranges) {
+    constexpr int64_t PART = 64;  // components at a time
+    alignas(64) float wide[GROUP][PART];
+    alignas(64) uint8_t packed[RUN][PART];
+    for (int64_t begin = 0; begin < dim; begin += PART) {
+        int64_t count = std::min(PART, dim - begin);
+        Floats low[PART / W], high[PART / W];
+        for (int v = 0; v < PART / W; v++) low[v] = splat(INFINITE), high[v] = splat(-INFINITE);
+        for (int64_t s = 0; s < GROUP; s++) {
+            const T* row = key + s * stride + begin;
+            for (int64_t i = 0; i < PART; i += PAIR) {
+                Floats x = {}, y = {};
+                if (i + PAIR <= count) load_pair(row + i, x, y);
+                else if (i < count) load_pair_part(row + i, count - i, x, y);
+                store_pair<T>(&wide[s][i], x, y);
+            }
+            for (int v = 0; v < PART / W; v++) {
+                Floats x = load(&wide[s][v * W]);
+                Ints finite = absolute(x) < INFINITE;  // false for NaN
+                Floats least = finite ? x : splat(INFINITE), most = finite ? x : splat(-INFINITE);
+                low[v] = least < low[v] ? least : low[v];
+                high[v] = most > high[v] ? most : high[v];
+            }
+        }
+        float lo[PART], inverse[PART];
+        for (int64_t i = 0; i < count; i++) {
+            float least = low[i / W][i % W], most = high[i / W][i % W];
+            bool any = least <= most;
+            T* range = ranges + 2 * (begin + i);
+            narrow(any ? least : 0.f, range);
+            narrow(any ? (most - least) / LEVELS : 0.f, range + 1);
+            float step;
+            widen(range, 1, lo + i);
+            widen(range + 1, 1, &step);
+            inverse[i] = step > 0 ? 1 / step : 0;
+        }
+        for (int64_t i = count; i < PART; i++) lo[i] = inverse[i] = 0;
+        for (int64_t j = 0; j < RUN; j++)
+            for (int64_t i = 0; i < PART; i += W) {
+                Ints code[2];
+                for (int h = 0; h < 2; h++) {
+                    Floats n = (load(&wide[j + h * RUN][i]) - load(lo + i)) * load(inverse + i);
+                    n = n > 0.f ? n : Floats{};  // NaN too
+                    n = n < float(LEVELS) ? n : splat(LEVELS);
+                    code[h] = __builtin_convertvector((n + ROUNDER) - ROUNDER, Ints);
+                }
+                typedef uint8_t Narrow __attribute__((vector_size(W)));
+                Narrow both = __builtin_convertvector(code[0] | (code[1] << 4), Narrow);
+                memcpy(&packed[j][i], &both, sizeof both);
+            }
+        for (int64_t i = 0; i < count; i += 16) {
+            if (i + 16 <= count) {
+                for (int64_t j = 0; j < RUN; j += 16)
+                    transpose_bytes(&packed[j][i], PART, codes + (begin + i) * RUN_STRIDE + j, RUN_STRIDE);
+            } else {
+                for (int64_t c = i; c < count; c++)
+                    for (int64_t j = 0; j < RUN; j++) codes[(begin + c) * RUN_STRIDE + j] = packed[j][c];
+            }
+        }
+    }
+}
+
+}  // namespace sparq
