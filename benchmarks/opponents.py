@@ -265,7 +265,7 @@ def teacher_forced(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 def wrong_operator(model: PreTrainedModel, context: int, batch: int, config: sparq.SparqConfig) -> str | None:
     """How the operator differs from the reference in float64 on a cache of this shape, or None."""
     heads, dtype, device = Heads.of(model.config), model.dtype, model.device
-    r, k = config.components(heads.head_dim), config.min_k
+    r, k = config.components(heads.head_dim), config.base_k
     shape = Shape(batch, heads.query, heads.kv, heads.head_dim, context, r, k)
     generator = torch.Generator(device).manual_seed(3)
 

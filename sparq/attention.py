@@ -165,6 +165,7 @@ class _Ready(NamedTuple):
 
     plan: Plan
     components: Tensor
+    ranges: Tensor | None  # of the components' codes
     value_sum: Tensor
     mean_is_stale: Tensor | None  # whether the sum is of other positions, which the device alone knows
 
@@ -214,11 +215,11 @@ def _decode(call: Call, ready: _Ready) -> Tensor:
         key, value = (x[:, :, : x.shape[2] - call.later] for x in (key, value))
     _, kv_heads, _, head_dim = key.shape
     r = step.components(head_dim)
-    output, alpha, _, lse = sparq_kernels.decode(
+    output, alpha, _, lse, read = sparq_kernels.decode(
         call.query,
-        sparq_kernels.Cached(key, ready.components, value, ready.value_sum),
+        sparq_kernels.Cached(key, ready.components, value, ready.value_sum, ready.ranges),
         sparq_kernels.Visible(plan.length, plan.start, plan.mask, plan.row_counts),
-        sparq_kernels.Budget(r, config.min_k, config.k_divisor, config.local),
+        config.budget(r),
         scale=call.kwargs["scaling"],
         # Under SDPA the model's dense steps know no cap: older versions of transformers allow that, newer refuse it.
         softcap=call.kwargs.get("softcap") if call.base == "eager" else None,
@@ -226,9 +227,11 @@ def _decode(call: Call, ready: _Ready) -> Tensor:
     )
     if call.kwargs.get("s_aux") is not None:  # attention sinks, [Hq]
         output = sinks.attenuate(output, alpha, lse, call.kwargs["s_aux"])
-    counts = step.counts(plan, kv_heads * key.element_size(), r, head_dim, alpha.numel())
-    made = SparseStep(call.layer_idx, key.dtype, alpha, counts, ready.mean_is_stale, plan.ignored_bias)
-    step.sparse.append(made)
+    itemsize = key.element_size()
+    counts = step.counts(plan, config.index, kv_heads, itemsize, r, head_dim, alpha.numel())
+    read_bytes = 2 * head_dim * itemsize
+    doubts = ready.mean_is_stale, plan.ignored_bias
+    step.sparse.append(SparseStep(call.layer_idx, key.dtype, alpha, counts, read, read_bytes, *doubts))
     return output
 
 

@@ -38,6 +38,7 @@ class SparqLayer(DynamicLayer):
     _values_ahead: int  # what the values hold more; 0 but between two assignments from outside
 
     def __init__(self, **kwargs: Any) -> None:
+        self._index = Index()
         self._drop_storage()
         super().__init__(**kwargs)
 
@@ -86,8 +87,14 @@ class SparqLayer(DynamicLayer):
         self._key_storage = self._value_storage = None
         self._owned = False  # an adopted tensor may be in use elsewhere: it is read, never written
         self._length = self._values_ahead = 0
-        self._index = Index()
+        self._index = Index(kind=self._index.kind)
         self._drop_index()
+
+    def use_index(self, kind: str) -> None:
+        """Keep an index of that kind from now on (`index.KINDS`); another one is dropped."""
+        if self._index.kind != kind:
+            self._index = Index(self._length, kind)
+            self._drop_index()
 
     def _drop_index(self) -> None:
         self._index.drop(self._length)
@@ -221,7 +228,7 @@ class SparqLayer(DynamicLayer):
             if held is not None:
                 # a view would take all of its storage along
                 state[name] = held.clone(memory_format=torch.contiguous_format)
-        return state | dict(_index=Index(self._length), _owned=True, _versions=None, _given=None)
+        return state | dict(_index=Index(self._length, self._index.kind), _owned=True, _versions=None, _given=None)
 
     @property
     def allocated_bytes(self) -> int:
@@ -311,8 +318,9 @@ def refuse_quantized(cache: Cache) -> None:
             )
 
 
-def upgrade(cache: Cache) -> None:
-    """Make the plain dynamic and static layers of `cache` SparQ layers, in place; all other layers stay as they are.
+def upgrade(cache: Cache, index: str = "full") -> None:
+    """Make the plain dynamic and static layers of `cache` SparQ layers, in place, that keep an index of that kind
+    (`index.KINDS`); all other layers stay as they are.
 
     So does an offloaded cache: all of it is moved to the device and back with each token, however little is read there,
     and storage with room to grow and an index would be more to move.
@@ -321,9 +329,11 @@ def upgrade(cache: Cache) -> None:
         return
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[i] = SparqLayer.adopt(layer)
+            cache.layers[i] = layer = SparqLayer.adopt(layer)
         elif type(layer) is StaticLayer:
-            cache.layers[i] = SparqStaticLayer.adopt(layer)
+            cache.layers[i] = layer = SparqStaticLayer.adopt(layer, index)
+        if isinstance(layer, (SparqLayer, SparqStaticLayer)):
+            layer.use_index(index)
 
 
 def begin_pass(cache: Cache, layers: int) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from sparq_kernels import Budget
+
+INDEXES = ("full", "int4")
 MIN_COMPONENTS = 8
 MIN_POSITIONS = 128
 
@@ -14,12 +17,21 @@ class SparqConfig:
     """How much of the cache a decode step reads (symbols as in SparQ Attention, arXiv 2312.04985, section 4).
 
     Args:
-        r: components of the query used to score positions, 1..head_dim. None: head_dim / ratio, at least 8.
+        r: components of the query used to score positions, 1..head_dim. None: head_dim / ratio, at least 8; with a
+            four-bit index four times as many, at no more bytes.
         k: positions attended in full, the local window and the current token included, at least 1. None: the number of
-            valid cached positions of each batch row / (2 * ratio), at least 128, growing with the context.
+            valid cached positions of each batch row / (2 * ratio), at least 128, growing with the context. With `mass`
+            this is the most.
         ratio: the compression wanted of the bytes read, 1, 1.5, 2, ...; fills in `r` and `k` where they are None. Half
             steps only: k is then the same integer division on every device.
-        local: the most recent positions, the current one included, that are always among the k. None: k / 4.
+        local: the most recent positions, the current one included, that are always among the k. None: k / 4; with
+            `mass` a quarter of `k_min`.
+        index: what positions are found by. "full": the components of K themselves, in a second copy, as in the paper.
+            "int4": the components in codes of four bits, an eighth of K's and V's bytes in all.
+        mass: 0 < mass < 1, to let each query and KV head stop where the positions it attends, the best first, have that
+            share of the approximate scores: few where attention is sharp, many where it is not. None: all k, as in the
+            paper.
+        k_min: the least that a query attends where `mass` decides, at most k. Ignored without `mass`.
         mean_value: where the mean value stands in for the positions that were not attended (step 5). True: in every
             query head, as in the paper. False: in none. A number, 0..1: in those whose positions have at least that
             share of the approximate score mass; heads that look everywhere are better off without it.
@@ -36,6 +48,9 @@ class SparqConfig:
     k: int | None = None
     ratio: float = 8
     local: int | None = None
+    index: str = "full"
+    mass: float | None = None
+    k_min: int = 64
     mean_value: bool | float = 0.5
     dense_layers: int = 0
     min_length: int | None = None
@@ -45,6 +60,7 @@ class SparqConfig:
             ("r", 1, True),
             ("k", 1, True),
             ("local", 0, True),
+            ("k_min", 1, False),
             ("dense_layers", 0, False),
             ("min_length", 0, True),
         ):
@@ -59,14 +75,26 @@ class SparqConfig:
             raise TypeError(f"mean_value must be True, False or a float of 0 to 1, got {self.mean_value!r}")
         if not 0 <= self.mean_value <= 1:
             raise ValueError(f"mean_value must be True, False or a float of 0 to 1, got {self.mean_value!r}")
-        if self.local is not None and self.local > self.min_k:
+        if self.index not in INDEXES:
+            raise ValueError(f"index must be one of {', '.join(map(repr, INDEXES))}, got {self.index!r}")
+        if self.mass is not None:
+            if isinstance(self.mass, bool) or not isinstance(self.mass, float):
+                raise TypeError(f"mass must be a float between 0 and 1, or None, got {self.mass!r}")
+            if not 0 < self.mass < 1:
+                raise ValueError(f"mass must lie between 0 and 1, or be None, got {self.mass!r}")
+            if self.k_min > self.base_k:
+                raise ValueError(
+                    f"k_min must not be larger than k, got k_min={self.k_min} and k={self.base_k}"
+                    + (" (the least that k=None gives)" if self.k is None else "")
+                )
+        if self.local is not None and self.local > self.base_k:
             raise ValueError(
                 f"local must not be larger than k, which counts the local window: got local={self.local} and "
-                f"k={self.min_k}" + (" (the least that k=None gives)" if self.k is None else "")
+                f"k={self.base_k}" + (" (the least that k=None gives)" if self.k is None else "")
             )
 
     @property
-    def min_k(self) -> int:
+    def base_k(self) -> int:
         """Positions attended in full at the least (exactly, where k was given)."""
         return MIN_POSITIONS if self.k is None else self.k
 
@@ -82,7 +110,8 @@ class SparqConfig:
             ValueError: where r was given and is larger than head_dim.
         """
         if self.r is None:
-            return min(head_dim, max(MIN_COMPONENTS, int(head_dim / self.ratio)))
+            times = 4 if self.index == "int4" else 1
+            return min(head_dim, times * max(MIN_COMPONENTS, int(head_dim / self.ratio)))
         if self.r > head_dim:
             raise ValueError(f"r must not be larger than the model's head_dim={head_dim}, got r={self.r}")
         return self.r
@@ -90,7 +119,18 @@ class SparqConfig:
     def positions(self, valid: int) -> int:
         """k for a batch row of `valid` cached positions (never more than these)."""
         grown = 0 if self.k_divisor is None else valid // self.k_divisor
-        return min(valid, max(self.min_k, grown))
+        return min(valid, max(self.base_k, grown))
+
+    def least(self, valid: int) -> int:
+        """The fewest of them that a query attends."""
+        return self.positions(valid) if self.mass is None else min(valid, max(self.k_min, self.local or 0))
+
+    def budget(self, r: int) -> Budget:
+        """What the operator is told, with so many components."""
+        local = self.local
+        if local is None and self.mass is not None:
+            local = self.k_min // 4
+        return Budget(r, self.base_k, self.k_divisor, local, self.mass, 1 if self.mass is None else self.k_min)
 
 
 def _check_int(name: str, value: object, least: int, optional: bool) -> None:

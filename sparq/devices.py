@@ -38,5 +38,5 @@ def count_once(mask: Tensor, length: Tensor, queries: int, config: SparqConfig) 
     no kernel of its own."""
     if not _counts_apart(mask.device.type):
         return None
-    budget = sparq_kernels.Budget(0, config.min_k, config.k_divisor, config.local)  # counting reads no components
-    return sparq_kernels.count_valid(sparq_kernels.Visible(length, mask=mask), budget, queries=queries)
+    visible, budget = sparq_kernels.Visible(length, mask=mask), config.budget(r=0)  # counting reads no components
+    return sparq_kernels.count_valid(visible, budget, queries=queries)

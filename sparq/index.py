@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import sparq_kernels
 import torch
-from sparq_kernels import BLOCK, layout
+from sparq_kernels import BLOCK, GROUP, layout
 from torch import Tensor
 
 from sparq.contents import outside_inference_mode
@@ -17,7 +17,8 @@ from sparq.devices import can_read
 class Indexed(NamedTuple):
     """What a sparse step is given."""
 
-    components: Tensor  # [B, Hkv, blocks, d, BLOCK]
+    components: Tensor  # [B, Hkv, blocks, d, BLOCK], or codes of them
+    ranges: Tensor | None  # of the codes
     value_sum: Tensor  # [B, Hkv, d] float32, over the valid positions
     mean_is_stale: Tensor | None  # bool [], whether that sum is of other positions; None: it surely is not
 
@@ -25,13 +26,20 @@ class Indexed(NamedTuple):
 class Components:
     """K a second time, by components (`layout.py` of sparq_kernels): by them the positions to read are chosen.
 
-    Another index of K goes here: a class with these methods in place of this one, and another call of the kernel. Codes
-    for groups of positions, with a step for each group and channel, would be two tensors: `write` and `append` encode
-    each group that has become full, and the kernel reads the rest from K. Paged storage would be a pool and a table.
+    Another index of K goes here: a class with these methods in place of this one, named in `KINDS`, and another call of
+    the kernel. Paged storage would be a pool and a table.
     """
+
+    ranges: Tensor | None = None
 
     def __init__(self) -> None:
         self.blocks: Tensor | None = None  # [B, Hkv, capacity / BLOCK, d, BLOCK]
+
+    @staticmethod
+    def bytes_read(valid: Any, tail: Any, r: int, itemsize: int) -> Any:
+        """Of one KV head, by queries that see `valid` positions together, `tail` of these behind the last whole group;
+        numbers, or int64 []."""
+        return valid * (r * itemsize)
 
     @property
     def capacity(self) -> int:
@@ -52,10 +60,10 @@ class Components:
             self.blocks[:, :, :kept] = old[:, :, :kept]
         return self.blocks
 
-    def write(self, keys: Tensor, position: int) -> None:
-        """Take in keys [B, Hkv, n, d] from `position` on."""
+    def write(self, keys: Tensor, begin: int, end: int) -> None:
+        """Take in the positions [begin, end) of the layer's keys [B, Hkv, S, d]; all before them are there."""
         assert self.blocks is not None
-        layout.write_components(self.blocks, keys, position)
+        layout.write_components(self.blocks, keys[:, :, begin:end], begin)
 
     def append(
         self, held: tuple[Tensor, Tensor], value_sum: Tensor | None, *new: Tensor, position: int | Tensor
@@ -64,14 +72,60 @@ class Components:
         assert self.blocks is not None
         key, value = held
         new_key, new_value = new
-        sparq_kernels.append(sparq_kernels.Cached(key, self.blocks, value, value_sum), new_key, new_value, position)
+        cached = sparq_kernels.Cached(key, self.blocks, value, value_sum, self.ranges)
+        sparq_kernels.append(cached, new_key, new_value, position)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> None:
         self.blocks = None if self.blocks is None else f(self.blocks)
 
+    def drop(self) -> None:
+        self.blocks = None
+
+
+class Codes(Components):
+    """The same in codes of four bits, of whole groups of positions; the kernel reads the rest from K."""
+
+    def __init__(self) -> None:
+        self.blocks: Tensor | None = None  # uint8 [B, Hkv, capacity / BLOCK, d, BLOCK / 2]
+        self.ranges: Tensor | None = None  # [B, Hkv, groups, d, 2]
+
+    @staticmethod
+    def bytes_read(valid: Any, tail: Any, r: int, itemsize: int) -> Any:
+        per_group = GROUP // 2 + 2 * itemsize  # of one component
+        return (valid - tail) * (r * per_group) // GROUP + tail * (r * itemsize)
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + (0 if self.ranges is None else self.ranges.nbytes)
+
+    def allocate(self, keys: Tensor, used: int = 0) -> Tensor:
+        old, ranges, (batch, heads, capacity, head_dim) = self.blocks, self.ranges, keys.shape
+        with outside_inference_mode():
+            shape = batch, heads, capacity, head_dim
+            self.blocks, self.ranges = layout.allocate_codes(*shape, keys.dtype, keys.device)
+        if old is not None and ranges is not None:
+            kept = layout.num_blocks(used)
+            groups = kept * (BLOCK // GROUP)
+            self.blocks[:, :, :kept], self.ranges[:, :, :groups] = old[:, :, :kept], ranges[:, :, :groups]
+        return self.blocks
+
+    def write(self, keys: Tensor, begin: int, end: int) -> None:
+        assert self.blocks is not None and self.ranges is not None
+        sparq_kernels.encode(sparq_kernels.Cached(keys, self.blocks, keys, None, self.ranges), begin, end)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> None:
+        super().map(f)
+        self.ranges = None if self.ranges is None else f(self.ranges)
+
+    def drop(self) -> None:
+        self.blocks = self.ranges = None
+
+
+KINDS: dict[str, type[Components]] = {"full": Components, "int4": Codes}
+
 
 class Index:
-    """The component copy of K, and the sum of V over the valid positions, of a layer whose length Python knows.
+    """What is kept of K by components, and the sum of V over the valid positions, of a layer whose length Python knows.
 
     The layer keeps K and V, and gives its storage [B, Hkv, capacity, d] to what reads or writes it here. It tells what
     becomes of its tokens, and asks for the index when a sparse step needs it (`extend`): until then nothing is read.
@@ -81,9 +135,10 @@ class Index:
     must not change after the step (of one or many tokens) that wrote it, and the device notes where it has.
     """
 
-    def __init__(self, positions: int = 0) -> None:
-        """positions: that the layer holds already."""
-        self.components = Components()
+    def __init__(self, positions: int = 0, kind: str = "full") -> None:
+        """positions: that the layer holds already.  kind: of KINDS."""
+        self.kind = kind
+        self.components = KINDS[kind]()
         self.remade = 0  # times that it was made anew, because others had changed what it was of
         self._was_there = False
         self.value_sum: Tensor | None = None  # [B, Hkv, d] float32
@@ -96,7 +151,8 @@ class Index:
 
     def drop(self, positions: int) -> None:
         """What it was of is no more; it is to be made anew of the `positions` that the layer holds."""
-        self.components.blocks = self.value_sum = self.start = self.mask = self.stale = None
+        self.components.drop()
+        self.value_sum = self.start = self.mask = self.stale = None
         self.unindexed = self.unsummed = positions
 
     def grow(self, positions: int) -> None:
@@ -127,7 +183,7 @@ class Index:
         """
         # Most steps on a CPU end here.
         if start is self.start and mask is self.mask and self.stale is None and self.can_append(0):
-            return Indexed(self.components.blocks, self.value_sum, None)  # type: ignore[arg-type]
+            return self._indexed(None)
         with torch.no_grad():  # not as a decorator: Dynamo cannot look through one on a layer made inside a graph
             mean_is_stale = self._extend_sum(values, length, start, mask)
             rows = keys.shape[2] if isinstance(length, Tensor) else length  # as far as Python knows
@@ -138,11 +194,13 @@ class Index:
                 self._was_there = True
                 self.components.allocate(keys, rows - self.unindexed)
             if self.unindexed:
-                begin = rows - self.unindexed
-                self.components.write(keys[:, :, begin:rows], begin)
+                self.components.write(keys, rows - self.unindexed, rows)
                 self.unindexed = 0
-            assert self.components.blocks is not None and self.value_sum is not None
-            return Indexed(self.components.blocks, self.value_sum, mean_is_stale)
+            return self._indexed(mean_is_stale)
+
+    def _indexed(self, mean_is_stale: Tensor | None) -> Indexed:
+        assert self.components.blocks is not None and self.value_sum is not None
+        return Indexed(self.components.blocks, self.components.ranges, self.value_sum, mean_is_stale)
 
     def _extend_sum(self, values: Tensor, length: Any, start: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """Bring the sum up to the length; returns `mean_is_stale`."""
@@ -210,13 +268,15 @@ class FixedIndex(Index):
         """Make it, of nothing, for keys [B, Hkv, capacity, d]."""
         batch, heads, capacity, head_dim = keys.shape
         blocks = self.components.allocate(keys).zero_()
+        ranges = self.components.ranges
         with outside_inference_mode():
             self.value_sum = torch.zeros((batch, heads, head_dim), dtype=torch.float32, device=keys.device)
             self.mask = torch.zeros((batch, capacity), dtype=torch.bool, device=keys.device)
         self.unindexed = self.unsummed = 0
         if not torch.compiler.is_compiling():  # as StaticLayer does with K and V
-            for tensor in (blocks, self.value_sum, self.mask):
-                torch._dynamo.mark_static_address(tensor)
+            for tensor in (blocks, ranges, self.value_sum, self.mask):
+                if tensor is not None:
+                    torch._dynamo.mark_static_address(tensor)
 
     def drop(self, positions: int) -> None:
         self.unindexed = self.unsummed = positions

@@ -67,7 +67,7 @@ class Sparq(Method):
     ) -> tuple[Cache | None, tuple, dict[str, Any]]:
         if cache is not None:
             refuse_quantized(cache)
-            upgrade(cache)
+            upgrade(cache, self.config.index)
             begin_pass(cache, layers)
         return cache, args, kwargs
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sparq_kernels import GROUP
 from torch import Tensor
 
 from sparq import reasons
 from sparq.config import SparqConfig
 from sparq.devices import can_read, count_once
+from sparq.index import KINDS
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -27,27 +29,28 @@ class Plan:
     mask: Tensor | None  # [B, S] bool; None: no invalid positions but those before start
     row_counts: Tensor | None  # of the mask, int32 [B, Q, 2]; None: whoever needs them has to count
     valid: int | Tensor  # positions that a query sees, summed over queries and the batch
-    read: int | Tensor  # positions read in full, summed likewise
+    tail: int | Tensor  # of these behind the last whole group of `GROUP` positions, which a coded index leaves to K
     valid_once: int | Tensor  # valid positions, summed over the batch: dense attention reads them once for all queries
     queries: int
     ignored_bias: Tensor | None = None  # [] bool, whether the mask had a bias or was not causal; None: surely neither
     dense_reason: str | None = None  # why the step must be dense, if it must
 
     def counts(
-        self, per_position: int, r: int, head_dim: int, alphas: int, *, by_token: bool = False
+        self, index: str, kv_heads: int, itemsize: int, r: int, head_dim: int, alphas: int, *, by_token: bool = False
     ) -> tuple[int, ...] | Tensor:
-        """What a `SparseStep` adds: numbers, or int64 [6]; per_position: bytes of one component in all KV heads.
+        """What a `SparseStep` adds: numbers, or int64 [6]; without the positions read in full, which it knows.
 
+        index: its kind.  itemsize: bytes of an element of K.
         by_token: count each query as a step, of which dense attention would have read everything again.
         """
         steps, once = (self.queries, self.valid) if by_token else (1, self.valid_once)
-        new = 4 * self.length.shape[0] * self.queries * head_dim
-        bytes_read = per_position * (self.valid * r + self.read * (2 * head_dim) + new)
-        bytes_dense = once * (per_position * 2 * head_dim)
+        new = 4 * self.length.shape[0] * self.queries * head_dim * itemsize
+        bytes_read = kv_heads * (KINDS[index].bytes_read(self.valid, self.tail, r, itemsize) + new)
+        bytes_dense = once * (kv_heads * itemsize * 2 * head_dim)
         if not isinstance(self.valid, Tensor):
-            return steps, self.valid, self.read, bytes_read, bytes_dense, alphas  # type: ignore[return-value]
+            return steps, self.valid, 0, bytes_read, bytes_dense, alphas  # type: ignore[return-value]
         one = torch.ones_like(self.valid)
-        numbers: Any = (one * steps if by_token else one, self.valid, self.read, bytes_read, bytes_dense, one * alphas)
+        numbers: Any = (one * steps if by_token else one, self.valid, 0 * one, bytes_read, bytes_dense, one * alphas)
         return torch.stack(numbers)
 
 
@@ -101,12 +104,12 @@ def _host_plan(
 ) -> Plan:
     """`counts`: for each row, how many positions its queries see, the last query's first."""
     seen = [count for row in counts for count in row]
-    read = [config.positions(count) for count in seen]
+    tail = sum(min(count, (length - newer) % GROUP) for row in counts for newer, count in enumerate(row))
     lengths = _lengths(length, keys)
     rows = None if mask is None else count_once(mask, lengths, len(counts[0]), config)
     once = sum(row[0] for row in counts)
-    reason = reasons.COVERED if read == seen else None
-    return Plan(lengths, start, mask, rows, sum(seen), sum(read), once, len(counts[0]), dense_reason=reason)
+    reason = reasons.COVERED if all(config.least(count) == count for count in seen) else None
+    return Plan(lengths, start, mask, rows, sum(seen), tail, once, len(counts[0]), dense_reason=reason)
 
 
 def _read_mask(
@@ -164,7 +167,7 @@ def _device_plan(
     before = torch.arange(capacity, device=device) < length - unseen[:, None]  # [queries, S]
     valid = before[-1].expand(batch, capacity)
     ignored_bias, reason = None, None
-    if config.positions(capacity) == capacity:
+    if config.least(capacity) == capacity:
         reason = reasons.COVERED
     elif attention_mask is not None:
         found = _rows_of(attention_mask, queries + later, capacity, device)
@@ -182,13 +185,11 @@ def _device_plan(
                 ignored_bias = torch.stack([doubt for _, doubt in doubts]).any()
             valid = valid & rows[:, -1]
     n = (valid[:, None] & before).sum(-1)  # [B, queries]
-    read = n.clamp(max=config.min_k)
-    if config.k_divisor is not None:
-        read = torch.minimum(n, (n // config.k_divisor).clamp(min=config.min_k))
+    tail = torch.minimum(n, (length - unseen).clamp(min=0) % GROUP).sum()
     lengths, once = length.expand(batch), n[:, -1].sum()
     mask = None if is_full and attention_mask is None else valid.contiguous()
     counts = None if mask is None else count_once(mask, lengths, queries, config)
-    return Plan(lengths, None, mask, counts, n.sum(), read.sum(), once, queries, ignored_bias, reason)
+    return Plan(lengths, None, mask, counts, n.sum(), tail, once, queries, ignored_bias, reason)
 
 
 def _causal(queries: int, length: int, device: torch.device) -> Tensor:

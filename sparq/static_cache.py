@@ -36,16 +36,17 @@ class SparqStaticLayer(StaticLayer):
     keys: Tensor  # [B, Hkv, max_cache_len, d]; None before initialisation, like `values`
     values: Tensor
 
-    def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
+    def __init__(self, max_cache_len: int, index: str = "full", **kwargs: Any) -> None:
+        """index: its kind, of `index.KINDS`."""
         super().__init__(max_cache_len, **kwargs)
-        self._index = FixedIndex(max_cache_len)
+        self._index = FixedIndex(max_cache_len, index)
         self.is_filled = False
         self._indexed: tuple[Tensor, Tensor, tuple[int, ...]] | None = None  # K, V and their versions
 
     @classmethod
-    def adopt(cls, layer: StaticLayer) -> SparqStaticLayer:
+    def adopt(cls, layer: StaticLayer, index: str = "full") -> SparqStaticLayer:
         """A SparQ layer in place of `layer`, which may hold tokens; it takes over the very tensors."""
-        new = cls(layer.max_cache_len)
+        new = cls(layer.max_cache_len, index)
         new.cumulative_length = layer.cumulative_length
         if layer.is_initialized:
             for name in TAKEN_OVER:
@@ -88,9 +89,20 @@ class SparqStaticLayer(StaticLayer):
         keys, values, seen = self._indexed
         if self.keys is not keys or self.values is not values or versions(keys, values) != seen:
             if (self.keys.shape, self.keys.dtype, self.keys.device) != (keys.shape, keys.dtype, keys.device):
-                self._index = FixedIndex()
+                self._index = FixedIndex(kind=self._index.kind)
                 self._allocate_index()
             self._drop_index()
+
+    def use_index(self, kind: str) -> None:
+        """Keep an index of that kind from now on (`index.KINDS`); another one is made anew, where nothing that was
+        captured in a graph finds it."""
+        if self._index.kind == kind:
+            return
+        self._index = FixedIndex(self.max_cache_len, kind)
+        if self.is_initialized:
+            self._allocate_index()
+            self._drop_index()
+            self._note_contents()
 
     def _drop_index(self) -> None:
         self._index.drop(self.keys.shape[2])

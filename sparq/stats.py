@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ class SparseStep(NamedTuple):
     dtype: torch.dtype  # of the layer's keys
     alpha: Tensor  # its score mass, of every row, head and query
     counts: tuple[int, ...] | Tensor  # of COUNTS; int64 [len(COUNTS)] where the device alone knows them
+    read: Tensor | None = (
+        None  # int32 [B, Hkv, Q], the positions read in full; None: `counts` has them, and their bytes
+    )
+    bytes_each: int = 0  # of such a position in one KV head
     mean_is_stale: Tensor | None = None  # the doubts, which the device alone knows: bool [], None where there is none
     ignored_bias: Tensor | None = None
 
@@ -37,7 +41,9 @@ class LayerStats:
 
     Positions and bytes are summed over batch rows and steps. Bytes are those of K and V, counted by the formula of the
     paper: dense 2·S·d, SparQ S·r + 2·k·d + 4·d elements per KV head. S is the number of valid positions in a sparse
-    step, of all cached ones in a dense step, which reads the padding too.
+    step, of all cached ones in a dense step, which reads the padding too; k is what the operator says that it has read,
+    on average over the KV heads. Of a four-bit index half a byte is read in place of an element, and two elements for
+    each group of positions.
     """
 
     sparse_steps: int = 0
@@ -114,6 +120,9 @@ class Stats:
         self.on_device: dict[int, DeviceStats] = {}  # counted on the device, besides
         # Of steps that Python has counted, by layers: each one's sum of α, left on its device, for which nobody waits.
         self.alphas: dict[tuple[int, ...], Tensor] = {}
+        # Likewise: the positions that each layer has read, summed over its KV heads, whose number and whose bytes for
+        # such a position stand beside the layers.
+        self.reads: dict[tuple[tuple[int, ...], int, int], Tensor] = {}
         self.sparse_on: set[tuple[torch.device, torch.dtype]] = set()  # where and in what sparse steps were made
         self.cache_bytes = 0  # the most that one cache has held
         self.remade = 0  # indices made anew, because others had changed a layer
@@ -186,8 +195,10 @@ class Stats:
         layers = tuple([step.layer for step in steps])
         # detached: with its graph, every step of a model run without no_grad would stay alive
         sums = torch.stack([step.alpha.detach() for step in steps]).flatten(1).sum(1)
-        before = self.alphas.get(layers)
-        self.alphas[layers] = sums if before is None else before.to(sums.device) + sums  # the model may have moved
+        _add_to(self.alphas, layers, sums)
+        read = _sum_of_reads(steps)
+        if read is not None:
+            _add_to(self.reads, (layers, steps[0].read.shape[1], steps[0].bytes_each), read)  # type: ignore[union-attr]
 
     def _add_on_device(self, steps: list[SparseStep]) -> None:
         own = [self.on_device[step.layer] for step in steps]
@@ -195,6 +206,12 @@ class Stats:
         torch._foreach_add_([each.counts[: len(COUNTS)] for each in own], counts)
         sums = torch.stack([step.alpha.detach() for step in steps]).flatten(1).sum(1, dtype=own[0].alpha.dtype)
         torch._foreach_add_([each.alpha for each in own], list(sums.unbind()))
+        read = _sum_of_reads(steps)
+        if read is not None:
+            heads, bytes_each = steps[0].read.shape[1], steps[0].bytes_each  # type: ignore[union-attr]
+            for slot, added in (("positions_read", read // heads), ("bytes_read", read * bytes_each)):
+                at = SLOTS.index(slot)
+                torch._foreach_add_([each.counts[at] for each in own], list(added.unbind()))
         _add_doubts(own, [step.mean_is_stale for step in steps], SLOTS.index("other_sums"))
         _add_doubts(own, [step.ignored_bias for step in steps], SLOTS.index("ignored_biases"))
 
@@ -220,9 +237,24 @@ class Stats:
             for indices, sums in self.alphas.items():
                 for index, alpha_sum in zip(indices, sums.cpu(), strict=True):  # layers may lie on several devices
                     layers[index].add_alpha(alpha_sum)
+            for (indices, heads, bytes_each), sums in self.reads.items():
+                for index, read in zip(indices, sums.tolist(), strict=True):
+                    layers[index].positions_read += read // heads
+                    layers[index].bytes_read += read * bytes_each
             for index, device in self.on_device.items():
                 layers[index] = layers.get(index, LayerStats()).plus(device)
         return {index: layer for index, layer in sorted(layers.items()) if layer.decode_steps}
+
+
+def _add_to(sums: dict[Any, Tensor], key: Any, added: Tensor) -> None:
+    before = sums.get(key)
+    sums[key] = added if before is None else before.to(added.device) + added  # the model may have moved
+
+
+def _sum_of_reads(steps: list[SparseStep]) -> Tensor | None:
+    """int64 [steps]; None where the counts have them already."""
+    read = [step.read for step in steps if step.read is not None]
+    return torch.stack(read).flatten(1).sum(1) if read else None
 
 
 def _alike(steps: list[SparseStep]) -> list[list[SparseStep]]:
@@ -230,7 +262,10 @@ def _alike(steps: list[SparseStep]) -> list[list[SparseStep]]:
     if len(steps) < 2:
         return [[step] for step in steps]
     layers = [step.layer for step in steps]
-    kinds = [(step.alpha.shape, step.alpha.device) for step in steps]
+    kinds = [
+        (step.alpha.shape, step.alpha.device, None if step.read is None else step.read.shape, step.bytes_each)
+        for step in steps
+    ]
     if len(set(layers)) == len(layers) and kinds.count(kinds[0]) == len(kinds):
         return [steps]
     return [[step] for step in steps]

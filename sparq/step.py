@@ -37,7 +37,7 @@ class Step:
         self._plans: list[tuple[Tensor | None, tuple, Plan]] = []
         self._components: dict[int, int] = {}
         self._kernels: dict[tuple[str, torch.dtype], bool] = {}
-        self._counts: tuple[Plan, tuple[int, ...], tuple[int, ...] | Tensor] | None = None
+        self._counts: tuple[Plan, tuple[Any, ...], tuple[int, ...] | Tensor] | None = None
 
     def begin(self, query_length: int, key_length: int) -> None:
         """The first attention layer says how many tokens are new, and how many keys there are."""
@@ -90,7 +90,7 @@ class Step:
             self._plans.append((attention_mask, asked, found))
         return found
 
-    def counts(self, plan: Plan, *shape: int) -> tuple[int, ...] | Tensor:
+    def counts(self, plan: Plan, *shape: Any) -> tuple[int, ...] | Tensor:
         """`plan.counts(*shape)`, made once for all layers of a shape."""
         held = self._counts
         if held is None or held[0] is not plan or held[1] != shape:

@@ -151,7 +151,7 @@ def _check_layout(call: AppendArguments) -> None:
         raise ValueError(f"key must be [B, Hkv, capacity, d], got {list(key.shape)}")
     if key.dtype not in DTYPES:
         raise TypeError(f"key must be float32, bfloat16, float16 or float64, got {key.dtype}")
-    batch, heads, capacity, head_dim = key.shape
+    batch, heads, _, head_dim = key.shape
     shapes = {"value": key.shape, "new_key": (batch, heads, 1, head_dim), "new_value": (batch, heads, 1, head_dim)}
     for name, shape in shapes.items():
         if getattr(call, name).shape != shape:

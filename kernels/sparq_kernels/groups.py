@@ -56,9 +56,9 @@ class Budget(NamedTuple):
     k: positions attended in full, the local window included.  A query that sees n valid positions attends
         min(n, max(k, n // k_divisor)); without k_divisor min(n, k).
     local: newest valid positions that are always attended, at most k; None means a quarter of the query's budget.
-    mass: 0 < mass < 1, where the approximate scores say when to stop: a KV head attends, the local window first and then
-        from the highest score down, as few positions as hold this share of the scores' sum over the group; at least
-        k_min, the local window included, and at most what k and k_divisor say.  None: all that these say.
+    mass: 0 < mass < 1, where the approximate scores say when to stop: a KV head attends, the local window first and
+        then from the highest score down, as few positions as hold this share of the scores' sum over the group; at
+        least k_min, the local window included, and at most what k and k_divisor say.  None: all that these say.
     """
 
     r: int

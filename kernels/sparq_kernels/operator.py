@@ -22,8 +22,8 @@ MAX_PLANS = 4096  # a growing cache brings a new layout with every token
 class DecodeOutput(NamedTuple):
     """output: [B, Hq, Q, d] in the query's dtype.  alpha: [B, Hq, Q] float32, the approximate score mass that was
     attended.  positions: [B, Hkv, Q, k_max] int64, ascending, unused slots -1; None unless asked for.  lse: [B, Hq, Q]
-    float32, the logarithm of the summed exponentials of the attended positions' logits; -inf where there are none.  read:
-    [B, Hkv, Q] int32, how many positions were attended."""
+    float32, the logarithm of the summed exponentials of the attended positions' logits; -inf where there are none.
+    read: [B, Hkv, Q] int32, how many positions were attended."""
 
     output: Tensor
     alpha: Tensor

@@ -159,9 +159,8 @@ def indexed(cache: Cached, c: Tensor, length: Tensor) -> Tensor:
         return own
     coded = read_codes(blocks, ranges, groups)
     coded = coded.gather(2, c[..., None].expand(-1, -1, -1, coded.shape[3]))
-    is_coded = (
-        torch.arange(groups * GROUP, device=key.device) < (length // GROUP * GROUP)[:, None]
-    )  # [B, groups * GROUP]
+    whole = length // GROUP * GROUP
+    is_coded = torch.arange(groups * GROUP, device=key.device) < whole[:, None]  # [B, groups * GROUP]
     front = torch.where(is_coded[:, None, None], coded, own[..., : groups * GROUP].to(coded.dtype))
     return torch.cat([front, own[..., groups * GROUP :].to(coded.dtype)], -1)
 

@@ -342,8 +342,9 @@ def check_against_equations(case: Case, result: sparq_kernels.DecodeOutput, is_r
 
 
 def score_error(case: Case, head: Head, b: int, h: int, r: int) -> float:
-    """How much a logit of a coded key may be off where weights w = q * step are rounded to unit * n, |n| <= 127, and the
-    loss at the middle of the codes is made up for: sum of |w - unit * n| * 15 / 2, each half a unit, and rounding."""
+    """How much a logit of a coded key may be off where weights w = q * step are rounded to unit * n, |n| <= 127, and
+    the loss at the middle of the codes is made up for: sum of |w - unit * n| * 15 / 2, each half a unit, and rounding.
+    """
     assert case.key_ranges is not None
     c, largest = head.components(r), 0.0
     steps = case.key_ranges[b, h, : case.key.shape[2] // GROUP, :, 1].double()  # [groups, d]

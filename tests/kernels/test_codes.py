@@ -96,9 +96,9 @@ def test_wrong_calls_of_encode() -> None:
         sparq_kernels.encode(Cached(key, codes, key, None), 0, 300)
     with pytest.raises(TypeError, match="key_components must be codes"):
         sparq_kernels.encode(Cached(key, codes.float(), key, None, ranges), 0, 300)
-    with pytest.raises(ValueError, match="key_ranges must be"):
+    with pytest.raises(ValueError, match=r"key_ranges must be"):
         sparq_kernels.encode(Cached(key, codes, key, None, ranges[:, :1]), 0, 300)
-    with pytest.raises(TypeError, match="key_ranges must have key's dtype torch.float32, got torch.float16"):
+    with pytest.raises(TypeError, match=r"key_ranges must have key's dtype torch\.float32, got torch\.float16"):
         sparq_kernels.encode(Cached(key, codes, key, None, ranges.half()), 0, 300)
 
 

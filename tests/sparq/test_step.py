@@ -34,7 +34,7 @@ def test_a_mask_is_counted_once_for_all_layers(is_static: bool, monkeypatch: pyt
     decode = sparq_kernels.decode
 
     def count(mask: torch.Tensor, length: torch.Tensor, queries: int, config: sparq.SparqConfig) -> torch.Tensor:
-        budget = sparq_kernels.Budget(4, config.min_k, config.k_divisor, config.local)
+        budget = config.budget(4)
         counted.append(sparq_kernels.count_valid(sparq_kernels.Visible(length, mask=mask), budget, queries=queries))
         return counted[-1]
 
