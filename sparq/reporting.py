@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from html import escape
@@ -104,7 +105,7 @@ class Report:
 
     def _lines(self) -> list[str]:
         """What stands below the table."""
-        lines = [str(self.config)]
+        lines = textwrap.wrap(str(self.config), 100)
         if self.cache_bytes:
             lines.append(f"largest cache: {self.cache_bytes / 1e6:,.1f} MB (K, V, the component copy of K)")
         if self.total.mean_alpha is not None:

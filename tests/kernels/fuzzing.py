@@ -443,6 +443,7 @@ class Append:
             storage.value,
             storage.key_components,
             value_sum,
+            storage.key_ranges,
             *tokens,
             position,
             offset,  # type: ignore[arg-type]

@@ -239,5 +239,6 @@ def test_calls_from_two_threads_at_once() -> None:
 
 def test_reference_agrees_on_what_the_operator_returns() -> None:
     case: Case = make_case(r=4, k=20)
-    output, alpha, positions, lse = run_reference(case, scale=0.25, return_positions=False)
+    output, alpha, positions, lse, read = run_reference(case, scale=0.25, return_positions=False)
     assert output.shape == (1, 4, 1, 16) and alpha.shape == lse.shape == (1, 4, 1) and positions.shape == (1, 2, 1, 0)
+    assert read.tolist() == [[[20], [20]]] and read.dtype == torch.int32

@@ -20,7 +20,7 @@ def test_the_groups_are_the_fields_of_a_call() -> None:
     assert (call.query, *call.cached, *call.visible, *call.budget) == call[: -len(options)]
 
 
-@pytest.mark.parametrize("wrong", [(1, 2), (1, 2, 3, 4), None, 4, "Cached"], ids=str)
+@pytest.mark.parametrize("wrong", [(1, 2), (1, 2, 3), None, 4, "Cached"], ids=str)
 def test_what_is_no_group_is_named(wrong: Any) -> None:
     call = call_of(make_case())
     groups = {"cached": call.cached, "visible": call.visible, "budget": call.budget}

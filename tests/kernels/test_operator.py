@@ -43,9 +43,10 @@ def test_fake_shapes() -> None:
     with torch._subclasses.FakeTensorMode() as mode:
         call = call_of(make_case(2, cached=300, dtype=torch.bfloat16), k_divisor=3)
         call = call._make(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in call)
-        output, alpha, positions, lse = OP(*call)
+        output, alpha, positions, lse, read = OP(*call)
         assert output.shape == (2, 4, 1, 16) and output.dtype == torch.bfloat16
         assert alpha.shape == lse.shape == (2, 4, 1) and alpha.dtype == lse.dtype == torch.float32
+        assert read.shape == (2, 2, 1) and read.dtype == torch.int32
         assert positions.shape == (2, 2, 1, 100) and positions.dtype == torch.int64
         assert OP(*call._replace(return_positions=False))[2].shape == (2, 2, 1, 0)
 

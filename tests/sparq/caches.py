@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparq_kernels import read_components
+from sparq_kernels import BLOCK, GROUP, read_components
+from sparq_kernels.layout import find_codes, find_ranges
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
@@ -50,7 +51,31 @@ def same_report(one: sparq.Report, other: sparq.Report) -> None:
 # SparQ's layer and the one of transformers that it stands for
 GROWING = SparqLayer, DynamicLayer
 FIXED = SparqStaticLayer, StaticLayer
-on_either_layer = pytest.mark.parametrize("kind", [GROWING, FIXED], ids=["growing", "fixed"])
+
+
+class CodedLayer(SparqLayer):
+    """With a four-bit index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.use_index("int4")
+
+
+class CodedStaticLayer(SparqStaticLayer):
+    """Likewise."""
+
+    def __init__(self, max_cache_len: int) -> None:
+        super().__init__(max_cache_len, index="int4")
+
+
+CODED, FIXED_CODED = (CodedLayer, DynamicLayer), (CodedStaticLayer, StaticLayer)
+on_either_layer = pytest.mark.parametrize(
+    "kind", [GROWING, FIXED, CODED, FIXED_CODED], ids=["growing", "fixed", "growing coded", "fixed coded"]
+)
+
+
+def is_fixed(kind: tuple[type, type]) -> bool:
+    return kind[1] is StaticLayer
 
 
 def made(cls: type, size: int = ROOM):
@@ -108,9 +133,20 @@ def check(
     torch.testing.assert_close(layer.keys, plain.keys, **exactly)
     torch.testing.assert_close(layer.values, plain.values, **exactly)
 
-    components, value_sum, mean_is_stale = index(layer, start, mask)
+    components, ranges, value_sum, mean_is_stale = index(layer, start, mask)
     keys, values = plain.keys[:, :, :length], plain.values[:, :, :length]
-    torch.testing.assert_close(read_components(components, length), keys, **exactly)
+    if ranges is None:
+        torch.testing.assert_close(read_components(components, length), keys, **exactly)
+    else:  # of all whole groups, as if they had arrived at once
+        groups = length // GROUP
+        found = find_ranges(keys[:, :, : groups * GROUP])
+        assert torch.equal(ranges[:, :, :groups], found)
+        codes = find_codes(keys[:, :, : groups * GROUP], found)  # [B, H, groups, d, GROUP / 2]
+        per_block = BLOCK // GROUP
+        for group in range(groups):
+            begin = group % per_block * (GROUP // 2)
+            run = components[:, :, group // per_block, :, begin : begin + GROUP // 2]
+            assert torch.equal(run, codes[:, :, group])
     valid = valid_positions(keys.shape[0], length, start, mask)
     expected = values.double().where(valid[:, None, :, None], 0.0).sum(2)
     assert value_sum.dtype == torch.float32 and mean_is_stale is None
@@ -130,6 +166,6 @@ def held_by(layer) -> list[tuple[object, str]]:
     index = [(layer._index, name) for name in ("value_sum", "start", "mask")]
     return [
         (owner, name)
-        for owner, name in (*own, *index, (layer._index.components, "blocks"))
+        for owner, name in (*own, *index, (layer._index.components, "blocks"), (layer._index.components, "ranges"))
         if getattr(owner, name) is not None
     ]

@@ -21,7 +21,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from sparq.cache import CAPACITY_STEP, SparqLayer, room_to_grow, upgrade
 from sparq.static_cache import SparqStaticLayer
 from tests.sparq.caches import (
+    CODED,
     FIXED,
+    FIXED_CODED,
     GROWING,
     HEAD_DIM,
     HEADS,
@@ -30,6 +32,7 @@ from tests.sparq.caches import (
     filled,
     held_by,
     index,
+    is_fixed,
     made,
     on_either_cache,
     on_either_layer,
@@ -111,8 +114,14 @@ def write_through_assigned(layer: DynamicLayer) -> None:
 @pytest.mark.parametrize(
     ("kind", "operation"),
     [
-        *[pytest.param(GROWING, x, id=f"growing-{x}") for x in OPERATIONS | OPERATIONS_WHERE_STORAGE_GROWS],
-        *[pytest.param(FIXED, x, id=f"fixed-{x}") for x in OPERATIONS | OPERATIONS_WHERE_IT_IS_FIXED],
+        pytest.param(kind, operation, id=f"{name}-{operation}")
+        for (name, kind), others in (
+            (("growing", GROWING), OPERATIONS_WHERE_STORAGE_GROWS),
+            (("growing coded", CODED), OPERATIONS_WHERE_STORAGE_GROWS),
+            (("fixed", FIXED), OPERATIONS_WHERE_IT_IS_FIXED),
+            (("fixed coded", FIXED_CODED), OPERATIONS_WHERE_IT_IS_FIXED),
+        )
+        for operation in OPERATIONS | others
     ],
 )
 def test_operation(kind: tuple[type, type], operation: str, indexed: bool) -> None:
@@ -134,7 +143,7 @@ def test_operation(kind: tuple[type, type], operation: str, indexed: bool) -> No
         new = states(1, batch, seed=20 + seed)
         returned = layer.update(*new), plain.update(*new)
         assert torch.equal(returned[0][0], returned[1][0]) and torch.equal(returned[0][1], returned[1][1])
-        if kind is FIXED:  # a graph knows it by its address
+        if is_fixed(kind):  # a graph knows it by its address
             assert returned[0][0] is layer.keys and returned[0][1] is layer.values
         check(layer, plain, start)
 
@@ -293,7 +302,7 @@ def test_growth_is_by_doubling_at_first() -> None:
     for step in range(tokens):
         key = torch.full((1, 1, 1, 2), float(step))
         layer.update(key, key)
-        components, _, _ = layer.index()
+        components, *_ = layer.index()
         if not storages or layer.keys.data_ptr() != storages[-1][0].data_ptr():
             storages.append((layer.keys, step))  # kept, or the allocator gives the same address again
         if not indices or components.data_ptr() != indices[-1][0].data_ptr():
@@ -468,7 +477,7 @@ def test_copies_carry_the_tokens_and_nothing_else(how: str, cropped: int) -> Non
     used = 2 * layer.keys.numel() * layer.keys.element_size()
     assert other.allocated_bytes == used < layer.allocated_bytes
     assert other.keys.untyped_storage().nbytes() == used / 2
-    assert other.index(start)[1].data_ptr() != layer.index(start)[1].data_ptr()
+    assert other.index(start).value_sum.data_ptr() != layer.index(start).value_sum.data_ptr()
     for one in (layer, other):
         plain = filled(cls=DynamicLayer)
         plain.crop(-cropped)
@@ -515,7 +524,7 @@ def test_offload_and_prefetch_move_all_that_is_held(kind: tuple[type, type]) -> 
     index(layer, start, mask)
     layer.device = torch.device("cuda:0")
     held = held_by(layer)
-    assert len(held) == (6 if kind is GROWING else 5)  # `start` is in the mask where storage is fixed
+    assert len(held) == (5 if is_fixed(kind) else 6) + (kind in (CODED, FIXED_CODED))  # `start` is in the mask where storage is fixed
     for owner, name in held:
         setattr(owner, name, getattr(owner, name).as_subclass(Placed).to("cuda:0"))
     layer._note_contents()

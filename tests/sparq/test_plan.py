@@ -32,7 +32,7 @@ def as_bias(mask: Tensor, masked_out: float) -> Tensor:
 def test_no_mask() -> None:
     result = plan(None)
     assert result.length.tolist() == [6, 6] and result.start is None and result.mask is None
-    assert (result.valid, result.read, result.dense_reason) == (12, 4, None)
+    assert (result.valid, result.tail, result.dense_reason) == (12, 12, None)
 
 
 def test_a_mask_of_ones_is_no_mask() -> None:
@@ -45,7 +45,7 @@ def test_left_padding_is_a_start(masked_out: float | None) -> None:
     mask = rows("111111", "000111")
     result = plan(mask if masked_out is None else as_bias(mask, masked_out))
     assert result.start is not None and result.start.tolist() == [0, 3] and result.mask is None
-    assert (result.valid, result.read, result.dense_reason) == (9, 4, None)
+    assert (result.valid, result.tail, result.dense_reason) == (9, 9, None)
 
 
 @pytest.mark.parametrize("masked_out", [None, -torch.inf, torch.finfo(torch.float32).min])
@@ -55,7 +55,7 @@ def test_holes_are_a_mask(second: str, masked_out: float | None) -> None:
     result = plan(mask if masked_out is None else as_bias(mask, masked_out))
     assert result.start is None and result.mask is not None
     assert result.mask.tolist() == mask[:, 0, 0].tolist() and result.mask.dtype == torch.bool
-    assert result.valid == 6 + second.count("1") and result.read == 2 + min(2, second.count("1"))
+    assert result.valid == result.tail == 6 + second.count("1")
 
 
 def test_one_mask_for_all_rows() -> None:
@@ -73,13 +73,16 @@ def test_k_covers_the_context_only_if_it_does_in_all_rows() -> None:
     mask = rows("111111", "000111")
     assert plan(mask, k=6).dense_reason == "k covers the context"
     assert plan(mask, k=5).dense_reason is None
-    assert plan(mask, k=5).read == 5 + 3
+    assert plan(mask, k=6, mass=0.9, k_min=5).dense_reason is None
+    assert plan(mask, k=6, mass=0.9, k_min=6).dense_reason == "k covers the context"
 
 
-def test_k_of_each_row_follows_from_the_ratio() -> None:
+def test_the_tail_is_what_lies_behind_whole_groups() -> None:
     mask = torch.ones(2, 1, 1, 600, dtype=torch.bool)
-    mask[1, ..., :300] = False
-    assert plan(mask, length=600, k=None, ratio=1).read == 300 + 150
+    mask[1, ..., :530] = False
+    result = plan(mask, length=600, mass=0.9, k_min=1)
+    assert (result.valid, result.tail) == (670, 88 + 70)
+    assert Step(None, SparqConfig(k=2), Stats()).plan(None, 515, keys(515), 4).tail == 2 * (3 + 2 + 1 + 0)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,7 @@ def test_a_mask_on_a_gpu_is_not_read_back(texts: tuple[str, ...], monkeypatch: p
     found = plan(rows(*texts))
     monkeypatch.undo()
     assert found.start is None and found.mask is not None and found.ignored_bias is None
-    for name in ("valid", "read", "valid_once"):
+    for name in ("valid", "tail", "valid_once"):
         assert int(getattr(found, name)) == getattr(expected, name)
     position = torch.arange(6)
     start = 0 if expected.start is None else expected.start[:, None]

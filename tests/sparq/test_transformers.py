@@ -160,7 +160,7 @@ def test_dynamic_layer() -> None:
     layer.crop(-2)
     holds("dynamic layer", torch.equal(layer.keys, keys[:, :, :3]))
     own = {name for name, value in vars(cache.SparqLayer).items() if inspect.isfunction(value)}
-    public = {name for name in own if not name.startswith("_")} - {"index", "holds", "sum_before"}
+    public = {name for name in own if not name.startswith("_")} - {"index", "use_index", "holds", "sum_before"}
     holds("dynamic layer", all(hasattr(DynamicLayer, name) for name in public))
     # A method that we do not know of may change what the layer holds: it goes through `keys` and `values` then, which
     # drop the index; but look whether it is so.
