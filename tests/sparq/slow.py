@@ -25,27 +25,37 @@ def slow_head(
     mean_value: bool | float,
     sinks: Tensor | None = None,
     temperature: bool = True,
+    index_keys: Tensor | None = None,
+    mass: float | None = None,
+    k_min: int = 1,
 ) -> tuple[Tensor, Tensor, list[int]]:
     """One KV head over its valid positions: q [G, d], keys and values [n, d], sinks [G], float64.
 
     temperature: whether the scores are softened for the components that they lack, as the paper has it.
+    index_keys: what the scores are made of, where that is not the keys.
+    mass: of the scores summed over the group, at which to stop, with k_min positions at the least.
     Returns the output [G, d], α [G] and the positions read.
     """
     n, head_dim = keys.shape
     magnitude = [sum(abs(float(q[g, i])) for g in range(q.shape[0])) for i in range(head_dim)]
     c = sorted(range(head_dim), key=lambda i: (-magnitude[i], i))[:r]
 
-    scores = []
+    scores, indexed = [], keys if index_keys is None else index_keys
     for row in q:
         total = float(row.abs().sum())
         tau = math.sqrt(float(row[c].abs().sum()) / total) if temperature and total else 1.0
-        scores.append(torch.softmax(cap(keys[:, c] @ row[c] * scale / tau, softcap), dim=0))
+        scores.append(torch.softmax(cap(indexed[:, c] @ row[c] * scale / tau, softcap), dim=0))
     s_hat = torch.stack(scores)  # [G, n]
 
     forced = set(range(n - min(local, n), n))
     summed = s_hat.sum(0).tolist()
     best = sorted((s for s in range(n) if s not in forced), key=lambda s: (-summed[s], s))
-    p = sorted(forced | set(best[: k - len(forced)]))
+    taken = k - len(forced)
+    if mass is not None:
+        held, taken = sum(summed[s] for s in forced), 0
+        while taken < k - len(forced) and (held < mass * len(q) or len(forced) + taken < k_min):
+            held, taken = held + summed[best[taken]], taken + 1
+    p = sorted(forced | set(best[:taken]))
 
     y = torch.stack([torch.softmax(cap(keys[p] @ row * scale, softcap), dim=0) @ values[p] for row in q])
     alpha = s_hat[:, p].sum(1)
@@ -65,6 +75,18 @@ def cap(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def coded(keys: Tensor, group: int = 256) -> Tensor:
+    """Keys [n, d] as the four-bit index has them: each whole group of positions on sixteen levels a component."""
+    result = keys.clone()
+    for begin in range(0, len(keys) // group * group, group):
+        for c in range(keys.shape[1]):
+            run = keys[begin : begin + group, c].tolist()
+            low, step = min(run), (max(run) - min(run)) / 15
+            for s, x in enumerate(run):
+                result[begin + s, c] = low + step * (round((x - low) / step) if step else 0)
+    return result
+
+
 class Slow:
     """Knobs as in `SparqConfig`; decodes every layer that sees the whole context sparsely.
 
@@ -81,7 +103,11 @@ class Slow:
         mean_value: bool | float = 0.5,
         dense_layers: int = 0,
         several: bool = True,
+        index: str = "full",
+        mass: float | None = None,
+        k_min: int = 64,
     ) -> None:
+        self.index, self.mass, self.k_min = index, mass, k_min
         self.several = several
         self.r, self.k, self.ratio, self.local = r, k, ratio, local
         self.mean_value, self.dense_layers = mean_value, dense_layers
@@ -136,17 +162,22 @@ class Slow:
                     n = len(valid)
                     k = max(128, math.floor(n / (2 * self.ratio))) if self.k is None else self.k
                     k = min(k, n)
+                    local = k // 4 if self.mass is None else self.k_min // 4
+                    seen = int(valid[-1]) + 1 if n else 0
                     output[b, i, mine], alpha, p = slow_head(
                         q[:, i],
                         keys[valid],
                         values[valid],
                         r=self.r,
                         k=k,
-                        local=k // 4 if self.local is None else min(self.local, k),
+                        local=local if self.local is None else min(self.local, k),
                         scale=scale,
                         softcap=softcap,
                         mean_value=self.mean_value,
                         sinks=sinks,
+                        index_keys=coded(keys[:seen])[valid] if self.index == "int4" else None,
+                        mass=self.mass,
+                        k_min=self.k_min,
                     )
                     self.alphas.setdefault(layer, []).extend(alpha.tolist())
                     if h == 0:

@@ -58,6 +58,50 @@ def test_every_step_equals_the_definition(family: str, knobs: dict) -> None:
 
 
 @on_either_cache
+@pytest.mark.parametrize(
+    "knobs",
+    [dict(index="int4"), dict(index="int4", mass=0.7, k_min=6), dict(index="full", mass=0.5, k_min=2, local=1)],
+    ids=str,
+)
+def test_codes_and_mass_equal_the_definition(make_cache: Callable, knobs: dict) -> None:
+    """In float64, where no score is within rounding of another; a group becomes whole in the middle."""
+    knobs = dict(r=6, k=30) | knobs
+    inputs, tokens, room = prompt(length=250, padding=40), next_tokens(), dict(max_position_embeddings=4096)
+    slow = Slow(**knobs)
+    expected = teacher_forced(slow.install(build(**room).double()), inputs, tokens)
+    model = sparq.patch(build(**room).double(), min_length=0, **knobs)
+    actual = teacher_forced(model, inputs, tokens, make_cache(model, 300))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)  # the sum of V is float32
+    stock = teacher_forced(build(**room).double(), inputs, tokens)
+    assert (stock - expected).abs().mean() > 100 * (actual - expected).abs().mean()
+    report = sparq.report(model)
+    for layer, read in slow.read.items():  # of the first KV head; the report has the mean
+        assert report.layers[layer].positions_cached == slow.cached[layer]
+        assert "mass" in knobs or report.layers[layer].positions_read == read
+    if "mass" in knobs:
+        assert 0 < report.total.positions_read < 3 * 2 * 12 * 30
+
+
+@on_either_cache
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_codes_and_mass_in_the_kernel(make_cache: Callable, dtype: torch.dtype) -> None:
+    """Near the float64 model's answers, by far nearer than the stock model's: scores within rounding of each other may
+    change what is chosen."""
+    knobs = dict(r=16, k=100, index="int4", mass=0.9, k_min=30, min_length=0)
+    inputs, tokens, room = prompt(length=530, padding=40), next_tokens(), dict(max_position_embeddings=4096)
+    model = sparq.patch(build(**room).double(), **knobs)
+    expected = teacher_forced(model, inputs, tokens)
+    fast = sparq.patch(build(**room).to(dtype), **knobs)
+    actual = teacher_forced(fast, inputs, tokens, make_cache(fast, 600))
+    stock = teacher_forced(build(**room).double(), inputs, tokens)
+    error, effect = (actual - expected).abs().mean(), (stock - expected).abs().mean()
+    assert error < (0.1 if dtype == torch.float32 else 0.25) * effect, (error, effect)
+    ours, theirs = sparq.report(fast).total, sparq.report(model).total
+    assert ours.positions_read == pytest.approx(theirs.positions_read, rel=0.02)
+    assert ours.mean_alpha == pytest.approx(theirs.mean_alpha, abs=5e-3)
+
+
+@on_either_cache
 def test_k_follows_the_context_of_each_row(make_cache: Callable) -> None:
     """300 positions give k = 150 and more; the padded row of 200 has the least, 128. The static cache has room for ten
     times as many."""
