@@ -26,6 +26,7 @@ SPARSE: list[Method] = [
     Quest(k=12, page=4),
     SparqVariant(r=4, k=12),
     SparqVariant(r=4, k=12, shared=False),
+    SparqVariant(r=8, k=12, index="int4", group=64, mass=0.7, floor=8, alpha="exact"),
 ]
 RATIOS: list[Method] = [Oracle(), Window(), H2O(), Quest(ratio=4)]  # of 52 positions: 6, 6, 6, and a page of 16
 named = pytest.mark.parametrize("method", SPARSE, ids=str)
@@ -66,7 +67,17 @@ def test_the_variant_without_ablations_is_sparq(family: str, knobs: dict) -> Non
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", [Oracle(k=12, dense_layers=1), Window(k=12, sinks=4), Quest(k=12, page=4)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        Oracle(k=12, dense_layers=1),
+        Window(k=12, sinks=4),
+        Quest(k=12, page=4),
+        SparqVariant(r=4, k=12),
+        SparqVariant(r=8, k=12, index="int4", group=21, mass=0.7, floor=8),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("padding", [0, 9])
 def test_each_token_decides_as_if_it_came_alone(method: Method, padding: int) -> None:
     inputs, tokens = prompt(padding=padding), next_tokens()
@@ -331,6 +342,9 @@ def test_beams(method: Method) -> None:
         (Quest(k=12, page=4), 2 * 16 * (11 + 9), 9),
         (SparqVariant(r=4, k=12), 41 * 4 + 2 * 12 * 16 + 4 * 16, 12),
         (SparqVariant(r=4, k=12, shared=False), 2 * (41 * 4 + 2 * 12 * 16) + 4 * 16, 12),
+        # five groups of 8, each with lo and step; four codes are an element
+        (SparqVariant(r=4, k=12, index="int4", group=8), 40 + 2 * 5 * 4 + 4 + 2 * 12 * 16 + 4 * 16, 12),
+        (SparqVariant(r=4, k=12, index="int8", group=41), 82 + 2 * 4 + 2 * 12 * 16 + 4 * 16, 12),
     ],
     ids=lambda value: str(value),
 )
