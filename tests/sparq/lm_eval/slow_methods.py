@@ -48,6 +48,15 @@ def oracle(queries: list[Vector], keys: list[Vector], valid: list[int], scale: f
     return largest(summed([attention(q, keys, valid, scale) for q in queries]), k)
 
 
+def oracle_by_mass(
+    queries: list[Vector], keys: list[Vector], valid: list[int], scale: float, mass: float, k: int
+) -> list[int]:
+    attention_of = [attention(q, keys, valid, scale) for q in queries]
+    shares = {s: x / len(queries) for s, x in summed(attention_of).items()}
+    ordered = sorted(valid, key=lambda s: (-shares[s], s))
+    return sorted(ordered[: min(until(ordered, shares, mass), k)])
+
+
 def window(valid: list[int], k: int, sinks: int) -> list[int]:
     if len(valid) <= k:
         return valid

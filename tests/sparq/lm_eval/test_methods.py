@@ -134,6 +134,20 @@ def test_oracle(padding: str, knobs: dict, budget: Callable[[int], int]) -> None
 
 
 @PADDINGS
+@pytest.mark.parametrize("knobs", [dict(mass=0.6), dict(mass=0.8, k=4), dict(mass=0.5, ratio=23)], ids=str)
+def test_oracle_by_mass(padding: str, knobs: dict) -> None:
+    sizes = set()
+
+    def choose(b, h, queries, keys, valid):
+        kept = slow.oracle_by_mass(queries, keys, valid, SCALE, knobs["mass"], knobs.get("k", len(valid)))
+        sizes.add(len(kept))
+        return kept
+
+    compare(case(padding), Oracle(**knobs), exact(choose), attended_only)
+    assert len(sizes) > 2 and max(sizes) <= knobs.get("k", 23)
+
+
+@PADDINGS
 @pytest.mark.parametrize(
     "knobs, budget",
     [(dict(k=6, sinks=2), lambda n: (6, 2)), (dict(ratio=3, sinks=3), lambda n: (n // 3, min(3, n // 6)))],
@@ -326,11 +340,12 @@ def test_sparq_variants_index_and_budget(padding: str, shared: bool, knobs: dict
 
 
 def test_a_budget_by_nearly_all_of_the_mass_is_all_of_it() -> None:
-    method = SparqVariant(k=64, r=8, index="int4", group=4, mass=1 - 1e-12, floor=1)
-    covering = case("left").steps(Oracle(k=64))
-    for (_, attended, _), (_, dense, _) in zip(case("left").steps(method), covering, strict=True):
-        assert torch.equal(attended.kept, dense.kept)
-        torch.testing.assert_close(attended.output, dense.output)
+    nearly = 1 - 1e-12
+    for method in (Oracle(mass=nearly), SparqVariant(k=64, r=8, index="int4", group=4, mass=nearly, floor=1)):
+        covering = case("left").steps(Oracle(k=64))
+        for (_, attended, _), (_, dense, _) in zip(case("left").steps(method), covering, strict=True):
+            assert torch.equal(attended.kept, dense.kept)
+            torch.testing.assert_close(attended.output, dense.output)
 
 
 def test_by_mass_breaks_ties_by_the_lower_index() -> None:
@@ -445,6 +460,7 @@ METHODS: list[Callable[..., Method]] = [
     lambda **knobs: SparqVariant(**knobs, shared=False, score_temperature=False),
 ]
 BY_MASS: list[Callable[..., Method]] = [  # which read less than k
+    lambda **knobs: Oracle(**knobs, mass=0.7),
     lambda **knobs: SparqVariant(**knobs, mass=0.7, floor=min(3, knobs["k"]), alpha="exact"),
 ]
 CODED: list[Callable[..., Method]] = [  # whose groups are counted from the first position, padding or not
@@ -608,6 +624,8 @@ BAD = [
     (Oracle, dict(ratio=0.5), ValueError, "ratio must be a finite number of at least 1, got 0.5"),
     (Oracle, dict(ratio="8"), TypeError, "ratio must be a number, got '8'"),
     (Oracle, dict(dense_layers=-1), ValueError, "dense_layers must be at least 0, got -1"),
+    (Oracle, dict(mass=0), ValueError, "mass must be larger than 0 and smaller than 1, or None, got 0"),
+    (Oracle, dict(mass="0.9"), TypeError, "mass must be a number or None, got '0.9' of type str"),
     (Window, dict(k=16), ValueError, "sinks must be smaller than k.*sinks=16 and k=16"),
     (Window, dict(sinks=-1), ValueError, "sinks must be at least 0, got -1"),
     (H2O, dict(k=4, local=5), ValueError, "local must not be larger than k.*local=5 and k=4"),
