@@ -65,23 +65,49 @@ def window(valid: list[int], k: int, sinks: int) -> list[int]:
 
 def quest(
     queries: list[Vector], keys: list[Vector], valid: list[int], scale: float, page: int, pages: int
-) -> tuple[list[int], int]:
-    """The positions kept, and the number of pages whose bounds were read."""
+) -> list[int]:
+    def bound(q: Vector, inside: list[Vector]) -> float:
+        low, high = ([of(column) for column in zip(*inside, strict=True)] for of in (min, max))
+        highest = math.fsum(max(x * a, x * b) for x, a, b in zip(q, low, high, strict=True))
+        assert all(dot(q, key) <= highest + 1e-9 for key in inside)
+        return highest * scale
+
+    return best_pages(queries, keys, valid, page, pages, bound)
+
+
+def best_pages(
+    queries: list[Vector],
+    keys: list[Vector],
+    valid: list[int],
+    page: int,
+    pages: int,
+    score: Callable[[Vector, list[Vector]], float],
+) -> list[int]:
+    """The positions of so many pages, the newest and those that `score` gives most for a query and a page's keys."""
     members = [valid[i : i + page] for i in range(0, len(valid), page)]
-    per_query = []
-    for q in queries:
-        bounds = {}
-        for number, inside in enumerate(members):
-            low = [min(keys[s][i] for s in inside) for i in range(len(q))]
-            high = [max(keys[s][i] for s in inside) for i in range(len(q))]
-            bounds[number] = math.fsum(max(x * a, x * b) for x, a, b in zip(q, low, high, strict=True)) * scale
-            assert all(dot(q, keys[s]) * scale <= bounds[number] + 1e-9 for s in inside)
-        per_query.append(softmax(bounds))
-    scores = summed(per_query)
+    scores = summed(
+        [softmax({n: score(q, [keys[s] for s in inside]) for n, inside in enumerate(members)}) for q in queries]
+    )
     last = len(members) - 1
     del scores[last]
     chosen = sorted([last, *largest(scores, pages - 1)])
-    return [s for number in chosen for s in members[number]], len(members)
+    return [s for number in chosen for s in members[number]]
+
+
+def pages_by_moments(
+    queries: list[Vector], keys: list[Vector], valid: list[int], scale: float, page: int, pages: int, spread: str
+) -> list[int]:
+    def score(q: Vector, inside: list[Vector]) -> float:
+        means, deviations = [], []
+        for column in zip(*inside, strict=True):
+            means.append(math.fsum(column) / len(column))
+            deviations.append(math.sqrt(math.fsum((x - means[-1]) ** 2 for x in column) / len(column)))
+        if spread == "norm":
+            deviation = math.sqrt(dot(deviations, deviations) / len(q))
+            return (dot(q, means) + math.sqrt(dot(q, q)) * deviation / 2) * scale
+        return (dot(q, means) + dot([abs(x) for x in q], deviations)) * scale
+
+    return best_pages(queries, keys, valid, page, pages, score)
 
 
 def until(ordered: list[int], shares: dict[int, float], mass: float) -> int:

@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies
 from torch import Tensor
 
-from sparq.lm_eval.methods import H2O, H2OLayer, Method, Oracle, Quest, SparqVariant, Window
+from sparq.lm_eval.methods import H2O, H2OLayer, Method, Oracle, Pages, Quest, SparqVariant, Window
 from sparq.lm_eval.methods import h2o as h2o_module
 from sparq.lm_eval.methods.method import best, by_mass
 from sparq.lm_eval.methods.sparq_variant import coded
@@ -172,13 +172,36 @@ def test_window(padding: str, knobs: dict, budget: Callable[[int], tuple[int, in
 )
 def test_quest(padding: str, knobs: dict, page: int, budget: Callable[[int], int]) -> None:
     def choose(b, h, queries, keys, valid):
-        return slow.quest(queries, keys, valid, SCALE, page, budget(len(valid)))[0]
+        return slow.quest(queries, keys, valid, SCALE, page, budget(len(valid)))
 
     def elements(kept: list[list[int]], counts: list[int]) -> int:
         pages = sum(-(-n // page) for n in counts)
         return attended_only(kept, counts) + 2 * 8 * 2 * pages  # two KV heads
 
     compare(case(padding), Quest(**knobs), exact(choose), elements)
+
+
+@PADDINGS
+@pytest.mark.parametrize(
+    "knobs, page, summary, budget",
+    [
+        (dict(k=9, page=4), 4, 9, lambda n: 2 if n > 9 else 3),
+        (dict(k=9, page=3, spread="dimension"), 3, 16, lambda n: 3),
+        (dict(ratio=2), 8, 9, lambda n: max(1, int(n * (1 / 2 - 9 / 16 / 8) / 8))),
+        (dict(ratio=1.5, page=2), 2, 9, lambda n: max(1, int(n * (1 / 1.5 - 9 / 16 / 2) / 2 + 1e-9))),
+        (dict(ratio=1.5, page=3, spread="dimension"), 3, 16, lambda n: int(n * (1 / 1.5 - 1 / 3) / 3 + 1e-9) or 1),
+    ],
+)
+def test_pages(padding: str, knobs: dict, page: int, summary: int, budget: Callable[[int], int]) -> None:
+    spread = knobs.get("spread", "norm")
+
+    def choose(b, h, queries, keys, valid):
+        return slow.pages_by_moments(queries, keys, valid, SCALE, page, budget(len(valid)), spread)
+
+    def elements(kept: list[list[int]], counts: list[int]) -> int:
+        return attended_only(kept, counts) + 2 * summary * sum(-(-n // page) for n in counts)  # two KV heads
+
+    compare(case(padding), Pages(**knobs), exact(choose), elements)
 
 
 @PADDINGS
@@ -437,6 +460,7 @@ def test_ties_go_to_the_lower_index() -> None:
         (Oracle(k=4), [[0, 1, 2, 3], [5, 6, 7, 8], [12, 13, 14, 15]]),
         (Quest(k=4, page=2), [[0, 1, 22], [5, 6, 21, 22], [12, 13, 22]]),
         (SparqVariant(k=4, r=2), [[0, 1, 2, 22], [5, 6, 7, 22], [12, 13, 14, 22]]),
+        (Pages(k=4, page=2), [[0, 1, 22], [5, 6, 21, 22], [12, 13, 22]]),
         (H2O(k=4), [[0, 1, 21, 22], [5, 6, 21, 22], [12, 13, 21, 22]]),  # earlier positions were seen more often
     ],
     ids=lambda value: type(value).__name__,
@@ -456,6 +480,7 @@ METHODS: list[Callable[..., Method]] = [
     Window,
     H2O,
     Quest,
+    Pages,
     SparqVariant,
     lambda **knobs: SparqVariant(**knobs, shared=False, score_temperature=False),
 ]
@@ -470,7 +495,12 @@ CODED: list[Callable[..., Method]] = [  # whose groups are counted from the firs
 
 
 def small(make: Callable[..., Method], k: int) -> Method:
-    extra = {Window: dict(sinks=k // 3), Quest: dict(page=min(k, 3)), SparqVariant: dict(r=3)}.get(make, {})  # type: ignore[call-overload]
+    extra = {
+        Window: dict(sinks=k // 3),
+        Quest: dict(page=min(k, 3)),
+        Pages: dict(page=min(k, 3)),
+        SparqVariant: dict(r=3),
+    }.get(make, {})  # type: ignore[call-overload]
     return make(k=k, **extra)
 
 
@@ -499,7 +529,7 @@ def test_what_is_kept(data: strategies.DataObject) -> None:
         else:
             assert ((kept.sum(-1) >= 1) & (kept.sum(-1) <= budget)).all()
         assert all(1 <= method.positions(n, 8) <= min(n, method.k or n) for n in counts)
-        if isinstance(method, (Window, Quest, H2O)):
+        if isinstance(method, (Window, Quest, Pages, H2O)):
             assert kept[..., -1].all()
         if isinstance(method, H2O):
             assert not (kept[..., : evicted.shape[3]] & evicted).any()
@@ -561,10 +591,14 @@ def test_budgets_of_a_ratio() -> None:
     """4096 positions at ratio 8, d = 128; bytes as shares of the dense 2·S·d."""
     assert Oracle().positions(4096, 128) == Window().positions(4096, 128) == 512
     assert H2O().positions(4096, 128) == 508  # 508 * (2 * 128 + 2) of 2 * 4096 * 128 / 8 elements
-    assert Quest().page_size == 16 and Quest().pages(4096) == 16 and Quest().positions(4096, 128) == 256
+    assert Quest().page_size == 16 and Quest().pages(4096, 128) == 16 and Quest().positions(4096, 128) == 256
     assert Quest(ratio=16).page_size == 32 and Quest(ratio=16).positions(4096, 128) == 128
     assert Quest(ratio=2).page_size == 16 and Quest(ratio=2).positions(4096, 128) == 4096 * 7 // 16
     assert Quest(k=100).page_size == 16 and Quest(k=100).positions(1000, 128) == 5 * 16 + 8
+    assert Pages().page_size == 8 and Pages(ratio=12).page_size == 12 and Pages(spread="dimension").page_size == 16
+    assert Pages().positions(4096, 128) == 248  # 8 * int(4096 * (1 / 8 - 129 / 256 / 8) / 8)
+    assert Pages(page=16).positions(4096, 128) == 368 and Pages(spread="dimension").positions(4096, 128) == 256
+    assert Pages(k=100).page_size == 8 and Pages(k=100).positions(1000, 128) == 96
     assert SparqVariant().positions(4096, 128) == 256 and SparqVariant().positions(1000, 128) == 128
     assert [m.positions(3, 128) for m in (Oracle(), Window(), H2O())] == [1, 1, 1]
     assert Quest().positions(40, 128) == 8  # the current page alone
@@ -633,6 +667,10 @@ BAD = [
     (Quest, dict(page=0), ValueError, "page must be at least 1, got 0"),
     (Quest, dict(ratio=8, page=8), ValueError, "page must be larger than ratio.*page=8 and ratio=8"),
     (Quest, dict(k=12), ValueError, "page must not be larger than k, got page=16 and k=12"),
+    (Pages, dict(spread="both"), ValueError, "spread must be one of norm, dimension, got 'both'"),
+    (Pages, dict(page=4), ValueError, "page must be larger than ratio times 0.5.*page=4 and ratio=8"),
+    (Pages, dict(page=8, spread="dimension"), ValueError, "page must be larger than ratio times 1,.*page=8 and"),
+    (Pages, dict(k=7), ValueError, "page must not be larger than k, got page=8 and k=7"),
     (SparqVariant, dict(r=0), ValueError, "r must be at least 1, got 0"),
     (SparqVariant, dict(ratio=1.3), ValueError, "ratio must be a multiple of 0.5, got 1.3"),
     (SparqVariant, dict(shared=1), TypeError, "shared must be True or False, got 1"),
