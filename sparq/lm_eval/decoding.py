@@ -24,6 +24,7 @@ METHODS: dict[str, type | None] = {
     "h2o": methods.H2O,
     "quest": methods.Quest,
     "pages": methods.Pages,
+    "rocket": methods.Rocket,
 }
 
 

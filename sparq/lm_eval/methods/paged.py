@@ -52,13 +52,24 @@ class Paged(Method):
         """Scores [B, Hkv, G, pages], as logits, of pages with such summaries [B, Hkv, pages, n]."""
 
     def pages(self, valid: int, head_dim: int) -> int:
-        """How many pages of a row with `valid` positions are attended."""
+        """How many pages of a row with `valid` positions are attended.
+
+        Raises:
+            ValueError: `ratio` does not even allow for the summaries.
+        """
         total = math.ceil(valid / self.page_size)
         if self.k is not None:
             return total if self.k >= valid else self.k // self.page_size
         # All summaries and k positions have 2·S·d / ratio elements.
         whole = 2 * head_dim * self.page_size  # elements of a page of K and V
-        wanted = valid * (whole - self.ratio * self.summary_elements(head_dim)) / (self.ratio * whole)
+        left = whole - self.ratio * self.summary_elements(head_dim)
+        if left <= 0:
+            raise ValueError(
+                f"page must be so large that the summaries of the pages, {self.summary_elements(head_dim)} elements "
+                f"each, are less than 1/ratio of K and V: got page={self.page_size}, ratio={self.ratio} and a "
+                f"head_dim of {head_dim}"
+            )
+        wanted = valid * left / (self.ratio * whole)
         return min(total, max(1, int(wanted / self.page_size)))
 
     def positions(self, valid: int, head_dim: int) -> int:

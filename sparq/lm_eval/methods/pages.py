@@ -62,8 +62,9 @@ class Pages(Paged):
         return head_dim + 1 if self.spread == "norm" else 2 * head_dim
 
     def _summarise(self, keys: Tensor) -> tuple[Tensor, ...]:
-        mean, variance = keys.mean(-2), keys.var(-2, correction=0)
-        return mean, (variance.mean(-1, keepdim=True) if self.spread == "norm" else variance).sqrt()
+        mean = keys.mean(-2, keepdim=True)
+        variance = (keys - mean).square().mean(-2)
+        return mean.squeeze(-2), (variance.mean(-1, keepdim=True) if self.spread == "norm" else variance).sqrt()
 
     def _score(self, query: Tensor, summaries: tuple[Tensor, ...], scale: float) -> Tensor:
         mean, deviation = summaries

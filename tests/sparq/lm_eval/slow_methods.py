@@ -192,6 +192,21 @@ def sparq(
     return outputs, [read] * len(queries)
 
 
+def rocket(
+    queries: list[Vector], keys: list[Vector], valid: list[int], scale: float, page: int, pages: int, r: int
+) -> list[int]:
+    size = len(queries[0])
+    magnitude = [math.fsum(abs(q[i]) for q in queries) for i in range(size)]
+    components = sorted(range(size), key=lambda i: (-magnitude[i], i))[:r]
+    bound = {i: max if math.fsum(q[i] for q in queries) >= 0 else min for i in components}
+
+    def score(q: Vector, inside: list[Vector]) -> float:
+        tau = math.sqrt(math.fsum(abs(q[i]) for i in components) / math.fsum(map(abs, q)))
+        return math.fsum(q[i] * bound[i](key[i] for key in inside) for i in components) * scale / tau
+
+    return best_pages(queries, keys, valid, page, pages, score)
+
+
 class H2O:
     """One KV head's heavy hitters."""
 

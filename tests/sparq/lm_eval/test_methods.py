@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies
 from torch import Tensor
 
-from sparq.lm_eval.methods import H2O, H2OLayer, Method, Oracle, Pages, Quest, SparqVariant, Window
+from sparq.lm_eval.methods import H2O, H2OLayer, Method, Oracle, Pages, Quest, Rocket, SparqVariant, Window
 from sparq.lm_eval.methods import h2o as h2o_module
 from sparq.lm_eval.methods.method import best, by_mass
 from sparq.lm_eval.methods.sparq_variant import coded
@@ -202,6 +202,45 @@ def test_pages(padding: str, knobs: dict, page: int, summary: int, budget: Calla
         return attended_only(kept, counts) + 2 * summary * sum(-(-n // page) for n in counts)  # two KV heads
 
     compare(case(padding), Pages(**knobs), exact(choose), elements)
+
+
+@PADDINGS
+@pytest.mark.parametrize(
+    "knobs, page, r, budget",
+    [
+        (dict(k=9, page=4, r=3), 4, 3, lambda n: 2 if n > 9 else 3),
+        (dict(k=7, page=1, r=8), 1, 8, lambda n: 7 if n > 7 else n),
+        (dict(ratio=4), 2, 4, lambda n: max(1, int(n * (1 / 4 - 1 / 8) / 2))),
+        (dict(ratio=2, r=5, page=3), 3, 5, lambda n: max(1, int(n * (1 / 2 - 5 / 16 / 3) / 3))),
+    ],
+)
+def test_rocket(padding: str, knobs: dict, page: int, r: int, budget: Callable[[int], int]) -> None:
+    def choose(b, h, queries, keys, valid):
+        return slow.rocket(queries, keys, valid, SCALE, page, budget(len(valid)), r)
+
+    def elements(kept: list[list[int]], counts: list[int]) -> int:
+        return attended_only(kept, counts) + 2 * r * sum(-(-n // page) for n in counts)  # two KV heads
+
+    compare(case(padding), Rocket(**knobs), exact(choose), elements)
+
+
+def test_rockets_bounds_of_one_position_are_sparqs_scores() -> None:
+    rocket, variant = Rocket(k=6, page=1, r=3), SparqVariant(k=6, r=3, local=1, mean_value=False)
+    for (_, actual, _), (_, expected, _) in zip(case().steps(rocket), case().steps(variant), strict=True):
+        assert torch.equal(actual.kept, expected.kept) and torch.equal(actual.output, expected.output)
+
+
+@pytest.mark.parametrize("method", [Rocket(page=2, r=4), Pages(page=5, spread="norm", ratio=9)], ids=str)
+def test_a_ratio_that_the_summaries_alone_use_up(method: Method) -> None:
+    with pytest.raises(
+        ValueError, match=r"page must be so large that .* got page=[25], ratio=[89] and a head_dim of 8"
+    ):
+        next(iter(case().steps(method)))
+
+
+def test_rocket_wants_no_more_components_than_there_are() -> None:
+    with pytest.raises(ValueError, match="r must not be larger than the model's head_dim=8, got r=9"):
+        next(iter(case().steps(Rocket(k=6, r=9))))
 
 
 @PADDINGS
@@ -461,6 +500,7 @@ def test_ties_go_to_the_lower_index() -> None:
         (Quest(k=4, page=2), [[0, 1, 22], [5, 6, 21, 22], [12, 13, 22]]),
         (SparqVariant(k=4, r=2), [[0, 1, 2, 22], [5, 6, 7, 22], [12, 13, 14, 22]]),
         (Pages(k=4, page=2), [[0, 1, 22], [5, 6, 21, 22], [12, 13, 22]]),
+        (Rocket(k=4, page=2), [[0, 1, 22], [5, 6, 21, 22], [12, 13, 22]]),
         (H2O(k=4), [[0, 1, 21, 22], [5, 6, 21, 22], [12, 13, 21, 22]]),  # earlier positions were seen more often
     ],
     ids=lambda value: type(value).__name__,
@@ -481,6 +521,7 @@ METHODS: list[Callable[..., Method]] = [
     H2O,
     Quest,
     Pages,
+    Rocket,
     SparqVariant,
     lambda **knobs: SparqVariant(**knobs, shared=False, score_temperature=False),
 ]
@@ -529,7 +570,7 @@ def test_what_is_kept(data: strategies.DataObject) -> None:
         else:
             assert ((kept.sum(-1) >= 1) & (kept.sum(-1) <= budget)).all()
         assert all(1 <= method.positions(n, 8) <= min(n, method.k or n) for n in counts)
-        if isinstance(method, (Window, Quest, Pages, H2O)):
+        if isinstance(method, (Window, Quest, Pages, Rocket, H2O)):
             assert kept[..., -1].all()
         if isinstance(method, H2O):
             assert not (kept[..., : evicted.shape[3]] & evicted).any()
@@ -599,6 +640,9 @@ def test_budgets_of_a_ratio() -> None:
     assert Pages().positions(4096, 128) == 248  # 8 * int(4096 * (1 / 8 - 129 / 256 / 8) / 8)
     assert Pages(page=16).positions(4096, 128) == 368 and Pages(spread="dimension").positions(4096, 128) == 256
     assert Pages(k=100).page_size == 8 and Pages(k=100).positions(1000, 128) == 96
+    assert Rocket().page_size == 3 and Rocket().summary_elements(128) == 48 and Rocket().positions(4096, 128) == 255 - 2
+    assert Rocket(ratio=16).page_size == 4 and Rocket(ratio=16).summary_elements(128) == 32
+    assert Rocket(ratio=16).positions(4096, 128) == 128 and Rocket(page=16).summary_elements(128) == 128
     assert SparqVariant().positions(4096, 128) == 256 and SparqVariant().positions(1000, 128) == 128
     assert [m.positions(3, 128) for m in (Oracle(), Window(), H2O())] == [1, 1, 1]
     assert Quest().positions(40, 128) == 8  # the current page alone
@@ -671,6 +715,8 @@ BAD = [
     (Pages, dict(page=4), ValueError, "page must be larger than ratio times 0.5.*page=4 and ratio=8"),
     (Pages, dict(page=8, spread="dimension"), ValueError, "page must be larger than ratio times 1,.*page=8 and"),
     (Pages, dict(k=7), ValueError, "page must not be larger than k, got page=8 and k=7"),
+    (Rocket, dict(r=0), ValueError, "r must be at least 1, got 0"),
+    (Rocket, dict(k=3, page=4), ValueError, "page must not be larger than k, got page=4 and k=3"),
     (SparqVariant, dict(r=0), ValueError, "r must be at least 1, got 0"),
     (SparqVariant, dict(ratio=1.3), ValueError, "ratio must be a multiple of 0.5, got 1.3"),
     (SparqVariant, dict(shared=1), TypeError, "shared must be True or False, got 1"),
