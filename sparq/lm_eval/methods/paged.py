@@ -24,13 +24,17 @@ class Paged(Method):
 
     Args:
         page: positions of a page, counted from the first valid one.
+        first_pages: so many pages at the beginning are always attended, as far as the budget has room beside the
+            newest one. There are the attention sinks (arXiv 2309.17453), which a mean over a page hides.
     """
 
     page: int | None = None
+    first_pages: int = 0
 
     def __post_init__(self) -> None:
         Method.__post_init__(self)
         _check_int("page", self.page, 1, True)
+        _check_int("first_pages", self.first_pages, 0, False)
         if self.k is not None and self.page_size > self.k:
             raise ValueError(f"page must not be larger than k, got page={self.page_size} and k={self.k}")
 
@@ -81,8 +85,10 @@ class Paged(Method):
         score = masked_softmax(self._score(query, summaries, scale), present[:, None, None]).sum(2, keepdim=True)
         counts = valid.sum(-1)
         budget = torch.tensor([self.pages(n, query.shape[-1]) for n in counts.tolist()], device=valid.device)
-        last = torch.arange(present.shape[1], device=valid.device) == ((counts - 1) // self.page_size)[:, None]
-        chosen = best(score, present[:, None, None], budget, forced=last[:, None, None])
+        number = torch.arange(present.shape[1], device=valid.device)
+        forced = number == ((counts - 1) // self.page_size)[:, None]  # the newest
+        forced |= number < (budget - 1).clamp(max=self.first_pages)[:, None]
+        chosen = best(score, present[:, None, None], budget, forced=forced[:, None, None])
         page_of = ((valid.cumsum(-1) - 1) // self.page_size).clamp(min=0)  # [B, S]
         of_position = chosen.gather(-1, page_of[:, None, None].expand(-1, chosen.shape[1], -1, -1))
         return of_position & valid[:, None, None]

@@ -32,6 +32,7 @@ class Pages(Paged):
         page: positions of a page, counted from the first valid one. None: 8 where `k` is given; else at least 8, and
             as many as it takes for the summaries to have no more than about half of the bytes: ratio ("norm"), or
             2·ratio ("dimension").
+        first_pages: as of `Paged`. With 1 far less is lost where the first position is an attention sink.
         spread: "norm", one number for each page, or "dimension", one for each of its components.
     """
 

@@ -30,6 +30,7 @@ class Quest(Paged):
     Args:
         page: positions of a page, counted from the first valid one. None: 16, the paper's, where `k` is given; else
             2·ratio, at least 16, so that the bounds take no more than half of the bytes.
+        first_pages: as of `Paged`.
     """
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ class Rocket(Paged):
 
     Args:
         page: positions of a page, counted from the first valid one. None: sqrt(ratio), rounded up.
+        first_pages: as of `Paged`.
         r: components of the bounds that are read, 1..head_dim. None: d·page / ratio, at least 1.
     """
 

@@ -82,20 +82,29 @@ def best_pages(
     page: int,
     pages: int,
     score: Callable[[Vector, list[Vector]], float],
+    first: int = 0,
 ) -> list[int]:
-    """The positions of so many pages, the newest and those that `score` gives most for a query and a page's keys."""
+    """The positions of so many pages: the newest, the first ones as far as there is room, and those that `score` gives
+    most for a query and a page's keys."""
     members = [valid[i : i + page] for i in range(0, len(valid), page)]
     scores = summed(
         [softmax({n: score(q, [keys[s] for s in inside]) for n, inside in enumerate(members)}) for q in queries]
     )
-    last = len(members) - 1
-    del scores[last]
-    chosen = sorted([last, *largest(scores, pages - 1)])
+    always = {len(members) - 1, *range(min(first, pages - 1))}
+    others = {n: x for n, x in scores.items() if n not in always}
+    chosen = sorted([*always, *largest(others, pages - len(always))])
     return [s for number in chosen for s in members[number]]
 
 
 def pages_by_moments(
-    queries: list[Vector], keys: list[Vector], valid: list[int], scale: float, page: int, pages: int, spread: str
+    queries: list[Vector],
+    keys: list[Vector],
+    valid: list[int],
+    scale: float,
+    page: int,
+    pages: int,
+    spread: str,
+    first: int,
 ) -> list[int]:
     def score(q: Vector, inside: list[Vector]) -> float:
         means, deviations = [], []
@@ -107,7 +116,7 @@ def pages_by_moments(
             return (dot(q, means) + math.sqrt(dot(q, q)) * deviation / 2) * scale
         return (dot(q, means) + dot([abs(x) for x in q], deviations)) * scale
 
-    return best_pages(queries, keys, valid, page, pages, score)
+    return best_pages(queries, keys, valid, page, pages, score, first)
 
 
 def until(ordered: list[int], shares: dict[int, float], mass: float) -> int:

@@ -187,16 +187,19 @@ def test_quest(padding: str, knobs: dict, page: int, budget: Callable[[int], int
     [
         (dict(k=9, page=4), 4, 9, lambda n: 2 if n > 9 else 3),
         (dict(k=9, page=3, spread="dimension"), 3, 16, lambda n: 3),
+        (dict(k=9, page=3, first_pages=1), 3, 9, lambda n: 3),
+        (dict(k=9, page=2, first_pages=9), 2, 9, lambda n: 4 if n > 9 else -(-n // 2)),
+        (dict(k=4, page=3, first_pages=2), 3, 9, lambda n: 1),  # no room for any but the newest
         (dict(ratio=2), 8, 9, lambda n: max(1, int(n * (1 / 2 - 9 / 16 / 8) / 8))),
         (dict(ratio=1.5, page=2), 2, 9, lambda n: max(1, int(n * (1 / 1.5 - 9 / 16 / 2) / 2 + 1e-9))),
         (dict(ratio=1.5, page=3, spread="dimension"), 3, 16, lambda n: int(n * (1 / 1.5 - 1 / 3) / 3 + 1e-9) or 1),
     ],
 )
 def test_pages(padding: str, knobs: dict, page: int, summary: int, budget: Callable[[int], int]) -> None:
-    spread = knobs.get("spread", "norm")
+    others = knobs.get("spread", "norm"), knobs.get("first_pages", 0)
 
     def choose(b, h, queries, keys, valid):
-        return slow.pages_by_moments(queries, keys, valid, SCALE, page, budget(len(valid)), spread)
+        return slow.pages_by_moments(queries, keys, valid, SCALE, page, budget(len(valid)), *others)
 
     def elements(kept: list[list[int]], counts: list[int]) -> int:
         return attended_only(kept, counts) + 2 * summary * sum(-(-n // page) for n in counts)  # two KV heads
@@ -714,6 +717,7 @@ BAD = [
     (Pages, dict(spread="both"), ValueError, "spread must be one of norm, dimension, got 'both'"),
     (Pages, dict(page=4), ValueError, "page must be larger than ratio times 0.5.*page=4 and ratio=8"),
     (Pages, dict(page=8, spread="dimension"), ValueError, "page must be larger than ratio times 1,.*page=8 and"),
+    (Pages, dict(first_pages=-1), ValueError, "first_pages must be at least 0, got -1"),
     (Pages, dict(k=7), ValueError, "page must not be larger than k, got page=8 and k=7"),
     (Rocket, dict(r=0), ValueError, "r must be at least 1, got 0"),
     (Rocket, dict(k=3, page=4), ValueError, "page must not be larger than k, got page=4 and k=3"),
