@@ -23,6 +23,8 @@ METHODS: dict[str, type | None] = {
     "window": methods.Window,
     "h2o": methods.H2O,
     "quest": methods.Quest,
+    "pages": methods.Pages,
+    "rocket": methods.Rocket,
 }
 
 

@@ -93,17 +93,16 @@ class Method(ABC):
             return
         q, keys = widened(query), widened(key)
         values = finite_padding(value, valid[:, -1])
-        batch, _, group, queries, _ = query.shape
-        at_once = max(1, LOGITS_AT_ONCE // (batch * query.shape[1] * group * key.shape[2]))
+        batch, queries = query.shape[0], query.shape[3]
+        at_once = steps_at_once(query, key)
         for begin in range(0, queries, at_once):
             some = q[:, :, :, begin : begin + at_once]
             count = some.shape[3]
-            logits = (some.flatten(2, 3) @ keys.transpose(-1, -2) * scale).unflatten(2, (group, count))
             allowed = valid[:, begin : begin + count].flatten(0, 1)  # [B·Q, S]
-            by_step = _steps_first(logits)  # [B·Q, Hkv, G, S]
-            kept = self._select(_steps_first(some), keys, by_step, allowed, scale, state)
+            by_step = steps_first(products(some, keys) * scale)  # [B·Q, Hkv, G, S]
+            kept = self._select(steps_first(some), keys, by_step, allowed, scale, state)
             weights = masked_softmax(by_step, kept).unflatten(0, (batch, count)).permute(0, 2, 3, 1, 4)
-            outputs = (weights.flatten(2, 3) @ values).unflatten(2, (group, count)).to(query.dtype)
+            outputs = products(weights, values.transpose(-1, -2)).to(query.dtype)
             masses = exact_mass(by_step, kept, allowed).unflatten(0, (batch, count))
             for i in range(count):
                 chosen = kept.unflatten(0, (batch, count))[:, i]
@@ -146,9 +145,19 @@ class Method(ABC):
         return torch.tensor(counts, device=valid.device)
 
 
-def _steps_first(tensor: Tensor) -> Tensor:
+def steps_at_once(query: Tensor, key: Tensor) -> int:
+    """Of how many steps [B, Hkv, G, Q, d] the logits stay in a processor cache."""
+    return max(1, LOGITS_AT_ONCE // (query[:, :, :, 0, 0].numel() * key.shape[2]))
+
+
+def steps_first(tensor: Tensor) -> Tensor:
     """[B, Hkv, G, Q, n] as [B·Q, Hkv, G, n]."""
     return tensor.permute(0, 3, 1, 2, 4).flatten(0, 1)
+
+
+def products(vectors: Tensor, rows: Tensor) -> Tensor:
+    """Each of [B, Hkv, G, Q, n] with each row of its KV head [B, Hkv, N, n]: [B, Hkv, G, Q, N]."""
+    return (vectors.flatten(2, 3) @ rows.transpose(-1, -2)).unflatten(2, vectors.shape[2:4])
 
 
 def best(score: Tensor, allowed: Tensor, budget: Tensor, forced: Tensor | None = None) -> Tensor:
@@ -165,6 +174,36 @@ def best(score: Tensor, allowed: Tensor, budget: Tensor, forced: Tensor | None =
     above, level = score > least, score == least
     room = wanted - above.sum(-1, keepdim=True)
     return (above | (level & (level.cumsum(-1) <= room))) & allowed & (wanted > 0)
+
+
+def by_mass(
+    share: Tensor, allowed: Tensor, mass: float, least: Tensor, most: Tensor, forced: Tensor | None = None
+) -> Tensor:
+    """The fewest allowed positions whose shares sum to `mass`, the `forced` first, then the largest shares, ties to the
+    lower index; `least` of them at the least, `most` at the most.
+
+    share: [B, Hkv, sets, N], sums to 1; allowed, forced: bool, broadcastable to it; least, most: [B], at most as many
+    as are allowed. Returns bool like share.
+    """
+    share = share.masked_fill(~allowed, 0)
+    first = share if forced is None else share.masked_fill(forced, torch.inf)
+    order = first.masked_fill(~allowed, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    # In float64, so that it does not matter that thousands are summed.
+    reached = share.double().gather(-1, order).cumsum(-1)
+    count = (reached < mass).sum(-1, keepdim=True) + 1  # [B, Hkv, sets, 1]
+    count = torch.minimum(torch.maximum(count, least[:, None, None, None]), most[:, None, None, None])
+    chosen = torch.arange(share.shape[-1], device=share.device) < count
+    return torch.zeros_like(chosen).scatter(-1, order, chosen) & allowed
+
+
+def check_mass(mass: object) -> None:
+    """Raise unless it is None or a budget by attention mass."""
+    if mass is None:
+        return
+    if isinstance(mass, bool) or not isinstance(mass, (int, float)):
+        raise TypeError(f"mass must be a number or None, got {mass!r} of type {type(mass).__name__}")
+    if not 0 < mass < 1:
+        raise ValueError(f"mass must be larger than 0 and smaller than 1, or None, got {mass!r}")
 
 
 def newest(valid: Tensor, count: Tensor) -> Tensor:

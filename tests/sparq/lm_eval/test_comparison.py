@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import sparq
 from sparq.generating import each_token_decides
 from sparq.lm_eval.comparison import Comparison
-from sparq.lm_eval.methods import H2O, H2OLayer, Method, Oracle, Quest, SparqVariant, Window
+from sparq.lm_eval.methods import H2O, H2OLayer, Method, Oracle, Pages, Quest, Rocket, SparqVariant, Window
 from tests.sparq.snapshot import snapshot
 from tests.sparq.tiny import build, check_beams, generate, next_tokens, prompt, teacher_forced
 
@@ -24,8 +24,11 @@ SPARSE: list[Method] = [
     Window(k=12, sinks=4),
     H2O(k=12),
     Quest(k=12, page=4),
+    Pages(k=12, page=4),
+    Rocket(k=12, page=4, r=8),
     SparqVariant(r=4, k=12),
     SparqVariant(r=4, k=12, shared=False),
+    SparqVariant(r=8, k=12, index="int4", group=64, mass=0.7, floor=8, alpha="exact"),
 ]
 RATIOS: list[Method] = [Oracle(), Window(), H2O(), Quest(ratio=4)]  # of 52 positions: 6, 6, 6, and a page of 16
 named = pytest.mark.parametrize("method", SPARSE, ids=str)
@@ -66,7 +69,20 @@ def test_the_variant_without_ablations_is_sparq(family: str, knobs: dict) -> Non
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", [Oracle(k=12, dense_layers=1), Window(k=12, sinks=4), Quest(k=12, page=4)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        Oracle(k=12, dense_layers=1),
+        Window(k=12, sinks=4),
+        Quest(k=12, page=4),
+        Oracle(mass=0.7),
+        Pages(k=12, page=4, spread="dimension"),
+        Rocket(k=12, page=4, r=8),
+        SparqVariant(r=4, k=12),
+        SparqVariant(r=8, k=12, index="int4", group=21, mass=0.7, floor=8),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("padding", [0, 9])
 def test_each_token_decides_as_if_it_came_alone(method: Method, padding: int) -> None:
     inputs, tokens = prompt(padding=padding), next_tokens()
@@ -180,7 +196,9 @@ def test_h2o_scores_are_the_models_attention(family: str, implementation: str, p
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("make", [Oracle, Window, H2O, Quest, SparqVariant], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [Oracle, Window, H2O, Quest, Pages, Rocket, SparqVariant], ids=lambda make: make.__name__
+)
 def test_full_budget_generates_what_the_stock_model_does(family: str, make: type[Method]) -> None:
     inputs = prompt()
     model, comparison = compared(make(k=64), family)  # 40 + 24 positions at the end
@@ -329,8 +347,14 @@ def test_beams(method: Method) -> None:
         (H2O(k=12), 2 * 12 * 16 + 2 * 12, 12),
         # 41 positions are 11 pages of 4, 32 are 8: the newest holds 1, or 4
         (Quest(k=12, page=4), 2 * 16 * (11 + 9), 9),
+        (Pages(k=12, page=4), 17 * 11 + 2 * 16 * 9, 9),
+        (Pages(k=12, page=4, spread="dimension"), 2 * 16 * (11 + 9), 9),
+        (Rocket(k=12, page=4, r=5), 5 * 11 + 2 * 16 * 9, 9),
         (SparqVariant(r=4, k=12), 41 * 4 + 2 * 12 * 16 + 4 * 16, 12),
         (SparqVariant(r=4, k=12, shared=False), 2 * (41 * 4 + 2 * 12 * 16) + 4 * 16, 12),
+        # five groups of 8, each with lo and step; four codes are an element
+        (SparqVariant(r=4, k=12, index="int4", group=8), 40 + 2 * 5 * 4 + 4 + 2 * 12 * 16 + 4 * 16, 12),
+        (SparqVariant(r=4, k=12, index="int8", group=41), 82 + 2 * 4 + 2 * 12 * 16 + 4 * 16, 12),
     ],
     ids=lambda value: str(value),
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +15,10 @@ import torch
 from hypothesis import strategies
 from torch import Tensor
 
-from sparq.lm_eval.methods import H2O, H2OLayer, Method, Oracle, Quest, SparqVariant, Window
+from sparq.lm_eval.methods import H2O, H2OLayer, Method, Oracle, Pages, Quest, Rocket, SparqVariant, Window
 from sparq.lm_eval.methods import h2o as h2o_module
-from sparq.lm_eval.methods.method import best
+from sparq.lm_eval.methods.method import best, by_mass
+from sparq.lm_eval.methods.sparq_variant import coded
 from tests.sparq.lm_eval import slow_methods as slow
 from tests.sparq.slow import slow_head
 
@@ -131,6 +134,20 @@ def test_oracle(padding: str, knobs: dict, budget: Callable[[int], int]) -> None
 
 
 @PADDINGS
+@pytest.mark.parametrize("knobs", [dict(mass=0.6), dict(mass=0.8, k=4), dict(mass=0.5, ratio=23)], ids=str)
+def test_oracle_by_mass(padding: str, knobs: dict) -> None:
+    sizes = set()
+
+    def choose(b, h, queries, keys, valid):
+        kept = slow.oracle_by_mass(queries, keys, valid, SCALE, knobs["mass"], knobs.get("k", len(valid)))
+        sizes.add(len(kept))
+        return kept
+
+    compare(case(padding), Oracle(**knobs), exact(choose), attended_only)
+    assert len(sizes) > 2 and max(sizes) <= knobs.get("k", 23)
+
+
+@PADDINGS
 @pytest.mark.parametrize(
     "knobs, budget",
     [(dict(k=6, sinks=2), lambda n: (6, 2)), (dict(ratio=3, sinks=3), lambda n: (n // 3, min(3, n // 6)))],
@@ -155,13 +172,78 @@ def test_window(padding: str, knobs: dict, budget: Callable[[int], tuple[int, in
 )
 def test_quest(padding: str, knobs: dict, page: int, budget: Callable[[int], int]) -> None:
     def choose(b, h, queries, keys, valid):
-        return slow.quest(queries, keys, valid, SCALE, page, budget(len(valid)))[0]
+        return slow.quest(queries, keys, valid, SCALE, page, budget(len(valid)))
 
     def elements(kept: list[list[int]], counts: list[int]) -> int:
         pages = sum(-(-n // page) for n in counts)
         return attended_only(kept, counts) + 2 * 8 * 2 * pages  # two KV heads
 
     compare(case(padding), Quest(**knobs), exact(choose), elements)
+
+
+@PADDINGS
+@pytest.mark.parametrize(
+    "knobs, page, summary, budget",
+    [
+        (dict(k=9, page=4), 4, 9, lambda n: 2 if n > 9 else 3),
+        (dict(k=9, page=3, spread="dimension"), 3, 16, lambda n: 3),
+        (dict(k=9, page=3, first_pages=1), 3, 9, lambda n: 3),
+        (dict(k=9, page=2, first_pages=9), 2, 9, lambda n: 4 if n > 9 else -(-n // 2)),
+        (dict(k=4, page=3, first_pages=2), 3, 9, lambda n: 1),  # no room for any but the newest
+        (dict(ratio=2), 8, 9, lambda n: max(1, int(n * (1 / 2 - 9 / 16 / 8) / 8))),
+        (dict(ratio=1.5, page=2), 2, 9, lambda n: max(1, int(n * (1 / 1.5 - 9 / 16 / 2) / 2 + 1e-9))),
+        (dict(ratio=1.5, page=3, spread="dimension"), 3, 16, lambda n: int(n * (1 / 1.5 - 1 / 3) / 3 + 1e-9) or 1),
+    ],
+)
+def test_pages(padding: str, knobs: dict, page: int, summary: int, budget: Callable[[int], int]) -> None:
+    others = knobs.get("spread", "norm"), knobs.get("first_pages", 0)
+
+    def choose(b, h, queries, keys, valid):
+        return slow.pages_by_moments(queries, keys, valid, SCALE, page, budget(len(valid)), *others)
+
+    def elements(kept: list[list[int]], counts: list[int]) -> int:
+        return attended_only(kept, counts) + 2 * summary * sum(-(-n // page) for n in counts)  # two KV heads
+
+    compare(case(padding), Pages(**knobs), exact(choose), elements)
+
+
+@PADDINGS
+@pytest.mark.parametrize(
+    "knobs, page, r, budget",
+    [
+        (dict(k=9, page=4, r=3), 4, 3, lambda n: 2 if n > 9 else 3),
+        (dict(k=7, page=1, r=8), 1, 8, lambda n: 7 if n > 7 else n),
+        (dict(ratio=4), 2, 4, lambda n: max(1, int(n * (1 / 4 - 1 / 8) / 2))),
+        (dict(ratio=2, r=5, page=3), 3, 5, lambda n: max(1, int(n * (1 / 2 - 5 / 16 / 3) / 3))),
+    ],
+)
+def test_rocket(padding: str, knobs: dict, page: int, r: int, budget: Callable[[int], int]) -> None:
+    def choose(b, h, queries, keys, valid):
+        return slow.rocket(queries, keys, valid, SCALE, page, budget(len(valid)), r)
+
+    def elements(kept: list[list[int]], counts: list[int]) -> int:
+        return attended_only(kept, counts) + 2 * r * sum(-(-n // page) for n in counts)  # two KV heads
+
+    compare(case(padding), Rocket(**knobs), exact(choose), elements)
+
+
+def test_rockets_bounds_of_one_position_are_sparqs_scores() -> None:
+    rocket, variant = Rocket(k=6, page=1, r=3), SparqVariant(k=6, r=3, local=1, mean_value=False)
+    for (_, actual, _), (_, expected, _) in zip(case().steps(rocket), case().steps(variant), strict=True):
+        assert torch.equal(actual.kept, expected.kept) and torch.equal(actual.output, expected.output)
+
+
+@pytest.mark.parametrize("method", [Rocket(page=2, r=4), Pages(page=5, spread="norm", ratio=9)], ids=str)
+def test_a_ratio_that_the_summaries_alone_use_up(method: Method) -> None:
+    with pytest.raises(
+        ValueError, match=r"page must be so large that .* got page=[25], ratio=[89] and a head_dim of 8"
+    ):
+        next(iter(case().steps(method)))
+
+
+def test_rocket_wants_no_more_components_than_there_are() -> None:
+    with pytest.raises(ValueError, match="r must not be larger than the model's head_dim=8, got r=9"):
+        next(iter(case().steps(Rocket(k=6, r=9))))
 
 
 @PADDINGS
@@ -267,6 +349,137 @@ def test_sparq_variants_local_window_is_a_quarter() -> None:
     compare(of, SparqVariant(r=1, k=8), definition, lambda kept, n: attended_only(kept, n) + 2 * sum(n) + 4 * 8 * 6)
 
 
+def variant_elements(knobs: dict[str, Any], counts: list[int], padded: list[int]) -> int:
+    """Elements of the index of rows of `counts` valid positions, the first of which come after `padded` others."""
+    r, group, bits = knobs["r"], knobs["group"], {"full": 16, "int8": 8, "int4": 4, "int2": 2}[knobs["index"]]
+    sets = 2 * (1 if knobs.get("shared", True) else 2)  # two KV heads
+    codes = others = 0
+    for count, before in zip(counts, padded, strict=True):
+        whole = 0 if bits == 16 else (before + count) // group
+        in_groups = max(0, whole * group - before)
+        codes += in_groups * r * sets
+        others += (count - in_groups) * r * sets + 2 * r * sets * max(0, whole - before // group)
+    return math.ceil(codes * bits / 16) + others
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        dict(index="int4", group=4),
+        dict(index="int8", group=5, mean_value=False),
+        dict(index="int2", group=1, alpha="exact"),
+        dict(index="int2", group=21, mean_value=True),  # complete in the middle of the steps
+        dict(index="int4", group=64),  # none is complete
+        dict(mass=0.7, floor=4),
+        dict(mass=0.7, floor=4, local=3, alpha="exact", mean_value=0.8),
+        dict(mass=0.8, floor=6, mean_value=True),
+        dict(mass=0.99, floor=1, alpha="exact"),  # which k cuts short
+        dict(index="int4", group=6, mass=0.8, floor=4, alpha="exact", mean_value=True),
+        dict(index="int2", group=7, mass=0.6, floor=4),
+        dict(alpha="exact", mean_value=True),
+    ],
+    ids=str,
+)
+def test_sparq_variants_index_and_budget(padding: str, shared: bool, knobs: dict[str, Any]) -> None:
+    knobs = dict(r=5, k=9, mean_value=0.5, index="full", group=256) | knobs
+    local = knobs.get("local", (knobs["floor"] if "mass" in knobs else knobs["k"]) // 4)
+    slowly = {name: value for name, value in knobs.items() if name not in ("index", "local")}
+    bits = {"full": None, "int8": 8, "int4": 4, "int2": 2}[knobs["index"]]
+    sizes = set()
+
+    def definition(b, h, queries, keys, values, valid):
+        groups = [queries] if shared else [[q] for q in queries]
+        parts = [slow.sparq(group, keys, values, valid, SCALE, local=local, bits=bits, **slowly) for group in groups]
+        sizes.update(len(p[0]) for _, p in parts)
+        return [y for ys, _ in parts for y in ys], [p for _, ps in parts for p in ps]
+
+    def elements(kept: list[list[int]], counts: list[int]) -> int:
+        padded = [0, 5, 12] if padding == "left" else [0, 0, 0]
+        index = variant_elements(knobs | dict(shared=shared), counts, padded)
+        return attended_only(kept, counts) + index + 4 * 8 * 2 * 3
+
+    compare(case(padding), SparqVariant(**knobs, shared=shared), definition, elements)
+    assert "mass" not in knobs or len(sizes) > 2  # it is the mass that decides, mostly
+
+
+def test_a_budget_by_nearly_all_of_the_mass_is_all_of_it() -> None:
+    nearly = 1 - 1e-12
+    for method in (Oracle(mass=nearly), SparqVariant(k=64, r=8, index="int4", group=4, mass=nearly, floor=1)):
+        covering = case("left").steps(Oracle(k=64))
+        for (_, attended, _), (_, dense, _) in zip(case("left").steps(method), covering, strict=True):
+            assert torch.equal(attended.kept, dense.kept)
+            torch.testing.assert_close(attended.output, dense.output)
+
+
+def test_by_mass_breaks_ties_by_the_lower_index() -> None:
+    share = torch.tensor([[[[0.25, 0, 0.25, 0.25, 0, 0.25, 9]]]])
+    allowed = torch.tensor([True] * 6 + [False])
+    one, six = torch.tensor([1]), torch.tensor([6])
+
+    def chosen(mass: float, least: Tensor = one, most: Tensor = six, forced: Tensor | None = None) -> list[int]:
+        return by_mass(share, allowed, mass, least, most, forced)[0, 0, 0].nonzero()[:, 0].tolist()
+
+    assert chosen(0.25) == [0] and chosen(0.5) == [0, 2] and chosen(0.51) == [0, 2, 3]
+    assert chosen(0.1, least=six) == [0, 1, 2, 3, 4, 5] and chosen(0.1, least=one + 4) == [0, 1, 2, 3, 5]
+    assert chosen(0.9, most=one + 1) == [0, 2]
+    assert chosen(0.25, forced=torch.arange(7) == 4) == [0, 4]
+    assert chosen(0.25, forced=torch.arange(7) > 3) == [4, 5]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_coded_keys(bits: int, dtype: torch.dtype) -> None:
+    """lo and step are rounded to K's dtype before anything is coded with them."""
+    key = torch.randn(2, 2, 21, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    key[0, 0, 3, 0], key[0, 0, 4, 0], key[0, 1, 1, 2] = torch.nan, torch.inf, -torch.inf
+    key[1, 0, :, 1] = 2.5  # a constant run
+    key[1, 1, 5:10, 2] = torch.nan
+    key[1, 1, :5, 0] = torch.tensor([0, 1.5, 3, 2.5, 0.5]) * (2**bits - 1) / 3 / 64  # halves go to the even code
+    actual = coded(key, 5, bits)
+    assert actual.shape == (2, 2, 20, 3) and actual.dtype == torch.float32 and actual.isfinite().all()
+    for b, h in itertools.product(range(2), range(2)):
+        expected = slow.coded(key[b, h].tolist(), 20, 5, bits, lambda x: torch.tensor(x).to(dtype).item())
+        torch.testing.assert_close(actual[b, h], torch.tensor(expected), rtol=1e-6, atol=1e-6)
+    error = (actual - key[:, :, :20].float())[key[:, :, :20].isfinite()].abs().max()
+    assert float(error) < 0.6 * 6 / (2**bits - 1)
+
+
+def test_an_index_depends_on_the_keys_alone() -> None:
+    """On all of them, padding too, but not on what is not finite there."""
+    key = torch.randn(1, 1, 8, 4, dtype=torch.float64)
+    more = torch.cat([key, torch.randn(1, 1, 5, 4, dtype=torch.float64)], dim=2)
+    assert torch.equal(coded(key, 4, 4), coded(more, 4, 4)[:, :, :8])
+    padded = key.clone()
+    padded[:, :, 0] = torch.nan
+    same = key.clone()
+    same[:, :, 0] = same[:, :, 1]  # no part of the range
+    assert torch.equal(coded(padded, 4, 4)[:, :, 1:], coded(same, 4, 4)[:, :, 1:])
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "holes"])
+@pytest.mark.parametrize("at_once", [1, 2 * 2 * 3 * 23 * 2, 1 << 19])
+def test_several_queries_in_a_pass_decide_one_by_one(
+    padding: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparq.lm_eval.methods.method.LOGITS_AT_ONCE", at_once)
+    of = case(padding, prompt=12)
+    new = 23 - of.prompt
+    seen = torch.ones(new, 23, dtype=torch.bool).tril(of.prompt) & of.valid[:, None]
+    for make in METHODS + BY_MASS + CODED:
+        method = small(make, 6)
+        if method.observes:
+            continue
+        together = list(method.attend_each(of.queries[:, :, :, of.prompt :], of.key, of.value, seen, SCALE))
+        assert len(together) == new
+        for (s, expected, _), actual in zip(of.steps(method), together, strict=True):
+            assert torch.equal(actual.kept[..., : s + 1], expected.kept) and not actual.kept[..., s + 1 :].any()
+            assert actual.elements == expected.elements
+            torch.testing.assert_close(actual.output, expected.output)
+            torch.testing.assert_close(actual.mass, expected.mass)
+
+
 def test_ties_go_to_the_lower_index() -> None:
     score = torch.tensor([[[[1.0, 2, 1, 2, 0, 1, 5]]]])
     allowed = torch.tensor([True, True, True, True, True, True, False])
@@ -289,6 +502,8 @@ def test_ties_go_to_the_lower_index() -> None:
         (Oracle(k=4), [[0, 1, 2, 3], [5, 6, 7, 8], [12, 13, 14, 15]]),
         (Quest(k=4, page=2), [[0, 1, 22], [5, 6, 21, 22], [12, 13, 22]]),
         (SparqVariant(k=4, r=2), [[0, 1, 2, 22], [5, 6, 7, 22], [12, 13, 14, 22]]),
+        (Pages(k=4, page=2), [[0, 1, 22], [5, 6, 21, 22], [12, 13, 22]]),
+        (Rocket(k=4, page=2), [[0, 1, 22], [5, 6, 21, 22], [12, 13, 22]]),
         (H2O(k=4), [[0, 1, 21, 22], [5, 6, 21, 22], [12, 13, 21, 22]]),  # earlier positions were seen more often
     ],
     ids=lambda value: type(value).__name__,
@@ -308,20 +523,35 @@ METHODS: list[Callable[..., Method]] = [
     Window,
     H2O,
     Quest,
+    Pages,
+    Rocket,
     SparqVariant,
     lambda **knobs: SparqVariant(**knobs, shared=False, score_temperature=False),
+]
+BY_MASS: list[Callable[..., Method]] = [  # which read less than k
+    lambda **knobs: Oracle(**knobs, mass=0.7),
+    lambda **knobs: SparqVariant(**knobs, mass=0.7, floor=min(3, knobs["k"]), alpha="exact"),
+]
+CODED: list[Callable[..., Method]] = [  # whose groups are counted from the first position, padding or not
+    lambda **knobs: SparqVariant(**knobs, r=6, index="int4", group=4, mass=0.7, floor=1, shared=False),
+    lambda **knobs: SparqVariant(**knobs, r=6, index="int2", group=5),
 ]
 
 
 def small(make: Callable[..., Method], k: int) -> Method:
-    extra = {Window: dict(sinks=k // 3), Quest: dict(page=min(k, 3)), SparqVariant: dict(r=3)}.get(make, {})  # type: ignore[call-overload]
+    extra = {
+        Window: dict(sinks=k // 3),
+        Quest: dict(page=min(k, 3)),
+        Pages: dict(page=min(k, 3)),
+        SparqVariant: dict(r=3),
+    }.get(make, {})  # type: ignore[call-overload]
     return make(k=k, **extra)
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(data=strategies.data())
 def test_what_is_kept(data: strategies.DataObject) -> None:
-    make = data.draw(strategies.sampled_from(METHODS))
+    make = data.draw(strategies.sampled_from(METHODS + BY_MASS + CODED))
     length = data.draw(strategies.integers(2, 30))
     group = data.draw(strategies.integers(1, 3))
     method = small(make, data.draw(strategies.integers(1, 32)))
@@ -338,9 +568,12 @@ def test_what_is_kept(data: strategies.DataObject) -> None:
         kept, counts = attended.kept, of.valid[:, : s + 1].sum(-1).tolist()
         assert not (kept & ~valid).any()
         budget = torch.tensor([method.positions(n, 8) for n in counts])[:, None, None]
-        assert (kept.sum(-1) == budget).all()
+        if getattr(method, "mass", None) is None:
+            assert (kept.sum(-1) == budget).all()
+        else:
+            assert ((kept.sum(-1) >= 1) & (kept.sum(-1) <= budget)).all()
         assert all(1 <= method.positions(n, 8) <= min(n, method.k or n) for n in counts)
-        if isinstance(method, (Window, Quest, H2O)):
+        if isinstance(method, (Window, Quest, Pages, Rocket, H2O)):
             assert kept[..., -1].all()
         if isinstance(method, H2O):
             assert not (kept[..., : evicted.shape[3]] & evicted).any()
@@ -371,7 +604,7 @@ def test_a_variant_with_all_positions_does_not_blend_at_all() -> None:
         assert torch.equal(actual.output, expected.output)
 
 
-@pytest.mark.parametrize("make", METHODS)
+@pytest.mark.parametrize("make", METHODS + BY_MASS)
 def test_rows_are_independent_of_their_padding(make: Callable[..., Method]) -> None:
     of = case("left")
     together = list(of.steps(small(make, 6)))
@@ -383,7 +616,7 @@ def test_rows_are_independent_of_their_padding(make: Callable[..., Method]) -> N
             torch.testing.assert_close(actual.output[b : b + 1], expected.output)
 
 
-@pytest.mark.parametrize("make", METHODS)
+@pytest.mark.parametrize("make", METHODS + BY_MASS)
 def test_dtypes(make: Callable[..., Method]) -> None:
     of = case("left")
     narrow = Case(of.queries.bfloat16(), of.key.bfloat16(), of.value.bfloat16(), of.valid, of.prompt)
@@ -402,10 +635,17 @@ def test_budgets_of_a_ratio() -> None:
     """4096 positions at ratio 8, d = 128; bytes as shares of the dense 2·S·d."""
     assert Oracle().positions(4096, 128) == Window().positions(4096, 128) == 512
     assert H2O().positions(4096, 128) == 508  # 508 * (2 * 128 + 2) of 2 * 4096 * 128 / 8 elements
-    assert Quest().page_size == 16 and Quest().pages(4096) == 16 and Quest().positions(4096, 128) == 256
+    assert Quest().page_size == 16 and Quest().pages(4096, 128) == 16 and Quest().positions(4096, 128) == 256
     assert Quest(ratio=16).page_size == 32 and Quest(ratio=16).positions(4096, 128) == 128
     assert Quest(ratio=2).page_size == 16 and Quest(ratio=2).positions(4096, 128) == 4096 * 7 // 16
     assert Quest(k=100).page_size == 16 and Quest(k=100).positions(1000, 128) == 5 * 16 + 8
+    assert Pages().page_size == 8 and Pages(ratio=12).page_size == 12 and Pages(spread="dimension").page_size == 16
+    assert Pages().positions(4096, 128) == 248  # 8 * int(4096 * (1 / 8 - 129 / 256 / 8) / 8)
+    assert Pages(page=16).positions(4096, 128) == 368 and Pages(spread="dimension").positions(4096, 128) == 256
+    assert Pages(k=100).page_size == 8 and Pages(k=100).positions(1000, 128) == 96
+    assert Rocket().page_size == 3 and Rocket().summary_elements(128) == 48 and Rocket().positions(4096, 128) == 255 - 2
+    assert Rocket(ratio=16).page_size == 4 and Rocket(ratio=16).summary_elements(128) == 32
+    assert Rocket(ratio=16).positions(4096, 128) == 128 and Rocket(page=16).summary_elements(128) == 128
     assert SparqVariant().positions(4096, 128) == 256 and SparqVariant().positions(1000, 128) == 128
     assert [m.positions(3, 128) for m in (Oracle(), Window(), H2O())] == [1, 1, 1]
     assert Quest().positions(40, 128) == 8  # the current page alone
@@ -465,6 +705,8 @@ BAD = [
     (Oracle, dict(ratio=0.5), ValueError, "ratio must be a finite number of at least 1, got 0.5"),
     (Oracle, dict(ratio="8"), TypeError, "ratio must be a number, got '8'"),
     (Oracle, dict(dense_layers=-1), ValueError, "dense_layers must be at least 0, got -1"),
+    (Oracle, dict(mass=0), ValueError, "mass must be larger than 0 and smaller than 1, or None, got 0"),
+    (Oracle, dict(mass="0.9"), TypeError, "mass must be a number or None, got '0.9' of type str"),
     (Window, dict(k=16), ValueError, "sinks must be smaller than k.*sinks=16 and k=16"),
     (Window, dict(sinks=-1), ValueError, "sinks must be at least 0, got -1"),
     (H2O, dict(k=4, local=5), ValueError, "local must not be larger than k.*local=5 and k=4"),
@@ -472,10 +714,27 @@ BAD = [
     (Quest, dict(page=0), ValueError, "page must be at least 1, got 0"),
     (Quest, dict(ratio=8, page=8), ValueError, "page must be larger than ratio.*page=8 and ratio=8"),
     (Quest, dict(k=12), ValueError, "page must not be larger than k, got page=16 and k=12"),
+    (Pages, dict(spread="both"), ValueError, "spread must be one of norm, dimension, got 'both'"),
+    (Pages, dict(page=4), ValueError, "page must be larger than ratio times 0.5.*page=4 and ratio=8"),
+    (Pages, dict(page=8, spread="dimension"), ValueError, "page must be larger than ratio times 1,.*page=8 and"),
+    (Pages, dict(first_pages=-1), ValueError, "first_pages must be at least 0, got -1"),
+    (Pages, dict(k=7), ValueError, "page must not be larger than k, got page=8 and k=7"),
+    (Rocket, dict(r=0), ValueError, "r must be at least 1, got 0"),
+    (Rocket, dict(k=3, page=4), ValueError, "page must not be larger than k, got page=4 and k=3"),
     (SparqVariant, dict(r=0), ValueError, "r must be at least 1, got 0"),
     (SparqVariant, dict(ratio=1.3), ValueError, "ratio must be a multiple of 0.5, got 1.3"),
     (SparqVariant, dict(shared=1), TypeError, "shared must be True or False, got 1"),
     (SparqVariant, dict(score_temperature=None), TypeError, "score_temperature must be True or False, got None"),
+    (SparqVariant, dict(index="int3"), ValueError, "index must be one of full, int8, int4, int2, got 'int3'"),
+    (SparqVariant, dict(index=4), ValueError, "index must be one of full, int8, int4, int2, got 4"),
+    (SparqVariant, dict(alpha=True), ValueError, "alpha must be one of paper, exact, got True"),
+    (SparqVariant, dict(group=0), ValueError, "group must be at least 1, got 0"),
+    (SparqVariant, dict(floor=0), ValueError, "floor must be at least 1, got 0"),
+    (SparqVariant, dict(mass=1.0), ValueError, "mass must be larger than 0 and smaller than 1, or None, got 1.0"),
+    (SparqVariant, dict(mass=True), TypeError, "mass must be a number or None, got True of type bool"),
+    (SparqVariant, dict(mass=0.9, k=32), ValueError, "floor must not be larger than k.*floor=64 and k=32"),
+    (SparqVariant, dict(mass=0.9, floor=129), ValueError, "floor must not be.*floor=129 and k=128 .the least that"),
+    (SparqVariant, dict(mass=0.9, local=65), ValueError, "local must not be larger than floor.*local=65 and floor=64"),
 ]
 
 

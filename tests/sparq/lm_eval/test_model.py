@@ -38,6 +38,8 @@ SPARSE = {
     "window": dict(k=12, sinks=4),
     "h2o": dict(k=12),
     "quest": dict(k=12, page=4),
+    "pages": dict(k=12, page=4),
+    "rocket": dict(k=12, page=4, r=4),
 }
 TEXT = "Decoding a token reads the whole cache, and it is the cache that grows; what is read of it need not."
 PAIRS = [(TEXT[:n], TEXT[n : n + m]) for n, m in ((60, 9), (60, 20), (33, 1), (45, 12), (80, 5), (21, 30), (60, 9))]
