@@ -83,19 +83,18 @@ def test_codes_and_mass_equal_the_definition(make_cache: Callable, knobs: dict) 
 
 
 @on_either_cache
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_codes_and_mass_in_the_kernel(make_cache: Callable, dtype: torch.dtype) -> None:
+def test_codes_and_mass_in_the_kernel(make_cache: Callable) -> None:
     """Near the float64 model's answers, by far nearer than the stock model's: scores within rounding of each other may
     change what is chosen."""
     knobs = dict(r=16, k=100, index="int4", mass=0.9, k_min=30, min_length=0)
     inputs, tokens, room = prompt(length=530, padding=40), next_tokens(), dict(max_position_embeddings=4096)
     model = sparq.patch(build(**room).double(), **knobs)
     expected = teacher_forced(model, inputs, tokens)
-    fast = sparq.patch(build(**room).to(dtype), **knobs)
+    fast = sparq.patch(build(**room), **knobs)
     actual = teacher_forced(fast, inputs, tokens, make_cache(fast, 600))
     stock = teacher_forced(build(**room).double(), inputs, tokens)
     error, effect = (actual - expected).abs().mean(), (stock - expected).abs().mean()
-    assert error < (0.1 if dtype == torch.float32 else 0.25) * effect, (error, effect)
+    assert error < 0.1 * effect, (error, effect)
     ours, theirs = sparq.report(fast).total, sparq.report(model).total
     assert ours.positions_read == pytest.approx(theirs.positions_read, rel=0.02)
     assert ours.mean_alpha == pytest.approx(theirs.mean_alpha, abs=5e-3)
