@@ -295,7 +295,9 @@ def run_reference(case: Case, **changes: Any) -> sparq_kernels.DecodeOutput:
 
 
 def reference_call(call: Arguments) -> sparq_kernels.DecodeOutput:
-    return sparq_kernels.DecodeOutput(*_called(decode_reference, call, call.softmax_scale, mean_from=call.mean_from))
+    return sparq_kernels.DecodeOutput(
+        *_called(decode_reference, call, call.softmax_scale, mean_from=float(call.mean_from))
+    )
 
 
 def check_against_equations(case: Case, result: sparq_kernels.DecodeOutput, is_rounded: bool = False) -> None:

@@ -31,6 +31,7 @@ RIGHT = Decode(
     holes=0.0,
     options=(("r", 4), ("k", 10)),
     draw="normal",
+    index="full",
     seed=0,
     threads=1,
     public=True,

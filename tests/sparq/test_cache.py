@@ -524,7 +524,9 @@ def test_offload_and_prefetch_move_all_that_is_held(kind: tuple[type, type]) -> 
     index(layer, start, mask)
     layer.device = torch.device("cuda:0")
     held = held_by(layer)
-    assert len(held) == (5 if is_fixed(kind) else 6) + (kind in (CODED, FIXED_CODED))  # `start` is in the mask where storage is fixed
+    assert len(held) == (5 if is_fixed(kind) else 6) + (
+        kind in (CODED, FIXED_CODED)
+    )  # `start` is in the mask where storage is fixed
     for owner, name in held:
         setattr(owner, name, getattr(owner, name).as_subclass(Placed).to("cuda:0"))
     layer._note_contents()
