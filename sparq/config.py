@@ -4,34 +4,39 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from sparq_kernels import Budget
 
 INDEXES = ("full", "int4")
 MIN_COMPONENTS = 8
 MIN_POSITIONS = 128
+MASS = 0.95  # with less, and with fewer components, the search ends too early (evals/README.md)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparqConfig:
     """How much of the cache a decode step reads (symbols as in SparQ Attention, arXiv 2312.04985, section 4).
 
+    The defaults go beyond the paper: positions are found by codes of four bits, and how many are read is for the
+    attention to say. `SparqConfig.paper()` is the paper's method.
+
     Args:
-        r: components of the query used to score positions, 1..head_dim. None: head_dim / ratio, at least 8; with a
-            four-bit index four times as many, at no more bytes.
-        k: positions attended in full, the local window and the current token included, at least 1. None: the number of
-            valid cached positions of each batch row / (2 * ratio), at least 128, growing with the context. With `mass`
-            this is the most.
+        r: components of the query used to score positions, 1..head_dim. None: 4 * head_dim / ratio, at least 32, and
+            with index="full", where each takes four times the bytes, head_dim / ratio, at least 8.
+        k: positions attended in full, the local window and the current token included, at least 1; with `mass` the
+            most. None: the number of valid cached positions of each batch row / (2 * ratio), or with `mass` / ratio, at
+            least 128, growing with the context.
         ratio: the compression wanted of the bytes read, 1, 1.5, 2, ...; fills in `r` and `k` where they are None. Half
             steps only: k is then the same integer division on every device.
         local: the most recent positions, the current one included, that are always among the k. None: k / 4; with
             `mass` a quarter of `k_min`.
-        index: what positions are found by. "full": the components of K themselves, in a second copy, as in the paper.
-            "int4": the components in codes of four bits, an eighth of K's and V's bytes in all.
+        index: what positions are found by. "int4": K's components in codes of four bits, an eighth of the bytes of K
+            and V in 16 bits. "full": the components themselves, in a second copy of K, as in the paper.
         mass: 0 < mass < 1, to let each query and KV head stop where the positions it attends, the best first, have that
-            share of the approximate scores: few where attention is sharp, many where it is not. None: all k, as in the
-            paper.
-        k_min: the least that a query attends where `mass` decides, at most k. Ignored without `mass`.
+            share of the approximate scores: few where attention is sharp, many where it is not. 1.0: all k, as in the
+            paper. None: 0.95 where k is None, else 1.0.
+        k_min: the least that a query attends where `mass` decides, at most k. None: 128, or k.
         mean_value: where the mean value stands in for the positions that were not attended (step 5). True: in every
             query head, as in the paper. False: in none. A number, 0..1: in those whose positions have at least that
             share of the approximate score mass; heads that look everywhere are better off without it.
@@ -48,9 +53,9 @@ class SparqConfig:
     k: int | None = None
     ratio: float = 8
     local: int | None = None
-    index: str = "full"
+    index: str = "int4"
     mass: float | None = None
-    k_min: int = 64
+    k_min: int | None = None
     mean_value: bool | float = 0.5
     dense_layers: int = 0
     min_length: int | None = None
@@ -60,7 +65,7 @@ class SparqConfig:
             ("r", 1, True),
             ("k", 1, True),
             ("local", 0, True),
-            ("k_min", 1, False),
+            ("k_min", 1, True),
             ("dense_layers", 0, False),
             ("min_length", 0, True),
         ):
@@ -78,15 +83,15 @@ class SparqConfig:
         if self.index not in INDEXES:
             raise ValueError(f"index must be one of {', '.join(map(repr, INDEXES))}, got {self.index!r}")
         if self.mass is not None:
-            if isinstance(self.mass, bool) or not isinstance(self.mass, float):
-                raise TypeError(f"mass must be a float between 0 and 1, or None, got {self.mass!r}")
-            if not 0 < self.mass < 1:
-                raise ValueError(f"mass must lie between 0 and 1, or be None, got {self.mass!r}")
-            if self.k_min > self.base_k:
-                raise ValueError(
-                    f"k_min must not be larger than k, got k_min={self.k_min} and k={self.base_k}"
-                    + (" (the least that k=None gives)" if self.k is None else "")
-                )
+            if not isinstance(self.mass, float):
+                raise TypeError(f"mass must be a float above 0 and up to 1, or None, got {self.mass!r}")
+            if not 0 < self.mass <= 1:
+                raise ValueError(f"mass must be above 0 and at most 1, or None, got {self.mass!r}")
+        if self.k_min is not None and self.k_min > self.base_k:
+            raise ValueError(
+                f"k_min must not be larger than k, got k_min={self.k_min} and k={self.base_k}"
+                + (" (the least that k=None gives)" if self.k is None else "")
+            )
         if self.local is not None and self.local > self.base_k:
             raise ValueError(
                 f"local must not be larger than k, which counts the local window: got local={self.local} and "
@@ -101,7 +106,22 @@ class SparqConfig:
     @property
     def k_divisor(self) -> int | None:
         """k is at least the number of valid positions divided by this, rounded down; None where k was given."""
-        return int(2 * self.ratio) if self.k is None else None
+        if self.k is not None:
+            return None
+        return int(2 * self.ratio) if self.stop_at is None else int(self.ratio)
+
+    @property
+    def stop_at(self) -> float | None:
+        """The share of the scores with which a query stops; None: it reads all k."""
+        mass = self.mass
+        if mass is None:
+            mass = MASS if self.k is None else 1.0
+        return mass if mass < 1 else None
+
+    @property
+    def least_k(self) -> int:
+        """What a query attends at the least where the scores say when to stop."""
+        return min(MIN_POSITIONS, self.base_k) if self.k_min is None else self.k_min
 
     def components(self, head_dim: int) -> int:
         """r for heads of `head_dim` components.
@@ -123,14 +143,21 @@ class SparqConfig:
 
     def least(self, valid: int) -> int:
         """The fewest of them that a query attends."""
-        return self.positions(valid) if self.mass is None else min(valid, max(self.k_min, self.local or 0))
+        return self.positions(valid) if self.stop_at is None else min(valid, max(self.least_k, self.local or 0))
 
     def budget(self, r: int) -> Budget:
         """What the operator is told, with so many components."""
-        local = self.local
-        if local is None and self.mass is not None:
-            local = self.k_min // 4
-        return Budget(r, self.base_k, self.k_divisor, local, self.mass, 1 if self.mass is None else self.k_min)
+        if self.stop_at is None:
+            return Budget(r, self.base_k, self.k_divisor, self.local)
+        local = self.least_k // 4 if self.local is None else self.local
+        return Budget(r, self.base_k, self.k_divisor, local, self.stop_at, self.least_k)
+
+    @classmethod
+    def paper(cls, ratio: float = 8, **knobs: Any) -> SparqConfig:
+        """SparQ Attention as its paper has it: full components, a fixed k, the mean value in every head. knobs: others,
+        or these, changed."""
+        own: dict[str, Any] = {"index": "full", "mass": 1.0, "mean_value": True, "ratio": ratio}
+        return cls(**own | knobs)
 
 
 def _check_int(name: str, value: object, least: int, optional: bool) -> None:

@@ -86,10 +86,10 @@ class SparqVariant(Method):
         check_mass(self.mass)
         if self.mass is None:
             return
-        if self.floor > config.min_k:
+        if self.floor > config.base_k:
             raise ValueError(
                 f"floor must not be larger than k, the most that mass may take: got floor={self.floor} and "
-                f"k={config.min_k}" + (" (the least that k=None gives)" if self.k is None else "")
+                f"k={config.base_k}" + (" (the least that k=None gives)" if self.k is None else "")
             )
         if self.local is not None and self.local > self.floor:
             raise ValueError(
@@ -99,12 +99,14 @@ class SparqVariant(Method):
 
     @property
     def config(self) -> SparqConfig:
-        """The same knobs for `sparq.patch`."""
+        """The same knobs for `sparq.patch`, but for the index and the mass, which are made here."""
         return SparqConfig(
             r=self.r,
             k=self.k,
             ratio=self.ratio,
             local=self.local,
+            index="full",
+            mass=1.0,
             mean_value=self.mean_value,
             dense_layers=self.dense_layers,
             min_length=0,
