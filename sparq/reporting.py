@@ -45,7 +45,7 @@ class Report:
     layers: dict[int, LayerReport]
     total: LayerReport
     remade: int  # times that a layer's index was made anew, because others had changed what the layer holds
-    cache_bytes: int  # the most one cache has held in SparQ's layers: K, V, the component copy of K, slack to grow
+    cache_bytes: int  # the most one cache has held in SparQ's layers: K, V, the index, slack to grow
 
     @classmethod
     def of(cls, stats: Stats, config: Any, backend: str) -> Report:
@@ -107,9 +107,9 @@ class Report:
         """What stands below the table."""
         lines = textwrap.wrap(str(self.config), 100)
         if self.cache_bytes:
-            lines.append(f"largest cache: {self.cache_bytes / 1e6:,.1f} MB (K, V, the component copy of K)")
+            lines.append(f"largest cache: {self.cache_bytes / 1e6:,.1f} MB (K, V, the index)")
         if self.total.mean_alpha is not None:
-            lines.append("mean α: the share by the scores of r components, which is too high where they miss something")
+            lines.append("mean α: the share by the approximate scores, which is too high where they miss something")
         if not self.total.decode_steps:
             lines.append("no decode step yet: nothing but prompts, if anything")
         for reason, steps in sorted(self.total.dense_steps.items(), key=lambda item: -item[1]):

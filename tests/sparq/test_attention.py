@@ -105,9 +105,9 @@ def test_k_follows_the_context_of_each_row(make_cache: Callable) -> None:
     """300 positions give k = 150 and more; the padded row of 200 has the least, 128. The static cache has room for ten
     times as many."""
     inputs, tokens = prompt(length=300, padding=100), next_tokens()
-    slow, room = Slow(r=4, ratio=1), dict(max_position_embeddings=4096)
+    slow, room, paper = Slow(r=4, ratio=1), dict(max_position_embeddings=4096), dict(index="full", mass=1.0)
     expected = teacher_forced(slow.install(build(**room)), inputs, tokens)
-    model = sparq.patch(build(**room), r=4, ratio=1, min_length=0)
+    model = sparq.patch(build(**room), r=4, ratio=1, min_length=0, **paper)
     actual = teacher_forced(model, inputs, tokens, make_cache(model, 3000))
 
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
@@ -120,7 +120,8 @@ def test_ratio_gives_both_r_and_k() -> None:
     inputs, tokens = prompt(batch=1, length=599), next_tokens(batch=1, steps=3)
     shape = dict(head_dim=32, num_hidden_layers=2)
     expected = teacher_forced(Slow(r=16, k=150).install(build(**shape)), inputs, tokens)
-    actual = teacher_forced(sparq.patch(build(**shape), ratio=2, min_length=0), inputs, tokens)
+    model = sparq.patch(build(**shape), sparq.SparqConfig.paper(2, min_length=0, mean_value=0.5))
+    actual = teacher_forced(model, inputs, tokens)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 

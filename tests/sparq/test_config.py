@@ -60,7 +60,8 @@ def test_cannot_be_changed_past_its_checks() -> None:
 
 @pytest.mark.parametrize("head_dim, ratio, r", [(128, 8, 16), (128, 4, 32), (64, 8, 8), (64, 16, 8), (4, 8, 4)])
 def test_r_follows_from_the_ratio(head_dim: int, ratio: int, r: int) -> None:
-    assert SparqConfig(ratio=ratio).components(head_dim) == r
+    assert SparqConfig(ratio=ratio, index="full").components(head_dim) == r
+    assert SparqConfig(ratio=ratio).components(head_dim) == min(head_dim, 4 * r)
 
 
 def test_r_beside_the_head_dim() -> None:
@@ -83,7 +84,30 @@ def test_r_beside_the_head_dim() -> None:
     ],
 )
 def test_k_follows_from_the_ratio(ratio: float, valid: int, k: int) -> None:
-    assert SparqConfig(ratio=ratio).positions(valid) == k
+    assert SparqConfig(ratio=ratio, mass=1.0).positions(valid) == k
+
+
+@pytest.mark.parametrize("ratio, valid, k", [(8, 4096, 512), (2.5, 1003, 501), (8, 1000, 128), (8, 100, 100)])
+def test_with_a_mass_that_is_the_most(ratio: float, valid: int, k: int) -> None:
+    config = SparqConfig(ratio=ratio)
+    assert config.positions(valid) == k and config.least(valid) == min(128, valid)
+    assert config.budget(16) == (16, 128, int(ratio), 32, 0.95, 128)
+
+
+def test_who_gives_k_gets_k() -> None:
+    assert SparqConfig(k=40).budget(8) == (8, 40, None, None, None, 1)
+    assert SparqConfig(k=40, mass=0.9).budget(8) == (8, 40, None, 10, 0.9, 40)
+    assert SparqConfig(k=40, mass=0.9, k_min=4, local=3).budget(8) == (8, 40, None, 3, 0.9, 4)
+    assert SparqConfig(mass=1.0).budget(8) == (8, 128, 16, None, None, 1)
+
+
+def test_the_paper_in_a_word() -> None:
+    paper = SparqConfig.paper()
+    assert (paper.index, paper.stop_at, paper.mean_value, paper.ratio) == ("full", None, True, 8)
+    assert (paper.components(128), paper.positions(4096)) == (16, 256)
+    assert SparqConfig.paper(16, dense_layers=1) == SparqConfig(
+        index="full", mass=1.0, mean_value=True, ratio=16, dense_layers=1
+    )
 
 
 def test_a_given_k_does_not_grow() -> None:

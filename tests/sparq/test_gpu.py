@@ -114,7 +114,7 @@ def test_a_cache_grows_across_an_edge(edge: int, static: bool, device: str) -> N
         tokens = next_tokens(1, 4).to(model.device)
         return torch.cat([model(token, past_key_values=cache).logits[:, -1] for token in tokens.split(1, 1)])
 
-    knobs = dict(r=4, k=64)
+    knobs = dict(r=4, k=64, index="full")
     expected = decoded(Slow(**knobs).install(build(max_position_embeddings=16384)), static=False)
     model = patched(device, knobs=knobs, max_position_embeddings=16384)
     torch.testing.assert_close(decoded(model, static).cpu(), expected, rtol=1e-3, atol=1e-3)

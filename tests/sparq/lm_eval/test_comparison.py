@@ -54,7 +54,7 @@ def test_the_variant_without_ablations_is_sparq(family: str, knobs: dict) -> Non
     """With ratio=2 the least k, 128, is less than the context of the first row only."""
     length = 40 if "k" in knobs else 130
     inputs, tokens = prompt(length=length), next_tokens()
-    patched = sparq.patch(build(family), min_length=0, **knobs)
+    patched = sparq.patch(build(family), min_length=0, index="full", mass=1.0, **knobs)
     expected = teacher_forced(patched, inputs, tokens)
     model, comparison = compared(SparqVariant(**knobs), family)
     actual = teacher_forced(model, inputs, tokens)
