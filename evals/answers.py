@@ -23,7 +23,7 @@ from typing import Any
 
 import smollm2
 import torch
-from divergence import Setting, decoding
+from divergence import PAPER, Setting, decoding
 from documents import documents
 from rich.console import Console
 from summary import markdown, mean_and_error
@@ -44,9 +44,9 @@ QUESTION = "What is the special magic number for {} mentioned in the provided te
 DENSE = Setting("dense", "dense", "dense", {})
 SETTINGS = [
     DENSE,
-    Setting("the paper's SparQ", "the paper's SparQ, 8x", "sparq", {"ratio": 8, "mean_value": True}),
-    Setting("SparQ", "SparQ, 4x", "sparq", {"ratio": 4}),
+    Setting("the paper's SparQ", "the paper's SparQ, 8x", "sparq", {"ratio": 8, **PAPER}),
     Setting("SparQ", "SparQ, 8x", "sparq", {"ratio": 8}),
+    Setting("SparQ", "SparQ, 16x", "sparq", {"ratio": 16}),
 ]
 
 

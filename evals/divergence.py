@@ -23,21 +23,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from summary import markdown, mean_and_error
+from summary import less_at_16_bits, markdown, mean_and_error
 
 LENGTHS = (1024, 2048, 4096, 7424)
 TOKENS = 64  # scored after each context
 CUE = 32  # tokens of a passage that come back before the scored ones, read densely
 PASSAGE = 0.35  # of the context: where the passage stands that comes back
 KINDS = ("plain", "repeat")
-OPPONENTS = (1024, 4096)  # tokens of context: in plain PyTorch they take five times SparQ's time
+SPARQ_ONLY = (2048, 7424)  # tokens of context: in plain PyTorch the others take five times SparQ's time
+PAPER = {"index": "full", "mass": 1.0, "mean_value": True}
 COLOURS = {
-    "the paper's SparQ": "#56b4e9",
     "SparQ": "#0072b2",
-    "SparQ without the mean": "#999999",
-    "SparQ, r = 12": "#d55e00",
+    "SparQ, all k": "#56b4e9",
+    "SparQ, all components": "#332288",
+    "the paper's SparQ": "#d55e00",
+    "the paper's, mean value from 0.5": "#e69f00",
     "oracle top-k": "#009e73",
-    "Quest": "#e69f00",
+    "oracle top-p": "#66c2a5",
+    "RocketKV, second stage": "#cc79a7",
+    "pages of 8, per dimension": "#aa4499",
+    "pages of 8, by norm": "#882255",
+    "pages of 16, per dimension": "#ddaacc",
+    "Quest": "#999933",
     "sinks + window": "#7f7f7f",
 }
 
@@ -75,15 +82,62 @@ def ratios(line: str, method: str, ratios: tuple[float, ...], **knobs: Any) -> l
 
 def settings() -> list[Setting]:
     """What is compared."""
-    found = []
-    for line, knobs in (("the paper's SparQ", {"mean_value": True}), ("SparQ", {})):
-        found += ratios(line, "sparq", (2, 4, 8, 16), **knobs)
-        found += ratios(line + ", first layer dense", "sparq", (4, 8), dense_layers=1, **knobs)
-    found += ratios("SparQ without the mean", "sparq", (4, 8), mean_value=False)
-    found.append(Setting("SparQ, r = 12", "SparQ, r = 12, k = S/32", "sparq", {"r": 12, "ratio": 16}))
-    for line, method in (("oracle top-k", "oracle"), ("Quest", "quest"), ("sinks + window", "window")):
-        found += ratios(line, method, (4, 8, 16) if method == "oracle" else (4, 8))
-        found += ratios(line + ", first layer dense", method, (8,), dense_layers=1)
+    found = ratios("the paper's SparQ", "sparq", (2, 4, 8, 16), **PAPER)
+    found += ratios("the paper's SparQ, first layer dense", "sparq", (8,), dense_layers=1, **PAPER)
+    found += ratios("the paper's, mean value from 0.5", "sparq", (4, 8), **PAPER | {"mean_value": 0.5})
+    found += ratios("SparQ", "sparq", (4, 8, 16))
+    found += ratios("SparQ, first layer dense", "sparq", (8,), dense_layers=1)
+    found += ratios("SparQ, all k", "sparq", (4, 8, 16), mass=1.0)
+    found.append(Setting("SparQ, all components", "SparQ, all components, k = S/16", "sparq", {"r": 64, "mass": 1.0}))
+    found += ratios("oracle top-k", "oracle", (8, 16))
+    found += [Setting("oracle top-p", f"oracle top-p, {mass}", "oracle", {"mass": mass}) for mass in (0.95, 0.98)]
+    found += ratios("RocketKV, second stage", "rocket", (4, 8, 16))
+    for page in (8, 16):
+        found += ratios(f"pages of {page}, per dimension", "pages", (5,), page=page, spread="dimension", first_pages=1)
+    found += ratios("pages of 8, by norm", "pages", (5, 7), page=8, spread="norm", first_pages=1)
+    found += ratios("Quest", "quest", (4, 8), first_pages=1)
+    found += ratios("sinks + window", "window", (8,))
+    found += ratios("oracle top-k, first layer dense", "oracle", (8,), dense_layers=1)
+    found += ratios("RocketKV, second stage, first layer dense", "rocket", (8,), dense_layers=1)
+    return found
+
+
+def ablations() -> list[Setting]:
+    """The defaults with one thing changed; in plain PyTorch (`sparq_variant`) what the operator does not do."""
+    base = {"r": 32, "ratio": 8}
+    found = [Setting("defaults", "the defaults (r = 32)", "sparq", base)]
+
+    def change(line: str, name: str, method: str = "sparq", **knobs: Any) -> None:
+        found.append(Setting(line, name, method, base | knobs))
+
+    for r in (8, 16, 64):
+        change("r", f"r = {r}", r=r)
+    for mass in (0.8, 0.9, 0.97, 0.99):
+        change("mass", f"mass {mass}", mass=mass)
+    for ratio in (16, 4, 2):
+        change("cap", f"at most S/{ratio}", ratio=ratio)
+    for k_min in (32, 64, 256):
+        change(
+            "floor",
+            f"at least {k_min}",
+            **({"k_min": k_min} if k_min <= 128 else {"k": 512, "mass": 0.95, "k_min": k_min}),
+        )
+    for local in (0, 8, 128):
+        change("window", f"local window of {local}", local=local)
+    change("mean", "the mean value in every head", mean_value=True)
+    change("mean", "no mean value", mean_value=False)
+    for layers in (1, 2):
+        change("layers", f"dense_layers={layers}", dense_layers=layers)
+    change("index", "full index, r = 8", index="full", r=8)
+    variant = {"mass": 0.95, "floor": 128, "ratio": 4}  # which has S/(2 ratio) for a cap
+    change("variant", "the same in plain PyTorch", "sparq_variant", index="int4", **variant)
+    change(
+        "variant", "α of exact and approximate exponentials", "sparq_variant", index="int4", alpha="exact", **variant
+    )
+    for group in (64, 1024):
+        change("variant", f"groups of {group}", "sparq_variant", index="int4", group=group, **variant)
+    change("variant", "two bits, r = 64", "sparq_variant", index="int2", **variant | {"r": 64})
+    change("variant", "eight bits, r = 16", "sparq_variant", index="int8", **variant | {"r": 16})
     return found
 
 
@@ -162,7 +216,7 @@ def measure(folder: str, document: str, text: str, lengths: tuple[int, ...], cho
                 reader.go_on(cue)
             dense = reader.decode(decoded[:-1])
             for setting in chosen:
-                if setting.method != "sparq" and length not in OPPONENTS:
+                if setting.method != "sparq" and length in SPARQ_ONLY:
                     continue
                 with decoding(setting, reader.model) as report:
                     sparse = reader.decode(decoded[:-1])
@@ -176,17 +230,27 @@ def measure(folder: str, document: str, text: str, lengths: tuple[int, ...], cho
                         setting.line,
                         setting.name,
                         *found,
-                        less(report_made),
+                        less(report_made, reader.model.config),
                         report_made.total.mean_alpha or math.nan,
                     )
                 )
     return results
 
 
-def less(report: Any) -> float:
+def less(report: Any, model_config: Any) -> float:
     """Bytes of K and V that dense attention would have read token by token, over those read (and of what the method
-    keeps beside K and V)."""
-    return report.total.bytes_dense / report.total.bytes_read
+    keeps beside K and V), in 16 bits."""
+    total = report.total
+    dense = sum(total.dense_steps.values())
+    return less_at_16_bits(
+        total.bytes_read,
+        total.bytes_dense,
+        total.positions_cached,
+        total.positions_read,
+        dense / (dense + total.sparse_steps),
+        report.config,
+        model_config,
+    )
 
 
 def decoding(setting: Setting, model: Any) -> Any:
@@ -215,6 +279,7 @@ def main() -> None:
     parser.add_argument("model", help="a folder with a causal model and its tokenizer, or smollm2")
     parser.add_argument("--json", type=Path, help="write what was measured here")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of context")
+    parser.add_argument("--ablations", action="store_true", help="SparQ's defaults with one thing changed, instead")
     parser.add_argument("--lines", help="only settings whose line holds this text")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
     arguments = parser.parse_args()
@@ -224,7 +289,8 @@ def main() -> None:
 
     sparq_kernels.backend("cpu")  # compiled once, before several processes want it
     known, begin = circumstances(), time.perf_counter()
-    chosen = [one for one in settings() if arguments.lines is None or arguments.lines in one.line]
+    compared = ablations() if arguments.ablations else settings()
+    chosen = [one for one in compared if arguments.lines is None or arguments.lines in one.line]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results: list[Measured] = []
     spawn = multiprocessing.get_context("spawn")
@@ -272,11 +338,12 @@ def table(content: dict[str, Any]) -> str:
 
 GLANCE = (
     "the paper's SparQ, 8x",
-    "SparQ, 4x",
     "SparQ, 8x",
-    "SparQ, first layer dense, 8x",
-    "SparQ, r = 12, k = S/32",
+    "SparQ, 16x",
+    "SparQ, all k, 8x",
     "oracle top-k, 8x",
+    "RocketKV, second stage, 8x",
+    "pages of 8, by norm, 7x",
     "Quest, 8x",
     "sinks + window, 8x",
 )

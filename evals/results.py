@@ -17,10 +17,11 @@ from summary import markdown
 
 METHODS = {  # name in the sweep: as the tables call it, colour
     "sparq": ("SparQ", "#0072b2"),
-    "paper": ("the paper's SparQ", "#56b4e9"),
+    "paper": ("the paper's SparQ", "#d55e00"),
     "oracle": ("oracle top-k", "#009e73"),
-    "quest": ("Quest", "#e69f00"),
-    "h2o": ("H2O", "#cc79a7"),
+    "rocket": ("RocketKV, second stage", "#cc79a7"),
+    "quest": ("Quest", "#999933"),
+    "h2o": ("H2O", "#e69f00"),
     "window": ("sinks + window", "#7f7f7f"),
 }
 FIRST = "SmolLM2"  # the pretrained model, with which the tables begin
@@ -152,7 +153,7 @@ def _glance_table(scores: list[Score], models: list[str], tasks: dict[str, str])
     """SparQ at three ratios and the others at 8."""
     rows = [["", "moved", *(f"{model}: {title}" for model in models for title in tasks.values())]]
     ways = [("dense", 1), *(("sparq", ratio) for ratio in (4, 8, 16))]
-    for name in ("sparq, dense_layers=1", "paper", "oracle", "quest", "h2o", "window"):
+    for name in ("paper", "oracle", "rocket", "quest", "h2o", "window"):
         ways.append((name, 8))
     for name, ratio in ways:
         found = {

@@ -26,18 +26,19 @@ from typing import Any
 
 import smollm2
 from allocator import KEEP_BUFFERS
+from divergence import PAPER
+from summary import less_at_16_bits
+
+from sparq.config import MASS
 
 # No data set and no model comes from a hub, and many threads do not pay for models as small as these.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 EVALS = Path(__file__).parent
 RATIOS = (2, 4, 8, 16)
-OTHERS = ("oracle", "window", "h2o", "quest")
+OTHERS = ("oracle", "rocket", "window", "h2o", "quest")
+NAMES = ("sparq", "paper", *OTHERS)
 CHAT_RATIOS = (4, 8, 16)
-CHAT_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sparq": ("sparq", {"mean_value": 0.5}),
-    "paper": ("sparq", {"mean_value": True}),
-} | {method: (method, {}) for method in OTHERS}
 H2O_UP_TO = 2048  # tokens of a chat model's prompts, of which it holds all attention weights
 PREFILL_BYTES = 4 << 30  # of K and V kept for the other methods
 METRICS = {  # beginning of a task's name: its measure
@@ -89,7 +90,7 @@ class Score:
     error: float  # the standard error of the mean
     change: float  # against dense, on the same documents
     change_error: float
-    compression: float  # bytes that dense attention would have read, over those read
+    compression: float  # bytes that dense attention would have read, over those read, in 16 bits
     mean_alpha: float | None
     by_depth: dict[str, float]  # pass keys: percent of the text before the fact, share right
     seconds: float
@@ -98,57 +99,60 @@ class Score:
 DENSE = Way("dense", 1, {"method": "dense"})
 
 
+def way(name: str, ratio: float, tokens: int, head_dim: int, **changes: Any) -> Way:
+    """A method at a ratio. SparQ's knobs are those of `SparqConfig`, but shares of the context where that has floors:
+    at short contexts it would otherwise read more than the others."""
+    arguments: dict[str, Any]
+    if name == "sparq":
+        r, k = min(head_dim, int(4 * head_dim / ratio)), int(tokens / ratio)
+        arguments = {"method": name, "r": r, "k": k, "mass": MASS, "k_min": tokens // 32, "local": tokens // 128}
+    elif name == "paper":
+        arguments = {"method": "sparq", "r": int(head_dim / ratio), "k": int(tokens / (2 * ratio)), **PAPER}
+    else:
+        arguments = {"method": name, "ratio": ratio}
+    suffix = "".join(f", {knob}={value}" for knob, value in changes.items())
+    return Way(name + suffix, ratio, arguments | changes)
+
+
 def grid(tokens: int, head_dim: int) -> list[Way]:
-    """Every method at every ratio. SparQ's r and k are the paper's, without the floors of `SparqConfig`: at short
-    contexts it would otherwise read more than the others."""
-    ways = [DENSE, Way("defaults", 8, {"method": "sparq"})]
-    for ratio in RATIOS:
-        knobs = {"r": head_dim // ratio, "k": tokens // (2 * ratio)}
-        ways.append(Way("sparq", ratio, {"method": "sparq"} | knobs))
-    for method in OTHERS:
-        ways += [Way(method, ratio, {"method": method, "ratio": ratio}) for ratio in RATIOS]
-    return ways
+    """Every method at every ratio."""
+    ways = [way(name, ratio, tokens, head_dim) for name in NAMES for ratio in RATIOS]
+    return [DENSE, Way("defaults", 8, {"method": "sparq"}), *ways]
 
 
 def chat_grid(tokens: int, head_dim: int, is_full: bool = True) -> list[Way]:
     """SparQ, and where `is_full` the others too, at three ratios, and at ratio 8 with a dense first layer. The others
     elsewhere, and H2O, which has to read every prompt anew, at ratio 8 alone.
     """
-
-    def knobs(method: str, ratio: int) -> dict[str, Any]:
-        if method != "sparq":
-            return {"method": method, "ratio": ratio}
-        return {"method": method, "r": head_dim // ratio, "k": tokens // (2 * ratio)}
-
     ways = [DENSE, Way("defaults", 8, {"method": "sparq"})]
-    for name, (method, changes) in CHAT_METHODS.items():
-        if method == "h2o" and tokens > H2O_UP_TO:
+    for name in NAMES:
+        if name == "h2o" and tokens > H2O_UP_TO:
             continue
-        is_whole = name == "sparq" or (is_full and method != "h2o")
-        ways += [Way(name, ratio, knobs(method, ratio) | changes) for ratio in (CHAT_RATIOS if is_whole else (8,))]
-        if is_whole or method == "sparq":
-            ways.append(Way(f"{name}, dense_layers=1", 8, knobs(method, 8) | changes | {"dense_layers": 1}))
+        is_whole = name == "sparq" or (is_full and name != "h2o")
+        ways += [way(name, ratio, tokens, head_dim) for ratio in (CHAT_RATIOS if is_whole else (8,))]
+        if is_whole:
+            ways.append(way(name, 8, tokens, head_dim, dense_layers=1))
     return ways
 
 
 def chat_ablations(tokens: int, head_dim: int) -> list[Way]:
-    """Whether r or k wins back what is lost at ratio 8."""
-    r, k = head_dim // 8, tokens // 16
+    """What the index and the mass do at ratio 8."""
+    base = way("sparq", 8, tokens, head_dim).arguments
+    fixed = {"k": tokens // 16, "mass": 1.0, "local": tokens // 64}
     changes: dict[str, dict[str, Any]] = {
         "SparQ": {},
-        f"r = {3 * r // 2}, k = {k // 2}": {"r": 3 * r // 2, "k": k // 2},  # the same bytes
-        f"r = {2 * r}, k = {k // 2}": {"r": 2 * r, "k": k // 2},
-        f"r = {2 * r}": {"r": 2 * r},
-        f"r = {4 * r}": {"r": 4 * r},
-        f"k = {2 * k}": {"k": 2 * k},
-        f"k = {4 * k}": {"k": 4 * k},
+        "all k = S/16": fixed,
+        "r = 16": {"r": 16},
+        "mass 0.9": {"mass": 0.9},
+        "full index, r = 8": {"index": "full", "r": 8},
+        "full index, r = 8, all k": {"index": "full", "r": 8, **fixed},
+        "full index, r = 32, all k": {"index": "full", **fixed},
     }
-    base = {"method": "sparq", "r": r, "k": k}
     return [Way(name, None, base | change) for name, change in changes.items()]
 
 
 def ablations(tokens: int, head_dim: int) -> list[Way]:
-    """Changes to SparQ at ratio 8, one at a time."""
+    """Changes to the paper's SparQ at ratio 8, one at a time, without a mean value in heads that look everywhere."""
     r, k = head_dim // 8, tokens // 16
     changes: dict[str, dict[str, Any]] = {"SparQ": {}}
     changes |= {f"r = {other}": {"r": other} for other in (r // 4, r // 2, 2 * r, 4 * r)}
@@ -163,7 +167,8 @@ def ablations(tokens: int, head_dim: int) -> list[Way]:
         "components and positions per head": {"method": "sparq_variant", "shared": False},
     }
     base = {"method": "sparq", "r": r, "k": k}
-    return [Way(name, None, base | change) for name, change in changes.items()]
+    index = {"index": "full", "mass": 1.0}
+    return [Way(name, None, base | ({} if "method" in change else index) | change) for name, change in changes.items()]
 
 
 def run(job: Job) -> list[Score]:
@@ -190,7 +195,7 @@ def _run(job: Job) -> list[Score]:
     prefills = Prefills(PREFILL_BYTES)
     measure = next(metric for name, metric in METRICS.items() if job.task.startswith(name))
 
-    runs: dict[tuple[str, float | None], tuple[list[dict[str, Any]], dict[str, Any] | None, float]] = {}
+    runs: dict[tuple[str, float | None], tuple[list[dict[str, Any]], float, float | None, float]] = {}
     # H2O watches the prompt; the others can go on from what it has read.
     for way in sorted(job.ways, key=lambda way: way.arguments["method"] != "h2o"):
         begin = time.perf_counter()
@@ -206,12 +211,13 @@ def _run(job: Job) -> list[Score]:
         steps = lm.steps.get(job.task)
         if steps is None and way != DENSE:
             raise RuntimeError(f"{way} made no step of {job.task}")
-        runs[way.name, way.ratio] = output["samples"][job.task], steps, time.perf_counter() - begin
+        done = (1.0, None) if steps is None else (_less(steps, lm), steps["mean_alpha"])
+        runs[way.name, way.ratio] = output["samples"][job.task], *done, time.perf_counter() - begin
 
     scores: list[Score] = []
     dense: torch.Tensor | None = None
     for way in job.ways:
-        samples, steps, seconds = runs[way.name, way.ratio]
+        samples, less, mean_alpha, seconds = runs[way.name, way.ratio]
         values = torch.tensor([_value(sample[measure]) for sample in samples], dtype=torch.float64)
         if dense is None:
             dense = values  # the first way
@@ -233,13 +239,26 @@ def _run(job: Job) -> list[Score]:
                 error=_error(values),
                 change=(values - dense).mean().item(),
                 change_error=_error(values - dense),
-                compression=1.0 if steps is None else steps["compression"],
-                mean_alpha=None if steps is None else steps["mean_alpha"],
+                compression=less,
+                mean_alpha=mean_alpha,
                 by_depth={depth: sum(rights) / len(rights) for depth, rights in by_depth.items()},
                 seconds=round(seconds, 2),
             )
         )
     return scores
+
+
+def _less(steps: dict[str, Any], lm: Any) -> float:
+    sparse, dense = steps["layer_steps"]["sparse"], sum(steps["layer_steps"]["dense"].values())
+    return less_at_16_bits(
+        steps["bytes"]["read"],
+        steps["bytes"]["dense"],
+        steps["positions"]["cached"],
+        steps["positions"]["read"],
+        dense / (sparse + dense),
+        lm.decoding.config,
+        lm.model.config,
+    )
 
 
 def _value(result: Any) -> float:
@@ -268,7 +287,6 @@ CHAT_PLAN = {
     "chat_pass_key_4k": Planned(4096, 10, 24, 5, False),
     "chat_repetition_1k": Planned(1024, 10, 32, 5, False),
     "chat_text_1k": Planned(1024, 10, 1, 1, False),
-    "chat_text_4k": Planned(4096, 3, 1, 1, False),
 }
 PLAN = {
     "recall_pass_key_4k": Planned(4096, 25),

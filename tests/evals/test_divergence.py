@@ -13,8 +13,10 @@ MODEL = str(Path(divergence.__file__).parent / "models" / "recall-llama")
 TEXT = "".join(f"Line {i} says that {i} times {i} is {i * i}.\n" for i in range(60))
 SETTINGS = [
     Setting("all", "all", "sparq", {"k": 10_000}),
-    Setting("SparQ", "SparQ", "sparq", {"r": 4, "k": 32}),
-    Setting("SparQ, first layer dense", "first", "sparq", {"r": 4, "k": 32, "dense_layers": 1}),
+    Setting("SparQ", "SparQ", "sparq", {"r": 4, "k": 32, "index": "full"}),
+    Setting("SparQ, first layer dense", "first", "sparq", {"r": 4, "k": 32, "index": "full", "dense_layers": 1}),
+    Setting("SparQ", "coded", "sparq", {"r": 16, "k": 32}),
+    Setting("SparQ, first layer dense", "coded, first", "sparq", {"r": 16, "k": 32, "dense_layers": 1}),
     Setting("oracle top-k", "oracle", "oracle", {"k": 32}),
 ]
 
@@ -41,9 +43,17 @@ def test_bytes_are_counted_token_by_token(measured: list[divergence.Measured]) -
             cached, d = one.context + (divergence.TOKENS + 1) / 2, 64
             expected = 2 * d * cached / (4 * cached + 32 * 2 * d + 4 * d)
             assert one.less == pytest.approx(expected, rel=1e-3)
-        if one.name == "first":
-            whole = next(o.less for o in measured if (o.context, o.kind, o.name) == (one.context, one.kind, "SparQ"))
+        if one.name == "coded":  # in 16 bits, of which a code takes four; two values a group; the rest from K
+            seen = [one.context + i for i in range(1, divergence.TOKENS + 1)]
+            tail, all_of_them = sum(n % 256 for n in seen), sum(seen)
+            read = (all_of_them - tail) * 16 * (1 / 4 + 2 / 256) + tail * 16 + len(seen) * (32 * 2 * 64 + 4 * 64)
+            assert one.less == pytest.approx(2 * 64 * all_of_them / read, rel=0.02)
+        if one.name.endswith("first"):
+            name = one.name.removesuffix(", first").replace("first", "SparQ")
+            whole = next(o.less for o in measured if (o.context, o.kind, o.name) == (one.context, one.kind, name))
             assert 1 < one.less < whole
+            layers = 4  # of which one reads everything
+            assert one.less == pytest.approx(layers / (1 + (layers - 1) / whole), rel=0.02)
 
 
 def test_a_repeated_passage_comes_back() -> None:

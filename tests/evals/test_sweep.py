@@ -41,11 +41,13 @@ def scores(folder):
 
 
 def test_every_way_is_scored_and_reads_about_what_was_asked_for(scores):
-    names = ["dense", "defaults", *(name for name in ("sparq", *sweep.OTHERS) for _ in sweep.RATIOS), "SparQ"]
+    names = ["dense", "defaults", *(name for name in sweep.NAMES for _ in sweep.RATIOS), "SparQ"]
     assert [score.name for score in scores[: len(names)]] == names
     for score in scores[: len(names) - 1]:
         if score.name != "defaults":  # of 16 components they read 8 at least
-            assert score.compression == pytest.approx(score.ratio, rel=0.3)
+            # Where attention is spread out, as here, SparQ's mass takes all of its cap, twice the k of a fixed budget.
+            reads = 2 if score.name == "sparq" else 1
+            assert score.ratio / reads * 0.7 <= score.compression <= score.ratio * 1.3, score.name
         assert (score.mean_alpha is None) == (score.name == "dense")
 
 
@@ -70,8 +72,8 @@ def test_the_plan_has_every_method_at_every_ratio(folder):
     assert {job.task for job in jobs} == set(sweep.PLAN)
     for job in jobs:
         assert job.ways[0] == sweep.DENSE
-        asked = [(way.name, way.ratio) for way in job.ways if way.name in ("sparq", *sweep.OTHERS)]
-        assert asked == [(method, ratio) for method in ("sparq", *sweep.OTHERS) for ratio in (2, 4, 8, 16)]
+        asked = [(way.name, way.ratio) for way in job.ways if way.name in sweep.NAMES]
+        assert asked == [(method, ratio) for method in sweep.NAMES for ratio in (2, 4, 8, 16)]
         assert any(job.task.startswith(name) for name in sweep.METRICS)
 
 
@@ -83,11 +85,11 @@ def test_the_chat_plan_compares_like_with_like(tmp_path):
         assert job.ways[0] == sweep.DENSE
         ways = {(way.name, way.ratio): way.arguments for way in job.ways}
         is_full = sweep.CHAT_PLAN[job.task].is_full
-        for name, (method, _) in sweep.CHAT_METHODS.items():
+        for name in sweep.NAMES:
             is_whole = name == "sparq" or (is_full and name != "h2o")
             wanted = sweep.CHAT_RATIOS if is_whole else () if name == "h2o" and job.tokens > 2048 else (8,)
             assert [ratio for way, ratio in ways if way == name] == list(wanted)
-            if is_whole or method == "sparq":
+            if is_whole:
                 assert ways[f"{name}, dense_layers=1", 8] == ways[name, 8] | {"dense_layers": 1}
 
 
