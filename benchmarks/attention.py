@@ -10,10 +10,11 @@ instead, and each opponent runs alone, as kernels are often measured: SparQ's ra
 ever see.
 
 *PyTorch* is the fastest, measured here, of its three ways; *C++ dense* a kernel written with the same care as SparQ's.
-GB/s counts what the algorithm has to read (dense 2 S d, SparQ S r + 2 k d elements per KV head) over the whole call's
-time, Python included. Without --shapes, --contexts, --batches, --r, --k and --ratio the README's cases are measured
-(r = 32), and a sweep over contexts at the plugin's own ratio of 8: about ten minutes on 2 cores. Cases too large for
-the memory available are left out, and named. On a GPU it is `gpu.py --stages attention`.
+GB/s counts what the algorithm has to read (dense 2 S d, SparQ S r + 2 k d elements per KV head; of a four-bit index
+half a byte an element) over the whole call's time, Python included. Without --shapes, --contexts, --batches, --r, --k
+and --ratio the README's cases are measured (r = 32, either index), and a sweep over contexts at the plugin's own ratio
+of 8: about twelve minutes on 2 cores. Cases too large for the memory available are left out, and named. On a GPU it is
+`gpu.py --stages attention`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from tables import KERNEL, attention_grid, show
 from torch import Tensor
 from workload import DTYPES, Case, Inputs, Shape, disagreement, make_inputs, relative_error, rounding, sparq
 
+from sparq.config import SparqConfig
+from sparq.index import KINDS
+
 Call = Callable[[Shape, Inputs], Tensor]
 CACHE_BYTES = 1_600_000_000  # of all dense copies together: several times any processor's cache
 FEWEST_COPIES = 3  # of a cache smaller than that
@@ -46,20 +50,29 @@ FEWEST_ROUNDS = 5  # ... unless these take longer
 RATIO = 8  # the plugin's own default
 
 
-def sized(name: str, batch: int, context: int, ratio: int = RATIO, r: int | None = None, k: int | None = None) -> Case:
-    """r and k by the plugin's rule where they are not given."""
+def sized(
+    name: str,
+    batch: int,
+    context: int,
+    ratio: int = RATIO,
+    r: int | None = None,
+    k: int | None = None,
+    index: str = "int4",
+) -> Case:
+    """r and k by the plugin's rule where they are not given; without a mass, which random keys say nothing about."""
     heads = Heads.of(SHAPES[name]())
-    r = min(heads.head_dim, r or max(8, round(heads.head_dim / ratio)))
-    k = min(context, k or max(128, round(context / (2 * ratio))))
-    return Case(name, Shape(batch, heads.query, heads.kv, heads.head_dim, context, r, k))
+    config = SparqConfig(ratio=ratio, r=r, k=k, index=index, mass=1.0)
+    r, k = config.components(heads.head_dim), config.positions(context)
+    return Case(name, Shape(batch, heads.query, heads.kv, heads.head_dim, context, r, k, index))
 
 
-# The paper's r for Llama, at what an eighth of the bytes allows.
-README = (
-    sized("llama-3-8b", 1, 16384, r=32, k=256),
-    sized("llama-2-7b", 1, 4096, r=32, k=128),
-    sized("llama-3-8b", 4, 8192, r=32, k=256),
-    sized("llama-3-8b", 1, 65536, r=32, k=512),
+# The paper's r for Llama, by either index.
+PLACES = (("llama-3-8b", 1, 16384, 256), ("llama-2-7b", 1, 4096, 128), ("llama-3-8b", 4, 8192, 256))
+PLACES += (("llama-3-8b", 1, 65536, 1024),)
+README = tuple(
+    sized(name, batch, context, r=32, k=k, index=index)
+    for index in ("int4", "full")
+    for name, batch, context, k in PLACES
 )
 SWEEP = (
     *(sized("llama-3-8b", 1, context) for context in (1024, 4096, 16384, 65536, 131072)),
@@ -74,7 +87,7 @@ def chosen(args: argparse.Namespace) -> list[Case]:
     if not any((args.shapes, args.contexts, args.batches, args.r, args.k, args.ratio)):
         return list(README + SWEEP)
     grid = itertools.product(args.shapes or ["llama-3-8b"], args.batches or [1], args.contexts or [4096, 16384, 65536])
-    return [sized(*place, args.ratio or RATIO, args.r, args.k) for place in grid]
+    return [sized(*place, args.ratio or RATIO, args.r, args.k, args.index) for place in grid]
 
 
 def copies_that_fit(shape: Shape, itemsize: int, memory: int | None, wanted: int | None = None) -> int:
@@ -125,7 +138,7 @@ def opponents_of(row: Row, shape: Shape, x: Inputs) -> dict[str, Call]:
             way.wrong = f"output differs from attention in float32 by {error:.1e}"
         if name == KERNEL or not way.wrong:
             opponents[name] = call
-    row.ways[SPARQ] = Measured(facts={"bytes": shape.sparse_elements * x.key.element_size()})
+    row.ways[SPARQ] = Measured(facts={"bytes": shape.sparse_bytes(x.key.element_size())})
     row.ways[SPARQ].wrong = disagreement(shape, x)
     return {**opponents, SPARQ: sparq}
 
@@ -155,7 +168,8 @@ def measure(case: Case, dtype_name: str, rounds: int, copies: int, alone: bool =
         for _ in range(rounds):
             for name, call in opponents.items():
                 row.ways[name].seconds.append(timed(call, shape, caches[next(turn)]))
-    bytes_ratio = shape.dense_elements / shape.sparse_elements
+    itemsize = first.key.element_size()
+    bytes_ratio = shape.dense_elements * itemsize / shape.sparse_bytes(itemsize)
     row.facts = dict(
         copies=copies, streaming_gbs=max(streaming, streaming_read()), bytes_ratio=bytes_ratio, tried=tried
     )
@@ -168,9 +182,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contexts", type=positive, nargs="+", help="cached positions (default: 4096 16384 65536)")
     parser.add_argument("--batches", type=positive, nargs="+", help="default: 1")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument(
-        "--ratio", type=positive, help="r = head_dim / ratio, k = cached / (2 ratio): the plugin's rule"
-    )
+    parser.add_argument("--ratio", type=positive, help="k = cached / (2 ratio), r accordingly: the plugin's rule")
+    parser.add_argument("--index", choices=KINDS, default="int4", help="what positions are found by")
     parser.add_argument("--r", type=positive, help="components of the query, instead of --ratio's")
     parser.add_argument("--k", type=positive, help="positions attended in full, instead of --ratio's")
     parser.add_argument("--rounds", type=positive, default=30, help="turns of each, fewer where they take long")

@@ -3,8 +3,8 @@
     python benchmarks/memory.py --model llama-3.2-1b --contexts 4096 16384 65536
 
 Real caches are filled, with zeros, and the bytes of their storage are counted: one layer, times as many as the model
-has, which are alike. `used` is what the cached positions need. What is held has the slack that storage is made or
-has grown with; SparQ's cache is counted in the two states that use leads to:
+has, which are alike. `used` is what the cached positions need, with either index. What is held has the slack that
+storage is made or has grown with; SparQ's cache is counted in the two states that use leads to:
 
     prompt      filled at once, then indexed by a sparse step: the least slack
     growing     one token behind the last position there was room for: everything has just grown
@@ -18,12 +18,14 @@ import torch
 from harness import Measured, Row, finish, parser_of, positive, progress
 from models import SHAPES, Heads
 from opponents import bytes_of
+from sparq_kernels import GROUP
 from tables import DYNAMIC, memory_grid, show
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache
 from workload import DTYPES
 
 from sparq.cache import upgrade
+from sparq.index import KINDS
 
 
 def measure(config: PreTrainedConfig, context: int, batch: int, dtype_name: str) -> Row:
@@ -34,21 +36,24 @@ def measure(config: PreTrainedConfig, context: int, batch: int, dtype_name: str)
         states = torch.zeros(batch, heads.kv, positions, heads.head_dim, dtype=dtype)
         cache.update(states, states, 0)
 
-    stock, own = DynamicCache(config=config), DynamicCache(config=config)
+    stock = DynamicCache(config=config)
     fill(stock, context)
     found = {DYNAMIC: bytes_of(stock)}
     del stock  # a long context's is large
-    upgrade(own)
-    fill(own, context)
-    layer = own.layers[0]
-    layer.index()
-    per_position = heads.kv * heads.head_dim * batch  # elements of K, of V, of a component copy
-    found["SparQ, used"] = 3 * context * per_position * dtype.itemsize + per_position * 4  # and the sum of V in float32
-    found["SparQ, prompt"] = bytes_of(own)
-    capacity = layer._key_storage.shape[2]
-    fill(own, capacity + 1 - context)
-    layer.index()
-    found["SparQ, growing"] = bytes_of(own)
+    per_head = 2 * context * heads.head_dim * dtype.itemsize + 4 * heads.head_dim  # K, V, the sum of V in float32
+    for kind in KINDS:
+        own = DynamicCache(config=config)
+        upgrade(own, kind)
+        fill(own, context)
+        layer = own.layers[0]
+        layer.index()
+        index = KINDS[kind].bytes_read(context, context % GROUP, heads.head_dim, dtype.itemsize)  # all of it
+        found[f"{kind}, used"] = batch * heads.kv * (per_head + index)
+        found[f"{kind}, prompt"] = bytes_of(own)
+        capacity = layer._key_storage.shape[2]
+        fill(own, capacity + 1 - context)
+        layer.index()
+        found[f"{kind}, growing"] = bytes_of(own)
     case = {"dtype": dtype_name, "cached": context, "batch": batch}
     return Row(case, {name: Measured(facts={"bytes": layers * held}) for name, held in found.items()})
 

@@ -265,8 +265,8 @@ def teacher_forced(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 def wrong_operator(model: PreTrainedModel, context: int, batch: int, config: sparq.SparqConfig) -> str | None:
     """How the operator differs from the reference in float64 on a cache of this shape, or None."""
     heads, dtype, device = Heads.of(model.config), model.dtype, model.device
-    r, k = config.components(heads.head_dim), config.base_k
-    shape = Shape(batch, heads.query, heads.kv, heads.head_dim, context, r, k)
+    budget = config.budget(config.components(heads.head_dim))
+    shape = Shape(batch, heads.query, heads.kv, heads.head_dim, context, budget.r, budget.k, config.index)
     generator = torch.Generator(device).manual_seed(3)
 
     def draw(*shape: int) -> Tensor:  # where it is needed, as it is needed: a GPU's cache is drawn on no host
@@ -274,8 +274,8 @@ def wrong_operator(model: PreTrainedModel, context: int, batch: int, config: spa
 
     rows = (batch, heads.kv, context, heads.head_dim)
     key, value = draw(*rows), draw(*rows)
-    x = Inputs.of(draw(batch, heads.query, 1, heads.head_dim), key, value)
-    knobs = dict(k_divisor=config.k_divisor, local=config.local)
+    x = Inputs.of(draw(batch, heads.query, 1, heads.head_dim), key, value, config.index)
+    knobs = {name: x for name, x in budget._asdict().items() if name not in ("r", "k")}
     fast = decode(shape, x, **knobs).output
     # Row by row: one in float64 takes enough memory.
     slow = torch.cat([decode(shape, x.row(index, torch.float64), **knobs).output for index in range(batch)])

@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
-PAPERS_R = 32  # of Llama; the other cases have the plugin's own ratio
+PAPERS = {"r": 32, "head_dim": 128}  # of Llama; the other cases have the plugin's own ratio
 GLANCE = (("float32", 16384, 1), ("float32", 65536, 1), ("float32", 131072, 1), ("bfloat16", 131072, 1))
 GLANCE += (("bfloat16", 16384, 8),)
 DYNAMIC, STATIC, OWN_CACHE = "stock dynamic", "stock static", "SparQ's cache"
@@ -126,11 +126,11 @@ def attention_grid(content: Content, is_shown: Callable[[Content], bool] = lambd
 
 
 def papers_grid(content: Content) -> Grid:
-    return attention_grid(content, lambda case: case["r"] == PAPERS_R)
+    return attention_grid(content, lambda case: case.items() >= PAPERS.items())
 
 
 def sweep_grid(content: Content) -> Grid:
-    return attention_grid(content, lambda case: case["r"] != PAPERS_R)
+    return attention_grid(content, lambda case: not case.items() >= PAPERS.items())
 
 
 def generation_grid(content: Content) -> Grid:
@@ -255,10 +255,11 @@ def memory_grid(content: Content) -> Grid:
     rows = []
     for row in content["rows"]:
         held = {name: way["bytes"] for name, way in row["ways"].items()}
-        kinds = ("SparQ, used", "SparQ, prompt", "SparQ, growing")
-        cells = (f"{held[kind] / 2**20:,.0f} ({held[kind] / held[DYNAMIC]:.1f}x)" for kind in kinds)
+        states = ("int4, used", "int4, prompt", "int4, growing", "full, used", "full, prompt", "full, growing")
+        cells = (f"{held[state] / 2**20:,.0f} ({held[state] / held[DYNAMIC]:.2f}x)" for state in states)
         rows.append((f"{row['case']['cached']:,}", f"{held[DYNAMIC] / 2**20:,.0f}", *cells))
-    columns = ("cached tokens", "stock", "SparQ, used", "held after a prompt", "held when it has just grown")
+    columns = ("cached tokens", "stock", "SparQ, used", "after a prompt", "just grown")
+    columns += ("full index, used", "after a prompt", "just grown")
     return Grid("MiB of the cache", columns, rows, left=0)
 
 

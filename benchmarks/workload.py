@@ -10,10 +10,12 @@ from typing import Any
 
 import sparq_kernels
 import torch
-from sparq_kernels import Budget, Cached, Visible
+from sparq_kernels import GROUP, Budget, Cached, Visible
 from sparq_kernels.layout import prefer_huge_pages
 from sparq_kernels.reference import decode_reference
 from torch import Tensor
+
+from sparq.index import KINDS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,17 +29,21 @@ class Shape:
     cached: int
     r: int
     k: int
+    index: str = "full"  # its kind, as `SparqConfig` has it
 
     def __str__(self) -> str:
-        return f"B={self.batch} {self.num_heads}/{self.num_kv_heads} S={self.cached} r={self.r} k={self.k}"
+        text = f"B={self.batch} {self.num_heads}/{self.num_kv_heads} S={self.cached} r={self.r} k={self.k}"
+        return text if self.index == "full" else f"{text} {self.index}"
 
     @property
     def dense_elements(self) -> int:
         return self.batch * self.num_kv_heads * 2 * self.cached * self.head_dim
 
-    @property
-    def sparse_elements(self) -> int:
-        return self.batch * self.num_kv_heads * (self.cached * self.r + 2 * self.k * self.head_dim)
+    def sparse_bytes(self, itemsize: int) -> int:
+        """Of the index and of the rows attended; itemsize: bytes of an element of K."""
+        tail = self.cached % GROUP
+        index = KINDS[self.index].bytes_read(self.cached, tail, self.r, itemsize)
+        return self.batch * self.num_kv_heads * (index + 2 * self.k * self.head_dim * itemsize)
 
 
 @dataclass(frozen=True)
@@ -68,33 +74,36 @@ class Inputs:
     components: Tensor
     value: Tensor
     value_sum: Tensor
+    ranges: Tensor | None  # of the components, where they are codes
     length: Tensor
 
     @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, index: str = "full") -> Inputs:
         """All positions are visible."""
-        components = sparq_kernels.allocate_components(*key.shape, key.dtype, key.device)
-        sparq_kernels.write_components(components, key, 0)
+        kept = KINDS[index]()
+        components = kept.allocate(key)
+        kept.write(key, 0, key.shape[2])
         length = torch.full(key.shape[:1], key.shape[2], device=key.device)
-        return cls(query, key, components, value, value.sum(2, dtype=torch.float32), length)
+        return cls(query, key, components, value, value.sum(2, dtype=torch.float32), kept.ranges, length)
 
     def groups(self, shape: Shape, **knobs: Any) -> tuple[Cached, Visible, Budget]:
         """As the operator and its reference take them; knobs: of the budget, which a shape does not have."""
-        cached = Cached(self.key, self.components, self.value, self.value_sum)
+        cached = Cached(self.key, self.components, self.value, self.value_sum, self.ranges)
         return cached, Visible(self.length), Budget(shape.r, shape.k, **knobs)
 
     def row(self, index: int, dtype: torch.dtype) -> Inputs:
         """One row of the batch, widened but for its length."""
-        rows = [x[index : index + 1] for x in vars(self).values()]
-        return Inputs(*(x.to(dtype) if x.is_floating_point() else x for x in rows))
+        rows = [None if x is None else x[index : index + 1] for x in vars(self).values()]
+        return Inputs(*(x if x is None or not x.is_floating_point() else x.to(dtype) for x in rows))  # type: ignore
 
     def copy(self) -> Inputs:
         """On pages as large as the plugin's cache asks for, dense and sparse alike."""
-        copies = [torch.empty_like(x) for x in vars(self).values()]
+        copies = [None if x is None else torch.empty_like(x) for x in vars(self).values()]
         for new, old in zip(copies, vars(self).values(), strict=True):
-            prefer_huge_pages(new)
-            new.copy_(old)
-        return Inputs(*copies)
+            if new is not None:
+                prefer_huge_pages(new)
+                new.copy_(old)
+        return Inputs(*copies)  # type: ignore[arg-type]
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs:
@@ -102,7 +111,7 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Inputs
     rows = (shape.batch, shape.num_kv_heads, shape.cached, shape.head_dim)
     query = 2 * torch.randn(shape.batch, shape.num_heads, 1, shape.head_dim, generator=generator, device=device)
     key, value = (torch.randn(rows, generator=generator, device=device).to(dtype) for _ in range(2))
-    return Inputs.of(query.to(dtype), key, value)
+    return Inputs.of(query.to(dtype), key, value, shape.index)
 
 
 def decode(shape: Shape, x: Inputs, return_positions: bool = False, **knobs: Any) -> sparq_kernels.DecodeOutput:
@@ -117,8 +126,19 @@ def sparq(shape: Shape, x: Inputs) -> Tensor:
 def reference(shape: Shape, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Output, alpha and positions of the plain PyTorch reference."""
     how = dict(scale=shape.head_dim**-0.5, softcap=None, mean_from=0.0, return_positions=True)
-    output, alpha, positions, _ = decode_reference(x.query, *x.groups(shape), **how)
-    return output, alpha, positions
+    return decode_reference(x.query, *x.groups(shape), **how)[:3]
+
+
+def attended(shape: Shape, x: Inputs, found: sparq_kernels.DecodeOutput) -> Tensor:
+    """The output that belongs to the positions and the alpha of a result."""
+    assert found.positions is not None
+    chosen = found.positions[:, :, 0, :, None].expand(-1, -1, -1, shape.head_dim)
+    keys, values = (rows.gather(2, chosen).float() for rows in (x.key, x.value))
+    query = x.query.float().reshape(shape.batch, shape.num_kv_heads, -1, shape.head_dim)
+    y = (query @ keys.transpose(-1, -2) * shape.head_dim**-0.5).softmax(-1) @ values
+    alpha = found.alpha.reshape(*query.shape[:3], 1)
+    mean = x.value_sum[:, :, None] / shape.cached
+    return (alpha * y + (1 - alpha) * mean).reshape(x.query.shape)
 
 
 def relative_error(output: Tensor, expected: Tensor) -> float:
@@ -142,19 +162,26 @@ def shared_positions(ours: Tensor, theirs: Tensor) -> Tensor:
 
 def disagreement(shape: Shape, x: Inputs) -> str | None:
     """How the operator differs from the reference, or None: output and alpha must be equal up to the dtype's rounding,
-    and so must nearly all positions: scores within rounding of the k-th may change places."""
+    and so must nearly all positions: scores within rounding of the k-th may change places.
+
+    The scores of codes are themselves rounded, so that more of them do: there the output must be right for the
+    positions that were chosen, of which nine in ten must be the reference's.
+    """
     ours = decode(shape, x, return_positions=True)
     output, alpha, positions = reference(shape, x)
+    coded = x.ranges is not None
+    if coded:
+        output = attended(shape, x, ours)
     # A kernel may take another path when nobody asks for positions, and that is the one measured.
     for what, mine in (("output", ours.output), ("output without positions", sparq(shape, x))):
         error = relative_error(mine, output)
         if not error < rounding(x.query.dtype):
             return f"{what} differs from the reference by {error:.1e}"
     alpha_error = float((ours.alpha - alpha).abs().max())
-    if not alpha_error < 1e-4:
+    if not alpha_error < (0.05 if coded else 1e-4):
         return f"alpha differs from the reference by {alpha_error:.1e}"
     assert ours.positions is not None
     shared = float(shared_positions(ours.positions, positions).min()) / shape.k
-    if not shared > 0.98:
+    if not shared > (0.9 if coded else 0.98):
         return f"a head shares only {shared:.1%} of the reference's positions"
     return None

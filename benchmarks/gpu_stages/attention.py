@@ -98,7 +98,7 @@ class AttentionRow(Row):
 
     @property
     def sparq_bytes(self) -> int:
-        return self.measured.shape.sparse_elements * self.itemsize
+        return self.measured.shape.sparse_bytes(self.itemsize)
 
     def fastest_dense(self, mode: str) -> tuple[str, float] | None:
         """Its name and median."""
@@ -132,7 +132,7 @@ class AttentionRow(Row):
 def copies_for(shape: Shape, itemsize: int, cache: int, free: int) -> int:
     """So many that even the little which SparQ reads of each one has left the cache when its turn comes again; as many
     as fit in memory, at least one."""
-    wanted = max(3, -(-TIMES_CACHE * cache // (shape.sparse_elements * itemsize)))
+    wanted = max(3, -(-TIMES_CACHE * cache // shape.sparse_bytes(itemsize)))
     one = shape.dense_elements * itemsize * 3 // 2  # K, V and the components
     return max(1, min(wanted, int(MEMORY_SHARE * free) // one))
 

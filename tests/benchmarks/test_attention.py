@@ -14,7 +14,7 @@ from sparq_kernels.cpu import CompilerError
 from tables import KERNEL, torch_way
 from workload import Case, Shape
 
-TINY = (Case("tiny", Shape(1, 4, 2, 16, 96, 8, 12)), Case("tiny", Shape(2, 2, 2, 16, 64, 8, 12)))
+TINY = (Case("tiny", Shape(1, 4, 2, 16, 300, 8, 30, "int4")), Case("tiny", Shape(2, 2, 2, 16, 64, 8, 12)))
 
 
 @pytest.mark.parametrize(
@@ -36,12 +36,14 @@ def test_arguments_choose_the_cases():
     assert chosen(attention.parse([])) == list(README + SWEEP)
     grid = "--shapes llama-3.2-1b llama-2-7b --contexts 1024 100 --batches 1 4 --ratio 4"
     shapes = [case.shape for case in chosen(attention.parse(grid.split()))]
-    assert len(shapes) == 8 and shapes[0] == Shape(1, 32, 8, 64, 1024, 16, 128)
-    assert shapes[-1] == Shape(4, 32, 32, 128, 100, 32, 100), "k is never more than there are"
-    (only, *_) = chosen(attention.parse(["--r", "7", "--k", "9"]))
+    assert len(shapes) == 8 and shapes[0] == Shape(1, 32, 8, 64, 1024, 64, 128, "int4")
+    assert shapes[-1] == Shape(4, 32, 32, 128, 100, 128, 100, "int4"), "k is never more than there are"
+    (only, *_) = chosen(attention.parse(["--r", "7", "--k", "9", "--index", "full"]))
     assert only == Case("llama-3-8b", Shape(1, 32, 8, 128, 4096, 7, 9))
-    (only,) = chosen(attention.parse(["--shapes", "llama-3.2-1b", "--contexts", "1024", "--r", "65"]))
-    assert only.shape.r == 64, "r is never more than there are"
+    paper = ["--shapes", "llama-3.2-1b", "--contexts", "4096", "--index", "full"]
+    assert chosen(attention.parse(paper))[0].shape == Shape(1, 32, 8, 64, 4096, 8, 256)
+    with pytest.raises(ValueError, match="r must not be larger than the model's head_dim=64, got r=65"):
+        chosen(attention.parse([*paper, "--r", "65"]))
 
 
 def test_copies_outgrow_the_cache_and_fit_into_memory():
@@ -165,7 +167,7 @@ def test_what_does_not_fit_into_memory_is_named(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, "--json", out, "--dtypes", "float16") == 0
     result = json.loads(out.read_text())
     assert result["rows"] == [] and len(result["left_out"]) == 2
-    assert "left out, too large for this machine's memory: tiny B=1 4/2 S=96" in capsys.readouterr().out
+    assert "left out, too large for this machine's memory: tiny B=1 4/2 S=300" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("tiny")

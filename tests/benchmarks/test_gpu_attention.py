@@ -69,7 +69,7 @@ def caches():
 def test_copies_outgrow_the_cache_and_fit_the_device(case):
     copies = copies_for(case.shape, 2, H200_L2, 139 << 30)
     assert 3 <= copies <= 128
-    assert copies * case.shape.sparse_elements * 2 >= 4 * H200_L2, "even SparQ's own reads"
+    assert copies * case.shape.sparse_bytes(2) >= 4 * H200_L2, "even SparQ's own reads"
     assert copies * case.shape.dense_elements * 3 < 70e9
     one = case.shape.dense_elements * 3
     assert copies_for(case.shape, 2, H200_L2, free=one) == 1, "a small device does what it can"
