@@ -87,9 +87,15 @@ def _add_generate(commands: Any) -> None:
         help="give the model the bare text; else, where it has a chat template, text and question are a user's turn, "
         "and the answer ends with the model's",
     )
-    parser.add_argument("--r", type=int, help="components of the query used to score (default: head_dim / ratio)")
-    parser.add_argument("--k", type=int, help="positions attended in full (default: cached positions / (2 * ratio))")
     parser.add_argument("--ratio", type=float, default=8, help="compression wanted of the bytes read (default: 8)")
+    parser.add_argument("--r", type=int, help="components of the query used to score (default: 4 * head_dim / ratio)")
+    parser.add_argument("--k", type=int, help="positions attended in full (default: cached positions / ratio at most)")
+    parser.add_argument(
+        "--index", choices=("int4", "full"), default="int4", help="what positions are found by (default: int4)"
+    )
+    parser.add_argument(
+        "--mass", type=float, help="share of the scores with which a query stops (default: 0.95, or with --k 1: all k)"
+    )
     parser.add_argument("--min-length", type=int, help="shorter contexts are dense (default: where sparsity pays)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
     parser.add_argument("--stop", metavar="TEXT", help="an answer ends where the model writes this")

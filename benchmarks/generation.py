@@ -51,6 +51,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from workload import DTYPES
 
 import sparq
+from sparq.index import KINDS
 
 MEASURED_LAYERS = 2  # of a named shape
 SETTINGS = [(512, 1), (16384, 1), (65536, 1), (131072, 1), (16384, 8)]  # cached, batch
@@ -70,7 +71,7 @@ def ways_of(args: argparse.Namespace) -> tuple[opponents.Way, ...]:
 
 
 def knobs_of(args: argparse.Namespace) -> dict[str, Any]:
-    return dict(r=args.r, k=args.k, ratio=args.ratio)
+    return dict(r=args.r, k=args.k, ratio=args.ratio, index=args.index, mass=args.mass)
 
 
 def measure(subject: Subject, context: int, batch: int, args: argparse.Namespace) -> Row:
@@ -184,6 +185,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--r", type=positive, help="of SparqConfig, as k and ratio")
     add("--k", type=positive)
     add("--ratio", type=float, default=8)
+    add("--index", choices=KINDS, default="int4")
+    add("--mass", type=float, default=1.0, help="1.0 (the default here): all k; random keys have no sharp attention")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--prefill", action="store_true", help="compute the prompt (a real model always does)")
     add("--compile", action="store_true", help="also torch.compile, on static caches")

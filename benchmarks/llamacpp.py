@@ -53,6 +53,7 @@ LLAMA_CPP = {"llama.cpp, flash": True, "llama.cpp, no flash": False}  # ways: wh
 # the weights before every product.
 TOLERANCE = {"float32": 1e-2, "float16": 2e-2}
 PROMPT = 48
+KNOBS = {"mass": 1.0}  # all k: random keys have no sharp attention
 GGUF_NAMES = {  # transformers' name within a layer: GGUF's
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -108,7 +109,7 @@ def measure(
 ) -> list[Row]:
     """A row of each context; a round more than is counted goes ahead."""
     rows = [Row({"dtype": dtype, "cached": context, "batch": 1}) for context in contexts]
-    runners = [make_runner(model, SPARQ_WAY, context, 1, steps_of(rounds + 1, tokens), {}) for context in contexts]
+    runners = [make_runner(model, SPARQ_WAY, context, 1, steps_of(rounds + 1, tokens), KNOBS) for context in contexts]
     for row in rows:
         row.ways = {way: Measured() for way in (*LLAMA_CPP, SPARQ)}
         for way in LLAMA_CPP:
@@ -204,7 +205,7 @@ def main() -> None:
     differ: dict[str, dict[str, float]] = {}
     for dtype in args.dtypes:
         model = build("llama-3.2-1b", DTYPES[dtype], args.layers).model
-        check(model, contexts[-1], batch=1, knobs={})
+        check(model, contexts[-1], batch=1, knobs=KNOBS)
         with LlamaCpp(model, dtype, contexts[-1] + args.tokens + 1) as llama_cpp:
             system = llama_cpp.system
             differ[dtype] = {way: disagreement(model, llama_cpp, dtype, way) for way in LLAMA_CPP}

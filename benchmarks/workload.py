@@ -132,10 +132,12 @@ def reference(shape: Shape, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 def attended(shape: Shape, x: Inputs, found: sparq_kernels.DecodeOutput) -> Tensor:
     """The output that belongs to the positions and the alpha of a result."""
     assert found.positions is not None
-    chosen = found.positions[:, :, 0, :, None].expand(-1, -1, -1, shape.head_dim)
-    keys, values = (rows.gather(2, chosen).float() for rows in (x.key, x.value))
+    chosen = found.positions[:, :, 0]
+    rows = chosen.clamp(min=0)[..., None].expand(-1, -1, -1, shape.head_dim)
+    keys, values = (held.gather(2, rows).float() for held in (x.key, x.value))
     query = x.query.float().reshape(shape.batch, shape.num_kv_heads, -1, shape.head_dim)
-    y = (query @ keys.transpose(-1, -2) * shape.head_dim**-0.5).softmax(-1) @ values
+    logits = query @ keys.transpose(-1, -2) * shape.head_dim**-0.5
+    y = logits.masked_fill(chosen[:, :, None] < 0, -torch.inf).softmax(-1) @ values
     alpha = found.alpha.reshape(*query.shape[:3], 1)
     mean = x.value_sum[:, :, None] / shape.cached
     return (alpha * y + (1 - alpha) * mean).reshape(x.query.shape)

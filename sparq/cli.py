@@ -25,7 +25,8 @@ def generate(args: argparse.Namespace) -> int:
     """`sparq generate`: answers, tokens per second of the decode, bytes, and the report; returns the exit status."""
     device = _device(args.device)
     console = Console(highlight=False)
-    config = sparq.SparqConfig(r=args.r, k=args.k, ratio=args.ratio, min_length=args.min_length)
+    names = ("r", "k", "ratio", "index", "mass", "min_length")
+    config = sparq.SparqConfig(**{name: getattr(args, name) for name in names})
     text = args.prompt_file.read_text(encoding="utf-8")
     with console.status(f"loading {args.model}"):
         tokenizer, model = _load(args)

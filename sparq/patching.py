@@ -171,7 +171,7 @@ def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Mode
     Args:
         model: a causal language model of transformers, or what wraps one, as a `PeftModel` does.
         config: the knobs; `knobs` replace single fields of it.
-        knobs: fields of `SparqConfig`: r, k, ratio, local, mean_value, dense_layers, min_length.
+        knobs: fields of `SparqConfig`: ratio, r, k, index, mass, k_min, local, mean_value, dense_layers, min_length.
 
     Returns:
         The same model.
