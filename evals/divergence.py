@@ -81,22 +81,35 @@ def ratios(line: str, method: str, ratios: tuple[float, ...], **knobs: Any) -> l
 
 
 def settings() -> list[Setting]:
-    """What is compared."""
-    found = ratios("the paper's SparQ", "sparq", (2, 4, 8, 16), **PAPER)
-    found += ratios("the paper's SparQ, first layer dense", "sparq", (8,), dense_layers=1, **PAPER)
-    found += ratios("the paper's, mean value from 0.5", "sparq", (4, 8), **PAPER | {"mean_value": 0.5})
+    """What `make eval` compares."""
+    found = ratios("the paper's SparQ", "sparq", (4, 8, 16), **PAPER)
+    found += ratios("the paper's, mean value from 0.5", "sparq", (8,), **PAPER | {"mean_value": 0.5})
     found += ratios("SparQ", "sparq", (4, 8, 16))
-    found += ratios("SparQ, first layer dense", "sparq", (8,), dense_layers=1)
-    found += ratios("SparQ, all k", "sparq", (4, 8, 16), mass=1.0)
-    found.append(Setting("SparQ, all components", "SparQ, all components, k = S/16", "sparq", {"r": 64, "mass": 1.0}))
-    found += ratios("oracle top-k", "oracle", (8, 16))
-    found += [Setting("oracle top-p", f"oracle top-p, {mass}", "oracle", {"mass": mass}) for mass in (0.95, 0.98)]
-    found += ratios("RocketKV, second stage", "rocket", (4, 8, 16))
-    for page in (8, 16):
-        found += ratios(f"pages of {page}, per dimension", "pages", (5,), page=page, spread="dimension", first_pages=1)
-    found += ratios("pages of 8, by norm", "pages", (5, 7), page=8, spread="norm", first_pages=1)
-    found += ratios("Quest", "quest", (4, 8), first_pages=1)
+    found += ratios("SparQ, all k", "sparq", (8,), mass=1.0)
+    found += ratios("oracle top-k", "oracle", (8,))
+    found.append(Setting("oracle top-p", "oracle top-p, 0.95", "oracle", {"mass": 0.95}))
+    found += ratios("RocketKV, second stage", "rocket", (8,))
+    found += ratios("pages of 8, per dimension", "pages", (5,), page=8, spread="dimension", first_pages=1)
+    found += ratios("pages of 8, by norm", "pages", (7,), page=8, spread="norm", first_pages=1)
+    found += ratios("Quest", "quest", (8,), first_pages=1)
     found += ratios("sinks + window", "window", (8,))
+    return found
+
+
+def more_settings() -> list[Setting]:
+    """What is compared besides, more slowly."""
+    found = ratios("the paper's SparQ", "sparq", (2,), **PAPER)
+    found += ratios("the paper's SparQ, first layer dense", "sparq", (8,), dense_layers=1, **PAPER)
+    found += ratios("the paper's, mean value from 0.5", "sparq", (4,), **PAPER | {"mean_value": 0.5})
+    found += ratios("SparQ, first layer dense", "sparq", (8,), dense_layers=1)
+    found += ratios("SparQ, all k", "sparq", (4, 16), mass=1.0)
+    found.append(Setting("SparQ, all components", "SparQ, all components, k = S/16", "sparq", {"r": 64, "mass": 1.0}))
+    found += ratios("oracle top-k", "oracle", (16,))
+    found.append(Setting("oracle top-p", "oracle top-p, 0.98", "oracle", {"mass": 0.98}))
+    found += ratios("RocketKV, second stage", "rocket", (4, 16))
+    found += ratios("pages of 16, per dimension", "pages", (5,), page=16, spread="dimension", first_pages=1)
+    found += ratios("pages of 8, by norm", "pages", (5,), page=8, spread="norm", first_pages=1)
+    found += ratios("Quest", "quest", (4,), first_pages=1)
     found += ratios("oracle top-k, first layer dense", "oracle", (8,), dense_layers=1)
     found += ratios("RocketKV, second stage, first layer dense", "rocket", (8,), dense_layers=1)
     return found
@@ -279,6 +292,7 @@ def main() -> None:
     parser.add_argument("model", help="a folder with a causal model and its tokenizer, or smollm2")
     parser.add_argument("--json", type=Path, help="write what was measured here")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of context")
+    parser.add_argument("--all", action="store_true", help="more settings of every method, twice as slowly")
     parser.add_argument("--ablations", action="store_true", help="SparQ's defaults with one thing changed, instead")
     parser.add_argument("--lines", help="only settings whose line holds this text")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
@@ -289,7 +303,7 @@ def main() -> None:
 
     sparq_kernels.backend("cpu")  # compiled once, before several processes want it
     known, begin = circumstances(), time.perf_counter()
-    compared = ablations() if arguments.ablations else settings()
+    compared = ablations() if arguments.ablations else settings() + (more_settings() if arguments.all else [])
     chosen = [one for one in compared if arguments.lines is None or arguments.lines in one.line]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results: list[Measured] = []
