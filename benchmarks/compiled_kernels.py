@@ -32,7 +32,7 @@ import triton
 from gpu_stages.cases import S1, S2, S3
 from sparq_kernels.append import AppendArguments, check_append
 from sparq_kernels.arguments import Arguments
-from sparq_kernels.layout import BLOCK, num_blocks
+from sparq_kernels.layout import allocate_codes, allocate_components
 from sparq_kernels.value_sum import ExtendArguments, check_extending
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -128,6 +128,8 @@ def empty_call(
     softcap: float | None = None,
     mean_value: bool = True,
     capacity: int | None = None,
+    index: str = "full",
+    mass: float | None = None,
 ) -> Arguments:
     """Arguments as the plugin's cache passes them, over memory that nothing ever touches."""
     capacity = -(-cached // CAPACITY_STEP) * CAPACITY_STEP if capacity is None else capacity
@@ -135,12 +137,15 @@ def empty_call(
     def rows() -> torch.Tensor:
         return torch.empty((batch, num_kv_heads, capacity, head_dim), dtype=dtype)[:, :, :cached]
 
+    stored = (batch, num_kv_heads, capacity, head_dim, dtype, "cpu")
+    components, ranges = (allocate_components(*stored), None) if index == "full" else allocate_codes(*stored)
     return Arguments(
         query=torch.empty((batch, query_length, num_heads, head_dim), dtype=dtype).transpose(1, 2),
         key=rows(),
-        key_components=torch.empty((batch, num_kv_heads, num_blocks(capacity), head_dim, BLOCK), dtype=dtype),
+        key_components=components,
         value=rows(),
         value_sum=torch.empty((batch, num_kv_heads, head_dim)),
+        key_ranges=ranges,
         length=torch.empty(batch, dtype=torch.int64),
         start=torch.empty(batch, dtype=torch.int64) if start else None,
         mask=torch.empty((batch, cached), dtype=torch.bool) if mask else None,
@@ -149,6 +154,8 @@ def empty_call(
         k=k,
         k_divisor=None,
         local=None,
+        mass=mass,
+        k_min=1,
         scale=None,
         softcap=softcap,
         mean_from=0.0 if mean_value else math.inf,
@@ -164,13 +171,13 @@ def empty_append(
     dtype: torch.dtype = torch.float16,
     *,
     position: int | None = 0,
+    index: str = "full",
 ) -> AppendArguments:
     """A token for the end of a cache, or at a position of the device's own; untouched memory like the above."""
-    call = empty_call(batch, num_kv_heads, num_kv_heads, capacity, head_dim, dtype)
+    call = empty_call(batch, num_kv_heads, num_kv_heads, capacity, head_dim, dtype, index=index)
     per_row = None if position is not None else call.length
-    return AppendArguments(
-        call.key, call.value, call.key_components, call.value_sum, call.query, call.query, per_row, position or 0
-    )
+    storage = (call.key, call.value, call.key_components, call.value_sum, call.key_ranges)
+    return AppendArguments(*storage, call.query, call.query, per_row, position or 0)
 
 
 class _Recorder:

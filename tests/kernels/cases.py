@@ -381,6 +381,7 @@ def check_same(case: Case, actual: sparq_kernels.DecodeOutput, expected: sparq_k
     tolerance = TOLERANCE[case.query.dtype]
     assert actual.positions is not None and expected.positions is not None
     assert torch.equal(actual.positions, expected.positions)
+    assert torch.equal(actual.read, expected.read)
     torch.testing.assert_close(actual.output, expected.output, rtol=tolerance, atol=tolerance, equal_nan=True)
     torch.testing.assert_close(actual.alpha, expected.alpha, rtol=2e-5, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(actual.lse, expected.lse, rtol=2e-5, atol=2e-5, equal_nan=True)

@@ -231,7 +231,7 @@ def _plan(call: Arguments, cached: int, variant: str | None, forced: Mapping[str
     if not call.return_positions:
         scratch["positions"] = (i32, shape.N * shape.k_max)
     scratch |= kind.scratch(shape, sizes)
-    dtypes = [*map(_pointed_at, tensors), i32, query.dtype, f32, f32]
+    dtypes = [*map(_pointed_at, tensors), i32, query.dtype, f32, f32, i32]
     names = (*DECODED, *RESULTS)
     pointers = {name: (place, dtype) for place, (name, dtype) in enumerate(zip(names, dtypes, strict=True))}
     pieces, end = [], 0
@@ -262,7 +262,7 @@ def _stream(device: torch.device) -> int:
     return triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
 
 
-def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Results as `reference.decode_reference` gives them.  Values of `length` and `start` out of range are clamped.
 
     Raises RuntimeError for memory that has been freed.
@@ -273,17 +273,18 @@ def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _run(plan, call)
 
 
-def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, _, query_length, _ = shape = call.query.shape
     device, num_kv_heads = call.query.device, call.key.shape[1]
     output = torch.empty(shape, dtype=call.query.dtype, device=device)
     alpha = torch.empty(shape[:3], dtype=torch.float32, device=device)
     lse = torch.empty_like(alpha)
+    read = torch.empty((batch, num_kv_heads, query_length), dtype=torch.int32, device=device)
     scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
     positions = call.length
     if call.return_positions:
         positions = torch.full((plan.shape.N, plan.shape.k_max), -1, dtype=torch.int32, device=device)
-    tensors = [*_given(call), positions, output, alpha, lse]
+    tensors = [*_given(call), positions, output, alpha, lse, read]
     addresses = [x.data_ptr() for x in tensors]
     first = scratch.data_ptr()
     kind = kind_of([*addresses, first], [*tensors, scratch])
@@ -301,9 +302,9 @@ def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for launch in plan.launches:
         launch(addresses, kind, stream, tensor, plan.cached)
     if not call.return_positions:
-        return output, alpha, scratch.new_empty((batch, num_kv_heads, query_length, 0), dtype=torch.int64), lse
+        return output, alpha, scratch.new_empty((*read.shape, 0), dtype=torch.int64), lse, read
     by_head = positions.view(batch, query_length, num_kv_heads, plan.shape.k_max).transpose(1, 2)
-    return output, alpha, by_head.to(torch.int64, memory_format=torch.contiguous_format), lse
+    return output, alpha, by_head.to(torch.int64, memory_format=torch.contiguous_format), lse, read
 
 
 def _given(call: Arguments) -> list[Tensor]:
@@ -388,12 +389,13 @@ DECODED = {
     "components": ("components_batch", "components_head", "components_block"),
     "value": ("value_batch", "value_head", "value_position"),
     "value_sum": ("sum_batch", "sum_head"),
+    "ranges": ("ranges_batch", "ranges_head"),
     "length": ("length_stride",),
     "start": ("start_stride",),
     "mask": ("mask_stride",),
     "counts": (),
 }
-RESULTS = ("positions", "output", "alpha_out", "lse_out")  # behind them, and behind these the scratch memory
+RESULTS = ("positions", "output", "alpha_out", "lse_out", "read")  # behind them, and behind these the scratch memory
 APPENDED = {
     "keys": ("keys_batch", "keys_head", "keys_position"),
     "values": ("values_batch", "values_head", "values_position"),
