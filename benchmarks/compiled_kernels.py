@@ -32,6 +32,7 @@ import triton
 from gpu_stages.cases import S1, S2, S3
 from sparq_kernels.append import AppendArguments, check_append
 from sparq_kernels.arguments import Arguments
+from sparq_kernels.encoding import EncodeArguments
 from sparq_kernels.layout import allocate_codes, allocate_components
 from sparq_kernels.value_sum import ExtendArguments, check_extending
 from triton.backends.compiler import GPUTarget
@@ -54,6 +55,7 @@ STREAMS = {
     "components": ("scoring", "score_tiles", "runs"),
     "keys": ("attention", "attend", "key"),
     "values": ("attention", "attend", "value"),
+    "rows": ("encoding", "encode_group", "rows"),
 }
 
 
@@ -202,8 +204,17 @@ def empty_extension(
     return ExtendArguments(call.value_sum, call.mask.clone(), call.value, call.mask, call.length)
 
 
+def empty_encoding(
+    batch: int = 1, num_kv_heads: int = 8, cached: int = 4096, head_dim: int = 128, dtype: torch.dtype = torch.float16
+) -> EncodeArguments:
+    """A prompt's keys to be coded; untouched memory like the above."""
+    call = empty_call(batch, num_kv_heads, num_kv_heads, cached, head_dim, dtype, index="int4")
+    assert call.key_ranges is not None
+    return EncodeArguments(call.key, call.key_components, call.key_ranges, 0, cached)
+
+
 def record(
-    module: ModuleType, call: Arguments | AppendArguments | ExtendArguments, target: str, **forced: Any
+    module: ModuleType, call: Arguments | AppendArguments | EncodeArguments | ExtendArguments, target: str, **forced: Any
 ) -> list[Launch]:
     """The launches of `module` (`sparq_kernels.gpu.launch` or a copy of it) for one call on that device.
 
@@ -219,12 +230,15 @@ def record(
         stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: MULTIPROCESSORS[target]))
         stack.enter_context(mock.patch.dict(module._plans, clear=True))
         stack.enter_context(mock.patch.dict(module._appends, clear=True))
+        stack.enter_context(mock.patch.object(module, "encode_kernel", _Recorder(module.encode_kernel, launches)))
         hip = "7.0" if target.startswith("gfx") else None
         stack.enter_context(mock.patch.object(torch.version, "hip", hip))
         if isinstance(call, Arguments):
             module.run(module.plan(call, **forced), call)
         elif isinstance(call, AppendArguments):
             module.append(call, check_append(call))
+        elif isinstance(call, EncodeArguments):
+            module.encode(call)
         else:
             module.extend_sum(call, check_extending(call))
     return launches

@@ -24,6 +24,7 @@ from compiled_kernels import (
     Specialised,
     empty_append,
     empty_call,
+    empty_encoding,
     empty_extension,
     pointer_conversions,
     record,
@@ -287,12 +288,28 @@ APPENDS = [
 
 @pytest.mark.parametrize(("target", "dtype", "head_dim"), APPENDS)
 @pytest.mark.parametrize("position", [7, None], ids=["position", "positions"])
-def test_append_compiles(target: str, dtype: torch.dtype, head_dim: int, position: int | None) -> None:
-    call = empty_append(batch=2, head_dim=head_dim, dtype=dtype, position=position)
+@pytest.mark.parametrize("index", ["full", "int4"])
+def test_append_compiles(target: str, dtype: torch.dtype, head_dim: int, position: int | None, index: str) -> None:
+    call = empty_append(batch=2, head_dim=head_dim, dtype=dtype, position=position, index=index)
     (appended,) = (specialise(one, target) for one in record(launch, call, target))
     used = compiled.resources(appended)
     assert used.spilled == 0
     assert used.shared <= SHARED_LIMIT_CONSUMER
+
+
+@pytest.mark.parametrize(("target", "dtype", "head_dim"), APPENDS)
+def test_encode_compiles(target: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Keys are read 16 bytes at a time; and the bits are PyTorch's: no product fused with a sum, division rounded."""
+    call = empty_encoding(batch=2, head_dim=head_dim, dtype=dtype)
+    (encoded,) = (specialise(one, target) for one in record(launch, call, target))
+    used = compiled.resources(encoded)
+    assert used.spilled == 0
+    assert used.shared <= SHARED_LIMIT_CONSUMER
+    loads = compiled.stream_loads(encoded)
+    assert {load.stream for load in loads} == {"rows"} and not compiled.narrow_loads(encoded)
+    if not target.startswith("gfx"):
+        code = compiled.compile_kernel(encoded).asm["ptx"]
+        assert "fma." not in code and "div.rn.f32" in code and "div.full" not in code
 
 
 @pytest.mark.parametrize(("target", "dtype", "head_dim"), APPENDS)

@@ -10,12 +10,13 @@ import sparq_kernels
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparq_kernels import BLOCK
+from sparq_kernels import BLOCK, GROUP
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this system")
 
 from sparq_kernels.append import AppendArguments, check_append  # noqa: E402
 from sparq_kernels.counting import CountArguments  # noqa: E402
+from sparq_kernels.encoding import EncodeArguments, encode_groups  # noqa: E402
 from sparq_kernels.gpu import launch, split, topk  # noqa: E402
 from sparq_kernels.value_sum import check_extending  # noqa: E402
 
@@ -25,6 +26,7 @@ from tests.kernels.cases import (  # noqa: E402
     call_of,
     check_against_equations,
     check_same,
+    empty_index,
     make_case,
     new_token,
     rows_of,
@@ -307,6 +309,51 @@ def test_append(dtype: torch.dtype, position: int | list[int], with_sum: bool) -
     call = AppendArguments(*stored, *tokens, *where)
     launch.append(call, check_append(call))
     for a, b in zip(ours[:4], theirs[:4], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def keys_to_code(dtype: torch.dtype, head_dim: int) -> torch.Tensor:
+    """[2, 2, S, head_dim], three whole groups behind a block's end, with values that are not numbers and runs of one."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(2, BLOCK + 3 * GROUP + 9, 2, head_dim, generator=generator).to(dtype)
+    key = whole.transpose(1, 2)
+    key[0, 0, :, 0] = 3.0
+    key[0, 1, BLOCK : BLOCK + 9, -1], key[0, 1, BLOCK + 20 : BLOCK + 29, -1] = torch.inf, -torch.inf
+    key[1, 0, BLOCK + 7], key[1, 1, -40 - GROUP :, -1] = torch.nan, torch.nan
+    return key
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 20, 64])
+def test_encode(dtype: torch.dtype, head_dim: int) -> None:
+    key = keys_to_code(dtype, head_dim)
+    codes, ranges = (empty_index(tuple(key.shape), dtype, "int4") for _ in range(2))
+    begin, end = BLOCK - 5, key.shape[2]
+    launch.encode(EncodeArguments(key, *codes, begin, end))  # type: ignore[arg-type]
+    encode_groups(key, *ranges, begin // GROUP, end // GROUP)  # type: ignore[arg-type]
+    for ours, theirs in zip(codes, ranges, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "position",
+    [GROUP - 2, GROUP - 1, BLOCK + GROUP - 1, [GROUP - 1, GROUP], [BLOCK + 2 * GROUP - 1, -1], [1 << 40, GROUP - 1]],
+    ids=str,
+)
+def test_append_codes_a_group_that_is_whole(dtype: torch.dtype, position: int | list[int]) -> None:
+    ours, theirs = (storage_of(2, 2, BLOCK + 2 * GROUP, 20, dtype, "int4") for _ in range(2))
+    for storage in (ours, theirs):
+        storage.key.copy_(keys_to_code(dtype, 20)[:, :, : BLOCK + 2 * GROUP])
+    tokens = new_token(2, 2, 20, dtype)
+    for b, row in enumerate([position] * 2 if isinstance(position, int) else position):
+        if 0 <= row < BLOCK + 2 * GROUP:
+            sparq_kernels.append(rows_of(theirs, b), *(x[b : b + 1] for x in tokens), position=row)
+    where = (None, position) if isinstance(position, int) else (torch.tensor(position), 0)
+    stored = (ours.key, ours.value, ours.key_components, ours.value_sum, ours.key_ranges)
+    call = AppendArguments(*stored, *tokens, *where)
+    launch.append(call, check_append(call))
+    for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 

@@ -35,10 +35,14 @@ from torch import Tensor
 from ..append import AppendArguments
 from ..arguments import Arguments, check_memory, options_of, tensors_of
 from ..counting import CountArguments
+from ..encoding import EncodeArguments
+from ..layout import GROUP
 from ..value_sum import ExtendArguments
 from . import fused, split
 from .append import append as append_kernel
 from .append import extend_sum as extend_sum_kernel
+from .encoding import ENCODE_BYTES, ENCODE_WARPS
+from .encoding import encode as encode_kernel
 from .rows import CHUNK, VARYING, count_masked
 from .shape import Scratch, Shape, shape_of
 from .topk import MAX_KEYS
@@ -360,15 +364,57 @@ def append(call: AppendArguments, layout: tuple[object, ...]) -> None:
         call.value,
         call.key_components,
         call.key if call.value_sum is None else call.value_sum,
+        call.key if call.key_ranges is None else call.key_ranges,
         new_key,
         new_value,
         call.key if call.position is None else call.position,
     )
     launch = _appends.get(layout)
     if launch is None:
-        constants = {"HAS_POSITION": call.position is not None, "HAS_SUM": call.value_sum is not None}
-        launch = _held(layout, append_kernel, APPENDED, tensors, call.key, constants)
+        coded = call.key_ranges is not None
+        constants = {
+            "HAS_POSITION": call.position is not None,
+            "HAS_SUM": call.value_sum is not None,
+            "CODED": coded,
+            "AT_ONCE": _encoded_at_once(call.key),
+        }
+        warps = ENCODE_WARPS if coded else 1
+        launch = _held(layout, append_kernel, APPENDED, tensors, call.key, constants, warps)
     _start(launch, call, tensors, call.offset)
+
+
+def encode(call: EncodeArguments) -> None:
+    """For arguments that have been checked.
+
+    Raises RuntimeError for memory that has been freed.
+    """
+    key, codes, ranges = call.key, call.key_components, call.key_ranges
+    batch, heads, _, head_dim = key.shape
+    first, last = call.begin // GROUP, call.end // GROUP
+    if first == last:
+        return
+    check_memory(call, itemgetter(slice(3)))
+    with contextlib.nullcontext() if _is_current(key.device) else torch.cuda.device(key.device):
+        encode_kernel[(batch * heads * (last - first),)](
+            key,
+            *key.stride()[:3],
+            codes,
+            *codes.stride()[:3],
+            ranges,
+            *ranges.stride()[:2],
+            first,
+            last - first,
+            heads,
+            D=head_dim,
+            AT_ONCE=_encoded_at_once(key),
+            num_warps=ENCODE_WARPS,
+            **OPTIONS,
+        )
+
+
+def _encoded_at_once(key: Tensor) -> int:
+    """Components that a program codes at once."""
+    return min(triton.next_power_of_2(key.shape[3]), ENCODE_BYTES // key.element_size())
 
 
 def extend_sum(call: ExtendArguments, layout: tuple[object, ...]) -> None:
@@ -378,7 +424,7 @@ def extend_sum(call: ExtendArguments, layout: tuple[object, ...]) -> None:
     """
     launch = _appends.get(layout)
     if launch is None:
-        launch = _held(layout, extend_sum_kernel, EXTENDED, call, call.value, {})
+        launch = _held(layout, extend_sum_kernel, EXTENDED, call, call.value, {}, 1)
     _start(launch, call, call, 0)
 
 
@@ -401,6 +447,7 @@ APPENDED = {
     "values": ("values_batch", "values_head", "values_position"),
     "components": ("components_batch", "components_head", "components_block"),
     "value_sum": ("sum_batch", "sum_head"),
+    "ranges": ("ranges_batch", "ranges_head"),
     "new_key": ("new_key_batch", "new_key_head"),
     "new_value": ("new_value_batch", "new_value_head"),
     "position": ("position_stride",),
@@ -428,7 +475,8 @@ def _held(
     names: Mapping[str, tuple[str, ...]],
     tensors: Sequence[Tensor],
     storage: Tensor,
-    constants: dict[str, bool],
+    constants: dict[str, int],
+    warps: int,
 ) -> Launch:
     """A launch for every row and head of a storage [B, Hkv, capacity, d], kept for calls of that layout."""
     batch, heads, capacity, head_dim = storage.shape
@@ -437,7 +485,7 @@ def _held(
     pointers = {name: (place, _pointed_at(x)) for place, (name, x) in enumerate(zip(names, tensors, strict=True))}
     if len(_appends) >= MAX_HELD:
         _appends.clear()
-    launch = Launch(kernel, (batch * heads,), values | constants, pointers, storage.device, "offset", num_warps=1)
+    launch = Launch(kernel, (batch * heads,), values | constants, pointers, storage.device, "offset", num_warps=warps)
     _appends[layout] = launch
     return launch
 
