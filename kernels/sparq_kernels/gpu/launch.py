@@ -215,14 +215,19 @@ def _plan(call: Arguments, cached: int, variant: str | None, forced: Mapping[str
         "scale": float(call.softmax_scale),
         "softcap": float(call.softcap or 0.0),
         "mean_from": float(call.mean_from),
+        "mass": float(call.mass or 0.0),
+        "k_min": min(call.k_min, cached),
         **{name: getattr(shape, name) for name in ("Q", "k_max", "G", "D", "R", "GP", "DP", "RP")},
         "ROWS": shape.rows,
         "STAGES": shape.stages,
         "COUNT_TILE": COUNT_TILE,
         "DOT": tl.float32 if INTERPRETED else DTYPES[query.dtype],  # no bfloat16 product there
+        "CODED": shape.coded,
+        "CODE_DOT": tl.float32 if INTERPRETED else tl.bfloat16,
         "HAS_START": call.start is not None,
         "HAS_MASK": call.mask is not None,
         "HAS_SOFTCAP": call.softcap is not None,
+        "HAS_MASS": call.mass is not None,
         "MEAN_VALUE": call.mean_from < math.inf,
         **kind.arguments(shape, sizes),
     }
@@ -465,7 +470,7 @@ def _strides(names: Mapping[str, tuple[str, ...]], tensors: Sequence[Tensor]) ->
     return {
         stride: size
         for strides, x in zip(names.values(), tensors, strict=True)
-        for stride, size in zip(strides, x.stride(), strict=False)
+        for stride, size in zip(strides, (*x.stride(), 0), strict=False)  # one may stand in for what has another
     }
 
 

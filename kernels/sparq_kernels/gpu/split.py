@@ -1,8 +1,8 @@
 """The step in several kernels, each KV head by many programs: for long rows, and for few heads.
 
 `score` makes the approximate logits of a head's positions in parts. `select` chooses among the keys of a whole row in
-one program; of rows too long for that, `histogram`, `candidates` and `choose` do, in parts again. `gather` attends what
-was chosen in parts, and the last part to end merges them; on AMD `merge` does, in a kernel of its own.
+one program; of rows too long for that, `histogram`, `candidates` and `choose` do, in parts again, and where the scores'
+mass says how many, `trim` leaves these of the most that may be chosen. `gather` attends what was chosen in parts, and the last part to end merges them; on AMD `merge` does, in a kernel of its own.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 import triton
 
 from .attention import gather, merge
+from .index import score
 from .rows import CHUNK, INFO
-from .scoring import score
-from .selection import BINS, candidates, choose, histogram, select
+from .selection import BINS, candidates, choose, histogram, select, trim
 from .shape import Scratch, Shape, warps_for
 
 # On each multiprocessor. Of `score` all must fit at once, or the last ones come alone; and each chooses the components
@@ -78,6 +78,7 @@ def scratch(shape: Shape, sizes: Sizes) -> Scratch:
         parts = _row_parts(shape, sizes)
         needed["keys"] = needed["compact"] = (i32, N * shape.chunks * CHUNK.value)
         needed["bin_counts"], needed["before"] = (i32, N * parts * BINS), (i32, N * parts * 2)
+        needed["window_scores"], needed["kept"] = (f32, N * parts), (i32, N * shape.k_max if shape.by_mass else 1)
     return needed
 
 
@@ -90,6 +91,8 @@ def launches(shape: Shape, sizes: Sizes) -> Iterator[tuple[Any, tuple[int, ...],
         parts = _row_parts(shape, sizes)
         for kernel in (histogram, candidates, choose):
             yield kernel, (N, parts), of_keys
+        if shape.by_mass:
+            yield trim, (N,), of_keys
     else:
         yield select, (N,), of_keys
     yield gather, (N, sizes.parts), of_rows
