@@ -53,6 +53,7 @@ RECORDED_CASES: dict[str, dict[str, Any]] = {
 }
 STREAMS = {
     "components": ("scoring", "score_tiles", "runs"),
+    "codes": ("coded", "score_coded", "runs"),
     "keys": ("attention", "attend", "key"),
     "values": ("attention", "attend", "value"),
     "rows": ("encoding", "encode_group", "rows"),
@@ -214,7 +215,10 @@ def empty_encoding(
 
 
 def record(
-    module: ModuleType, call: Arguments | AppendArguments | EncodeArguments | ExtendArguments, target: str, **forced: Any
+    module: ModuleType,
+    call: Arguments | AppendArguments | EncodeArguments | ExtendArguments,
+    target: str,
+    **forced: Any,
 ) -> list[Launch]:
     """The launches of `module` (`sparq_kernels.gpu.launch` or a copy of it) for one call on that device.
 
@@ -394,9 +398,12 @@ def narrow_loads(specialised: Specialised) -> list[Load]:
     return [load for load in stream_loads(specialised) if load.width < 16]
 
 
-def streams_of(name: str) -> set[str]:
+def streams_of(specialised: Specialised) -> set[str]:
     """What a kernel has to read in bulk."""
-    return {"score": {"components"}, "gather": {"keys", "values"}, "fused": set(STREAMS)}.get(name, set())
+    names = specialised.kernel.arg_names
+    coded = "CODED" in names and specialised.constants[names.index("CODED"),]
+    index, rows = {"codes" if coded else "components"}, {"keys", "values"}
+    return {"score": index, "gather": rows, "fused": index | rows}.get(specialised.kernel.__name__, set())
 
 
 def distinct(launches: list[Specialised]) -> dict[str, list[Specialised]]:

@@ -4,12 +4,15 @@ With w = query * step of a component, a logit is
 
     sum of query * lo  +  sum of w * code  =  sum of (query * lo - 16 w)  +  sum of w * (16 + code).
 
-The first sum is one number for each query and group.  The second is a matrix product: 16 + code is a bfloat16 whose last
-bits are the code, so that nothing need be converted.  w becomes two numbers of eight digits, w = upper + lower, of each
-of which there is a product; the first sum takes w to be what they are together.
+The first sum is one number for each query and group.  The second is a matrix product: 16 + code is a bfloat16 whose
+last bits are the code, so that nothing need be converted.  A weight becomes two bfloat16 with a column each, w = upper
++ lower, and both sums take it to be what these are together.  So a logit is off by at most
 
-So a logit is off by at most 31 sum |w - upper - lower| <= 31 * 2^-17 sum |w|, a hundredth of a step of each component,
-and the rounding of float32 sums.  bfloat16 has float32's range: no step is too small or too large.
+    15 sum of |w - upper - lower|  <=  15 * 2^-16 sum of |w|
+
+and the rounding of float32 sums.  bfloat16 has float32's range: no step is too small or too large for it.  Of groups of
+more than 32 queries, whose products fill the registers, w is `upper` alone, and what that loses at the middle of the
+codes is added to the first sum: a logit is off by at most 7.5 * 2^-8 sum of |w|, as with weights of eight bits.
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..layout import LEVELS
 from .encoding import BLOCK_GROUPS, GROUP_SIZE, RUN, RUN_STRIDE
 from .rows import is_valid
 from .scoring import LANES, LOWEST_LOGIT, choose_components, combine, include, soften
 
-PRODUCT = tl.constexpr(8192)  # logits of a product, or less
+MIDDLE = tl.constexpr(LEVELS / 2)  # of the codes
+SPLIT_GROUP = tl.constexpr(32)
+PRODUCT = tl.constexpr(4096)  # logits of a product, where groups are small
 
 
 @triton.jit
@@ -93,14 +99,16 @@ def score_coded(
     """As `scoring.score_tiles`, of tiles that are groups of positions; those from `end` // GROUP on are not coded."""
     component, tau = choose_components(q, D, R, RP, DP)
     GN: tl.constexpr = 1 if G == 1 else max(8, triton.next_power_of_2(G))
-    N: tl.constexpr = max(16, 2 * GN)  # columns: the upper parts of GN weights, the lower ones, and zeros
-    T: tl.constexpr = max(LANES, min(RUN, PRODUCT // N))  # bytes at once
-    PIECES: tl.constexpr = RUN // T
+    PARTS: tl.constexpr = 2 if GN <= SPLIT_GROUP else 1
+    N: tl.constexpr = max(16, PARTS * GN)  # columns: the upper parts of GN weights, the lower ones, and zeros
+    P: tl.constexpr = max(LANES, min(GROUP_SIZE, PRODUCT // N))  # positions at once
+    T: tl.constexpr = P // 2  # bytes of these
+    PIECES: tl.constexpr = GROUP_SIZE // P
     g, j, n = tl.arange(0, GP), tl.arange(0, RP), tl.arange(0, N)
     part = n // GN
     factor = tl.gather(scale / tau, tl.arange(0, GN), 0)
     of_group = query + (n % GN)[None, :] * head_stride + component[:, None]
-    in_group = ((n % GN < G) & (part < 2))[None, :] & (j < R)[:, None]
+    in_group = ((n % GN < G) & (part < PARTS))[None, :] & (j < R)[:, None]
     q_c = tl.load(of_group, mask=in_group, other=0.0)
     component = tl.gather(component, j, 0)  # the same numbers, but held as the loads want them
     highest = tl.full([LANES, GN], LOWEST_LOGIT, tl.float32)
@@ -109,8 +117,8 @@ def score_coded(
     whole = tl.minimum(last, end // GROUP_SIZE)
     runs = codes.to(tl.pointer_type(tl.int32), bitcast=True)
     runs += component[:, None] * (RUN_STRIDE // 4) + tl.arange(0, T // 4)[None, :]
-    o = tl.arange(0, T)
-    o = (o & -4) + (o & 1) * 2 + (o >> 1 & 1)
+    o = tl.arange(0, P)
+    o = o // T * RUN + (o % T & -4) + (o & 1) * 2 + (o >> 1 & 1)  # positions as the codes come out
     range_of = ranges + component * 2
     low, step = load_range(range_of, first, j, D, R)
     for piece in tl.range(first * PIECES, whole * PIECES, num_stages=STAGES):
@@ -120,35 +128,37 @@ def score_coded(
         packed = tl.load(runs + (block.to(tl.int64) * (block_stride // 4) + within // 4))
         next_low, next_step = load_range(range_of, tl.minimum((piece + 1) // PIECES, whole - 1), j, D, R)
         w = q_c.to(tl.float32) * step[:, None]
-        upper = w.to(CODE_DOT).to(tl.float32)
-        lower = (w - upper).to(CODE_DOT).to(tl.float32)
+        upper = w.to(tl.bfloat16).to(tl.float32)
+        lower = (w - upper).to(tl.bfloat16).to(tl.float32)
+        base = tl.where((part == 0)[None, :], q_c.to(tl.float32) * low[:, None], 0.0)
+        if PARTS == 1:
+            base += MIDDLE * (w - upper)
         w = tl.where((part == 0)[None, :], upper, lower)
-        base = tl.sum(tl.where((part == 0)[None, :], q_c.to(tl.float32) * low[:, None], 0.0) - 16 * w, 0)
-        for half in tl.static_range(2):
-            even = packed << 3 if half == 0 else packed >> 1
-            odd = packed >> 5 if half == 0 else packed >> 9
-            pairs = tl.join(even, odd) & 0x780078 | 0x41804180
-            code = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16)).to(tl.bfloat16, bitcast=True)
-            code = tl.trans(tl.reshape(code, [RP, T]).to(CODE_DOT))
-            x = tl.dot(code, w.to(CODE_DOT)) + base[None, :]
-            x = tl.sum(tl.reshape(x, [T, N // GN, GN]), 1)
-            s = group * GROUP_SIZE + half * RUN + place + o
-            highest, total = keep_logits(
-                x,
-                s,
-                factor,
-                logits,
-                logits_stride,
-                mask,
-                begin,
-                end,
-                softcap,
-                highest,
-                total,
-                G,
-                HAS_MASK,
-                HAS_SOFTCAP,
-            )
+        base -= 16 * w
+        base = tl.sum(tl.reshape(tl.sum(base, 0), [N // GN, GN]), 0)
+        # Two codes eight bits apart in a word of 32, and two such words, of the lower bits of bytes and of the higher.
+        lower_bits = tl.join(packed << 3, packed >> 5)
+        pairs = tl.join(lower_bits, tl.join(packed >> 1, packed >> 9)) & 0x780078 | 0x41804180
+        pairs = tl.permute(pairs, (0, 3, 1, 2))
+        code = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16)).to(tl.bfloat16, bitcast=True)
+        x = tl.dot(tl.trans(tl.reshape(code, [RP, P]).to(CODE_DOT)), w.to(CODE_DOT))
+        x = tl.sum(tl.reshape(x, [P, N // GN, GN]), 1) + base[None, :]
+        highest, total = keep_logits(
+            x,
+            group * GROUP_SIZE + place + o,
+            factor,
+            logits,
+            logits_stride,
+            mask,
+            begin,
+            end,
+            softcap,
+            highest,
+            total,
+            G,
+            HAS_MASK,
+            HAS_SOFTCAP,
+        )
         low, step = next_low, next_step
 
     rest = tl.minimum(end, last * GROUP_SIZE)  # nothing, where another program has the last group

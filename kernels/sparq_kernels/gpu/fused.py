@@ -171,7 +171,9 @@ def fused(
     inverse = 1 / total
     tl.debug_barrier()  # logits are read by other threads than wrote them
     s = tl.arange(0, WIDTH)
-    key_bits, in_window = keys_of(logits, logits_stride, s, begin, end, window, mask, M, inverse, G, GP, WIDTH, HAS_MASK)
+    key_bits, in_window = keys_of(
+        logits, logits_stride, s, begin, end, window, mask, M, inverse, G, GP, WIDTH, HAS_MASK
+    )
     if HAS_MASS:
         budget = budget_by_mass(key_bits, in_window, budget, count, mass, k_min, 0, 0, G, False)
     store_top(key_bits, s, budget, positions)

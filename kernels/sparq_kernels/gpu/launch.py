@@ -179,7 +179,7 @@ def plan(call: Arguments, variant: str | None = None, **forced: Any) -> Plan:
     """For arguments that have been checked and are float32, bfloat16 or float16.
 
     variant: of `VARIANTS`, and forced: its `Sizes`, where they are chosen already.
-    Raises ValueError for more positions than the selection can count.
+    Raises ValueError for more positions than the selection can count, or for codes that cannot be read as words.
     """
     cached = call.key.shape[2]
     if cached > MAX_KEYS:
@@ -204,6 +204,8 @@ _plans: dict[tuple[object, ...], Plan] = {}  # by all that a plan depends on, of
 def _plan(call: Arguments, cached: int, variant: str | None, forced: Mapping[str, Any]) -> Plan:
     query = call.query
     shape = shape_of(call, cached, multiprocessors(query.device))
+    if shape.coded:
+        _check_words(call.key_components)
     kind = next(kind for kind in VARIANTS.values() if kind.serves(shape)) if variant is None else VARIANTS[variant]
     sizes = kind.sizes(shape)._replace(**forced)
     tensors = _given(call)
@@ -274,7 +276,7 @@ def _stream(device: torch.device) -> int:
 def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Results as `reference.decode_reference` gives them.  Values of `length` and `start` out of range are clamped.
 
-    Raises RuntimeError for memory that has been freed.
+    Raises RuntimeError for memory that has been freed, ValueError for codes that cannot be read as words.
     """
     if _is_current(call.query.device):
         return _run(plan, call)
@@ -299,6 +301,8 @@ def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, T
     kind = kind_of([*addresses, first], [*tensors, scratch])
     if kind is None or 0 in addresses:
         check_memory(call, tensors_of)
+        if plan.shape.coded:
+            _check_words(call.key_components)
     addresses += [first + offset for offset, _, _ in plan.scratch]
 
     def tensor(place: int) -> Tensor:
@@ -314,6 +318,12 @@ def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, T
         return output, alpha, scratch.new_empty((*read.shape, 0), dtype=torch.int64), lse, read
     by_head = positions.view(batch, query_length, num_kv_heads, plan.shape.k_max).transpose(1, 2)
     return output, alpha, by_head.to(torch.int64, memory_format=torch.contiguous_format), lse, read
+
+
+def _check_words(codes: Tensor) -> None:
+    """Raise where codes cannot be read as words of 32 bits."""
+    if codes.data_ptr() % 4 or any(stride % 4 for stride in codes.stride()[:3]):
+        raise ValueError("key_components must lie at multiples of 4 bytes on a GPU")
 
 
 def _given(call: Arguments) -> list[Tensor]:

@@ -2,7 +2,8 @@
 
 `score` makes the approximate logits of a head's positions in parts. `select` chooses among the keys of a whole row in
 one program; of rows too long for that, `histogram`, `candidates` and `choose` do, in parts again, and where the scores'
-mass says how many, `trim` leaves these of the most that may be chosen. `gather` attends what was chosen in parts, and the last part to end merges them; on AMD `merge` does, in a kernel of its own.
+mass says how many, `trim` leaves as many of the most that may be chosen. `gather` attends what was chosen in parts, and
+the last part to end merges them; on AMD `merge` does, in a kernel of its own.
 """
 
 from __future__ import annotations
