@@ -256,7 +256,8 @@ def choose(
     compact,
     before,
     positions,  # int32 [N, k_max], ascending
-    kept,  # int32 [N, k_max]: their keys
+    found,  # in their place, int32 [N, k_max], where `trim` is to choose among them
+    found_keys,  # int32 [N, k_max]
     parts,
     k_max,
     logits_chunks,
@@ -301,57 +302,55 @@ def choose(
     # Bins are ordered as keys are, but the outermost ones hold a range of them: the key alone decides.
     chosen, slot = split_by(key, least, tl.maximum(ties - equal_before, 0))
     slot += above_before + tl.minimum(equal_before, ties)
-    tl.store(positions + n * k_max + slot, s, mask=chosen)
     if HAS_MASS:
-        tl.store(kept + n * k_max + slot, key, mask=chosen)
+        tl.store(found + n * k_max + slot, s, mask=chosen)
+        tl.store(found_keys + n * k_max + slot, key, mask=chosen)
+    else:
+        tl.store(positions + n * k_max + slot, s, mask=chosen)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def trim(
     info,
     window_scores,
-    kept,
+    found,
+    found_keys,
     positions,
     parts,
     k_max,
     mass,
     k_min,
     G: tl.constexpr,
-    WIDTH: tl.constexpr,
+    HELD: tl.constexpr,
     PARTS_AT_ONCE: tl.constexpr,
 ):
-    """Grid (N,): of the positions that `choose` has found as many as hold the mass; -1 behind them."""
+    """Grid (N,): of the positions that `choose` has found as many as hold the mass, HELD of their keys in registers."""
     n = tl.program_id(0).to(tl.int64)
     row = info + n * INFO_SIZE
-    number = tl.load(row + BUDGET)
-    i, o = tl.arange(0, PARTS_AT_ONCE), tl.arange(0, WIDTH)
+    number, end = tl.load(row + BUDGET), tl.load(row + END)
+    i, o = tl.arange(0, PARTS_AT_ONCE), tl.arange(0, HELD)
     in_window = tl.zeros([PARTS_AT_ONCE], tl.float32)
     for first in range(0, parts, PARTS_AT_ONCE):
         in_window += tl.load(window_scores + n * parts + first + i, mask=first + i < parts, other=0.0)
-    kept += n * k_max
-    positions += n * k_max
-    held = tl.load(kept + o, mask=o < number, other=NEVER)
     in_window = tl.sum(in_window, 0)
-    budget = budget_by_mass(held, in_window, number, tl.load(row + COUNT), mass, k_min, kept, number, G, True)
+    found += n * k_max
+    found_keys += n * k_max
+    positions += n * k_max
+    held = tl.load(found_keys + o, mask=o < number, other=NEVER)
+    budget = budget_by_mass(held, in_window, number, tl.load(row + COUNT), mass, k_min, found_keys, number, G, True)
+    tl.store(row + BUDGET, budget)
     zero = tl.zeros([], tl.int32)
-    least = threshold(held, budget, zero, zero, zero - 1, kept, number, True)
-    above = zero
-    for first in range(0, number, WIDTH):
-        key = tl.load(kept + first + o, mask=first + o < number, other=NEVER)
-        above += tl.sum((key > least).to(tl.int32), 0)
-    ties, taken = budget - above, zero
-    # Every position moves towards the front, or stays: what is read later has not been written over.
-    for first in range(0, number, WIDTH):
-        there = first + o < number
-        key = tl.load(kept + first + o, mask=there, other=NEVER)
-        s = tl.load(positions + first + o, mask=there, other=-1)
+    least = threshold(held, budget, zero, zero, zero - 1, found_keys, number, True)
+    ties, taken = budget, zero
+    for first in range(0, number, HELD):
+        key = tl.load(found_keys + first + o, mask=first + o < number, other=NEVER)
+        ties -= tl.sum((key > least).to(tl.int32), 0)
+    for first in range(0, number, HELD):
+        key = tl.load(found_keys + first + o, mask=first + o < number, other=NEVER)
         chosen, slot = split_by(key, least, ties)
-        tl.debug_barrier()
+        s = tl.load(found + first + o, mask=chosen, other=0)
+        s = tl.minimum(tl.maximum(s, 0), end - 1)  # wrong counts leave some unwritten
         tl.store(positions + taken + slot, s, mask=chosen)
         equal = tl.minimum(tl.sum((key == least).to(tl.int32), 0), ties)
         taken += tl.sum((key > least).to(tl.int32), 0) + equal
         ties -= equal
-    tl.debug_barrier()
-    for first in range(budget, number, WIDTH):
-        tl.store(positions + first + o, -1, mask=first + o < number)
-    tl.store(row + BUDGET, budget)
