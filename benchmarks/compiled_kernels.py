@@ -32,7 +32,8 @@ import triton
 from gpu_stages.cases import S1, S2, S3
 from sparq_kernels.append import AppendArguments, check_append
 from sparq_kernels.arguments import Arguments
-from sparq_kernels.layout import BLOCK, num_blocks
+from sparq_kernels.encoding import EncodeArguments
+from sparq_kernels.layout import allocate_codes, allocate_components
 from sparq_kernels.value_sum import ExtendArguments, check_extending
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -52,8 +53,10 @@ RECORDED_CASES: dict[str, dict[str, Any]] = {
 }
 STREAMS = {
     "components": ("scoring", "score_tiles", "runs"),
+    "codes": ("coded", "score_coded", "runs"),
     "keys": ("attention", "attend", "key"),
     "values": ("attention", "attend", "value"),
+    "rows": ("encoding", "encode_group", "rows"),
 }
 
 
@@ -128,6 +131,8 @@ def empty_call(
     softcap: float | None = None,
     mean_value: bool = True,
     capacity: int | None = None,
+    index: str = "full",
+    mass: float | None = None,
 ) -> Arguments:
     """Arguments as the plugin's cache passes them, over memory that nothing ever touches."""
     capacity = -(-cached // CAPACITY_STEP) * CAPACITY_STEP if capacity is None else capacity
@@ -135,12 +140,15 @@ def empty_call(
     def rows() -> torch.Tensor:
         return torch.empty((batch, num_kv_heads, capacity, head_dim), dtype=dtype)[:, :, :cached]
 
+    stored = (batch, num_kv_heads, capacity, head_dim, dtype, "cpu")
+    components, ranges = (allocate_components(*stored), None) if index == "full" else allocate_codes(*stored)
     return Arguments(
         query=torch.empty((batch, query_length, num_heads, head_dim), dtype=dtype).transpose(1, 2),
         key=rows(),
-        key_components=torch.empty((batch, num_kv_heads, num_blocks(capacity), head_dim, BLOCK), dtype=dtype),
+        key_components=components,
         value=rows(),
         value_sum=torch.empty((batch, num_kv_heads, head_dim)),
+        key_ranges=ranges,
         length=torch.empty(batch, dtype=torch.int64),
         start=torch.empty(batch, dtype=torch.int64) if start else None,
         mask=torch.empty((batch, cached), dtype=torch.bool) if mask else None,
@@ -149,6 +157,8 @@ def empty_call(
         k=k,
         k_divisor=None,
         local=None,
+        mass=mass,
+        k_min=1,
         scale=None,
         softcap=softcap,
         mean_from=0.0 if mean_value else math.inf,
@@ -164,13 +174,13 @@ def empty_append(
     dtype: torch.dtype = torch.float16,
     *,
     position: int | None = 0,
+    index: str = "full",
 ) -> AppendArguments:
     """A token for the end of a cache, or at a position of the device's own; untouched memory like the above."""
-    call = empty_call(batch, num_kv_heads, num_kv_heads, capacity, head_dim, dtype)
+    call = empty_call(batch, num_kv_heads, num_kv_heads, capacity, head_dim, dtype, index=index)
     per_row = None if position is not None else call.length
-    return AppendArguments(
-        call.key, call.value, call.key_components, call.value_sum, call.query, call.query, per_row, position or 0
-    )
+    storage = (call.key, call.value, call.key_components, call.value_sum, call.key_ranges)
+    return AppendArguments(*storage, call.query, call.query, per_row, position or 0)
 
 
 class _Recorder:
@@ -195,8 +205,20 @@ def empty_extension(
     return ExtendArguments(call.value_sum, call.mask.clone(), call.value, call.mask, call.length)
 
 
+def empty_encoding(
+    batch: int = 1, num_kv_heads: int = 8, cached: int = 4096, head_dim: int = 128, dtype: torch.dtype = torch.float16
+) -> EncodeArguments:
+    """A prompt's keys to be coded; untouched memory like the above."""
+    call = empty_call(batch, num_kv_heads, num_kv_heads, cached, head_dim, dtype, index="int4")
+    assert call.key_ranges is not None
+    return EncodeArguments(call.key, call.key_components, call.key_ranges, 0, cached)
+
+
 def record(
-    module: ModuleType, call: Arguments | AppendArguments | ExtendArguments, target: str, **forced: Any
+    module: ModuleType,
+    call: Arguments | AppendArguments | EncodeArguments | ExtendArguments,
+    target: str,
+    **forced: Any,
 ) -> list[Launch]:
     """The launches of `module` (`sparq_kernels.gpu.launch` or a copy of it) for one call on that device.
 
@@ -212,12 +234,15 @@ def record(
         stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: MULTIPROCESSORS[target]))
         stack.enter_context(mock.patch.dict(module._plans, clear=True))
         stack.enter_context(mock.patch.dict(module._appends, clear=True))
+        stack.enter_context(mock.patch.object(module, "encode_kernel", _Recorder(module.encode_kernel, launches)))
         hip = "7.0" if target.startswith("gfx") else None
         stack.enter_context(mock.patch.object(torch.version, "hip", hip))
         if isinstance(call, Arguments):
             module.run(module.plan(call, **forced), call)
         elif isinstance(call, AppendArguments):
             module.append(call, check_append(call))
+        elif isinstance(call, EncodeArguments):
+            module.encode(call)
         else:
             module.extend_sum(call, check_extending(call))
     return launches
@@ -373,9 +398,12 @@ def narrow_loads(specialised: Specialised) -> list[Load]:
     return [load for load in stream_loads(specialised) if load.width < 16]
 
 
-def streams_of(name: str) -> set[str]:
+def streams_of(specialised: Specialised) -> set[str]:
     """What a kernel has to read in bulk."""
-    return {"score": {"components"}, "gather": {"keys", "values"}, "fused": set(STREAMS)}.get(name, set())
+    names = specialised.kernel.arg_names
+    coded = "CODED" in names and specialised.constants[names.index("CODED"),]
+    index, rows = {"codes" if coded else "components"}, {"keys", "values"}
+    return {"score": index, "gather": rows, "fused": index | rows}.get(specialised.kernel.__name__, set())
 
 
 def distinct(launches: list[Specialised]) -> dict[str, list[Specialised]]:

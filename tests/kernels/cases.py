@@ -216,7 +216,7 @@ def make_case(
 def index_of(key: Tensor, index: str) -> tuple[Tensor, Tensor | None]:
     """The index of keys, and poison behind it."""
     batch, heads, cached, head_dim = key.shape
-    empty = empty_index((batch, heads, cached + SPARE, head_dim), key.dtype, index)
+    empty = empty_index((batch, heads, cached + SPARE, head_dim), key.dtype, index, key.device)
     if empty[1] is None:
         sparq_kernels.write_components(empty[0], key, 0)
     else:
@@ -224,11 +224,13 @@ def index_of(key: Tensor, index: str) -> tuple[Tensor, Tensor | None]:
     return empty
 
 
-def empty_index(shape: tuple[int, int, int, int], dtype: torch.dtype, index: str) -> tuple[Tensor, Tensor | None]:
+def empty_index(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, index: str, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor | None]:
     """An index of nothing but poison for keys of that shape."""
     if index == "full":
-        return sparq_kernels.allocate_components(*shape, dtype, "cpu").fill_(torch.nan), None
-    codes, ranges = sparq_kernels.allocate_codes(*shape, dtype, "cpu")
+        return sparq_kernels.allocate_components(*shape, dtype, device).fill_(torch.nan), None
+    codes, ranges = sparq_kernels.allocate_codes(*shape, dtype, device)
     return codes.fill_(255), ranges.fill_(torch.nan)
 
 
@@ -384,6 +386,7 @@ def check_same(case: Case, actual: sparq_kernels.DecodeOutput, expected: sparq_k
     tolerance = TOLERANCE[case.query.dtype]
     assert actual.positions is not None and expected.positions is not None
     assert torch.equal(actual.positions, expected.positions)
+    assert torch.equal(actual.read, expected.read)
     torch.testing.assert_close(actual.output, expected.output, rtol=tolerance, atol=tolerance, equal_nan=True)
     torch.testing.assert_close(actual.alpha, expected.alpha, rtol=2e-5, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(actual.lse, expected.lse, rtol=2e-5, atol=2e-5, equal_nan=True)

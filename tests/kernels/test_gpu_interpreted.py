@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -10,12 +11,13 @@ import sparq_kernels
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparq_kernels import BLOCK
+from sparq_kernels import BLOCK, GROUP
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this system")
 
 from sparq_kernels.append import AppendArguments, check_append  # noqa: E402
 from sparq_kernels.counting import CountArguments  # noqa: E402
+from sparq_kernels.encoding import EncodeArguments, encode_groups  # noqa: E402
 from sparq_kernels.gpu import launch, split, topk  # noqa: E402
 from sparq_kernels.value_sum import check_extending  # noqa: E402
 
@@ -25,6 +27,8 @@ from tests.kernels.cases import (  # noqa: E402
     call_of,
     check_against_equations,
     check_same,
+    empty_index,
+    index_of,
     make_case,
     new_token,
     rows_of,
@@ -74,6 +78,14 @@ def run_kernels(case: Case, way: str, counts: torch.Tensor | None = None, **chan
     return sparq_kernels.DecodeOutput(*launch.run(plan, call))
 
 
+def run_and_check(case: Case, way: str, **changes: Any) -> sparq_kernels.DecodeOutput:
+    """Against the equations: scores from codes are off by no more than weights of eight bits would make them."""
+    result = run_kernels(case, way, **changes)
+    assert result.output.isfinite().all() and result.alpha.isfinite().all()
+    check_against_equations(case, result, is_rounded=case.key_ranges is not None)
+    return result
+
+
 def fits(name: str, way: str) -> bool:
     return way == "distributed" or CASES[name].get("cached", 300) <= 1024
 
@@ -86,6 +98,101 @@ def test_equals_the_reference(name: str, way: str) -> None:
     reference = run_reference(case)
     check_same(case, result, reference)
     assert torch.equal(result.positions, reference.positions)
+
+
+# Each on one way, in turn, but for rows that only one holds.
+CODED = [name for name in CASES if CASES[name].get("cached", 300) >= GROUP]
+CODED_WAYS = [(name, way if fits(name, way) else "distributed") for name, way in zip(CODED, itertools.cycle(WAYS))]
+
+
+@pytest.mark.parametrize(("name", "way"), CODED_WAYS)
+def test_codes_equal_the_equations(name: str, way: str) -> None:
+    run_and_check(make_case(index="int4", **CASES[name]), way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("group", [1, 4, 12])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codes_in_dtypes_and_groups(dtype: torch.dtype, group: int, way: str) -> None:
+    """Ragged, padded, across a block's end for one of two queries; r and k not powers of two."""
+    shape = {"cached": 770, "lengths": [770, 512]} if way != "distributed" else {"cached": BLOCK + 257}
+    options: dict[str, Any] = {"r": 21, "k": 45, "mass": 0.7, "seed": group, "query_length": 2, "index": "int4"}
+    batch = len(shape.get("lengths", [0]))  # type: ignore[arg-type]
+    run_and_check(make_case(batch, group, 1, head_dim=64, dtype=dtype, **shape, **options), way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_codes_give_what_the_reference_gives(way: str) -> None:
+    """Closer than eight bits: the weights have sixteen."""
+    case = make_case(2, 8, 2, 770, 64, torch.float16, lengths=[770, 300], index="int4", r=32, k=60)
+    result, reference = run_kernels(case, way), run_reference(case)
+    torch.testing.assert_close(result.alpha, reference.alpha, rtol=5e-4, atol=1e-5)
+    assert (result.positions != reference.positions).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("exponent", [-14, 12])
+def test_codes_of_small_and_large_keys(exponent: int, way: str) -> None:
+    """No weight leaves the range of what is multiplied."""
+    case = make_case(1, 4, 1, 600, 16, torch.float16, index="int4", r=8, k=40, scale=2.0**-exponent / 4)
+    case.key.mul_(2.0**exponent)
+    case.key_components, case.key_ranges = index_of(case.key, "int4")
+    run_and_check(case, way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_codes_of_padding_do_not_matter(poison: float, way: str) -> None:
+    case = make_case(1, 4, 2, 600, 16, index="int4", starts=[100], r=8, k=40)
+    clean = run_kernels(case, way)
+    key = case.key.clone()
+    key[:, :, :100] = poison
+    codes, ranges = index_of(key, "int4")
+    result = run_kernels(dataclasses.replace(case, key=key, key_components=codes, key_ranges=ranges), way)
+    for ours, theirs in zip(result, clean, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_codes_that_words_cannot_be_read_from_are_refused() -> None:
+    case = make_case(1, 4, 2, 300, 16, index="int4", r=4, k=20)
+    memory = torch.zeros(case.key_components.numel() + 64, dtype=torch.uint8)
+    moved = memory[1 - memory.data_ptr() % 4 :][: case.key_components.numel()].view(case.key_components.shape)
+    askew = dataclasses.replace(case, key_components=moved)
+    spread = dataclasses.replace(case, key_components=torch.zeros(1, 2 * 16 * BLOCK // 2 + 3, dtype=torch.uint8))
+    spread.key_components = spread.key_components.as_strided((1, 2, 1, 16, BLOCK // 2), (1, 16385, 1, BLOCK // 2, 1))
+    for wrong in (askew, spread):
+        with pytest.raises(ValueError, match="key_components must lie at multiples of 4 bytes"):
+            run_kernels(wrong, "select")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mass", [0.1, 0.5, 0.9])
+def test_mass_of_equal_scores(mass: float, way: str) -> None:
+    """The window's share counts; the rest comes from the lower indices."""
+    case = make_case(1, 3, 1, 1000, 16, r=4, k=1000, local=40, mass=mass)
+    case.query.zero_()
+    result = run_and_check(case, way)
+    read = int(result.read)
+    assert abs(read - 1000 * mass) <= 1
+    assert result.positions[0, 0, 0, :read].tolist() == [*range(read - 40), *range(960, 1000)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("k_min", [1, 30, 60])
+def test_mass_of_few_positions(k_min: int, way: str) -> None:
+    """One position has nearly all of it, and the floor says how many are attended."""
+    case = make_case(2, 2, 1, 600, 16, lengths=[600, 40], r=16, k=60, k_min=k_min, mass=0.9, local=4, scale=6.0)
+    result = run_and_check(case, way)
+    assert (result.read[0] >= max(4, k_min)).all() and (result.read[1] >= min(k_min, 40)).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_mass_that_is_no_number_is_never_reached(way: str) -> None:
+    case = make_case(1, 4, 2, 600, 16, r=4, k=60, mass=0.5)
+    case.query[0, 0] = torch.nan
+    result = run_kernels(case, way)
+    assert result.read[0, 0, 0] == 60 and result.read[0, 1, 0] < 60
+    assert ((result.positions >= -1) & (result.positions < 600)).all()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -196,9 +303,10 @@ def test_counts_of_a_mask(queries: int, way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("wrong", [[0, 0], [1 << 30, 5], [-7, -7], [290, 1 << 30], [300, -(1 << 31)]])
-def test_wrong_counts_lead_nowhere_outside(wrong: list[int], way: str) -> None:
+@pytest.mark.parametrize("mass", [None, 0.6])
+def test_wrong_counts_lead_nowhere_outside(wrong: list[int], mass: float | None, way: str) -> None:
     """Who counts something else gets something else, of this cache: slots never written would lead far outside it."""
-    case = make_case(1, 2, 1, 300, 16, holes=0.5, r=4, k=200)
+    case = make_case(1, 2, 1, 300, 16, holes=0.5, r=4, k=200, mass=mass)
     result = run_kernels(case, way, torch.tensor(wrong, dtype=torch.int32).view(1, 1, 2))
     assert ((result.positions >= -1) & (result.positions < 300)).all()
 
@@ -272,11 +380,12 @@ def test_strides_do_not_matter() -> None:
 def test_positions_only_when_asked_for() -> None:
     case = make_case(2, r=4, k=20)
     call = call_of(case, return_positions=False)
-    output, alpha, positions, lse = launch.run(launch.plan(call), call)
+    output, alpha, positions, lse, read = launch.run(launch.plan(call), call)
     expected = run_reference(case)
     torch.testing.assert_close(output, expected.output)
     torch.testing.assert_close(alpha, expected.alpha)
     torch.testing.assert_close(lse, expected.lse)
+    assert torch.equal(read, expected.read)
     assert positions.shape == (2, 2, 1, 0) and positions.dtype == torch.int64
 
 
@@ -302,7 +411,53 @@ def test_append(dtype: torch.dtype, position: int | list[int], with_sum: bool) -
             sparq_kernels.append(rows_of(written, b), *(x[b : b + 1] for x in tokens), position=row)
     where = (None, position) if isinstance(position, int) else (torch.tensor(position), 0)
     value_sum = ours.value_sum if with_sum else None
-    call = AppendArguments(ours.key, ours.value, ours.key_components, value_sum, *tokens, *where)
+    stored = (ours.key, ours.value, ours.key_components, value_sum, ours.key_ranges)
+    call = AppendArguments(*stored, *tokens, *where)
+    launch.append(call, check_append(call))
+    for a, b in zip(ours[:4], theirs[:4], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def keys_to_code(dtype: torch.dtype, head_dim: int) -> torch.Tensor:
+    """[2, 2, S, head_dim], three whole groups behind a block's end, with values that are no numbers and runs of one."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(2, BLOCK + 3 * GROUP + 9, 2, head_dim, generator=generator).to(dtype)
+    key = whole.transpose(1, 2)
+    key[0, 0, :, 0] = 3.0
+    key[0, 1, BLOCK : BLOCK + 9, -1], key[0, 1, BLOCK + 20 : BLOCK + 29, -1] = torch.inf, -torch.inf
+    key[1, 0, BLOCK + 7], key[1, 1, -40 - GROUP :, -1] = torch.nan, torch.nan
+    return key
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [1, 20, 64])
+def test_encode(dtype: torch.dtype, head_dim: int) -> None:
+    key = keys_to_code(dtype, head_dim)
+    codes, ranges = (empty_index(tuple(key.shape), dtype, "int4") for _ in range(2))
+    begin, end = BLOCK - 5, key.shape[2]
+    launch.encode(EncodeArguments(key, *codes, begin, end))  # type: ignore[arg-type]
+    encode_groups(key, *ranges, begin // GROUP, end // GROUP)  # type: ignore[arg-type]
+    for ours, theirs in zip(codes, ranges, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "position",
+    [GROUP - 2, GROUP - 1, BLOCK + GROUP - 1, [GROUP - 1, GROUP], [BLOCK + 2 * GROUP - 1, -1], [1 << 40, GROUP - 1]],
+    ids=str,
+)
+def test_append_codes_a_group_that_is_whole(dtype: torch.dtype, position: int | list[int]) -> None:
+    ours, theirs = (storage_of(2, 2, BLOCK + 2 * GROUP, 20, dtype, "int4") for _ in range(2))
+    for storage in (ours, theirs):
+        storage.key.copy_(keys_to_code(dtype, 20)[:, :, : BLOCK + 2 * GROUP])
+    tokens = new_token(2, 2, 20, dtype)
+    for b, row in enumerate([position] * 2 if isinstance(position, int) else position):
+        if 0 <= row < BLOCK + 2 * GROUP:
+            sparq_kernels.append(rows_of(theirs, b), *(x[b : b + 1] for x in tokens), position=row)
+    where = (None, position) if isinstance(position, int) else (torch.tensor(position), 0)
+    stored = (ours.key, ours.value, ours.key_components, ours.value_sum, ours.key_ranges)
+    call = AppendArguments(*stored, *tokens, *where)
     launch.append(call, check_append(call))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
@@ -317,8 +472,9 @@ def test_extend_sum(dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
 @st.composite
 def any_case(draw: st.DrawFn) -> Case:
     batch, kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 5))
-    cached, head_dim = draw(st.integers(1, 400)), draw(st.integers(1, 40))
+    cached, head_dim = draw(st.integers(1, 400) | st.integers(500, 700)), draw(st.integers(1, 40))
     local = draw(st.none() | st.integers(0, 50))
+    k = draw(st.integers(max(1, local or 0), 500))
     return make_case(
         batch,
         kv_heads * group,
@@ -331,7 +487,10 @@ def any_case(draw: st.DrawFn) -> Case:
         holes=draw(st.sampled_from([0.0, 0.3, 0.95])),
         seed=draw(st.integers(0, 1000)),
         r=draw(st.integers(1, head_dim)),
-        k=draw(st.integers(max(1, local or 0), 500)),
+        k=k,
+        index=draw(st.sampled_from(["full", "int4"])),
+        mass=draw(st.none() | st.floats(0.05, 0.99)),
+        k_min=draw(st.integers(1, k)),
         local=local,
         k_divisor=draw(st.none() | st.integers(1, 9)),
         softcap=draw(st.none() | st.just(3.0)),
@@ -342,4 +501,4 @@ def any_case(draw: st.DrawFn) -> Case:
 @given(any_case(), st.sampled_from(list(WAYS)))
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_case_satisfies_the_equations(case: Case, way: str) -> None:
-    check_against_equations(case, run_kernels(case, way))
+    run_and_check(case, way)

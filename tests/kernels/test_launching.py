@@ -86,6 +86,8 @@ SHAPES = {
     "select": dict(batch=1, num_heads=4, num_kv_heads=2, cached=300),
     "distributed": dict(batch=1, num_heads=4, num_kv_heads=2, cached=8300),
     "masked": dict(batch=2, num_heads=4, num_kv_heads=2, cached=300, holes=0.2, starts=[3, 0]),
+    "fused-int4": dict(batch=80, num_heads=4, num_kv_heads=4, cached=300, index="int4", mass=0.9),
+    "distributed-int4": dict(batch=1, num_heads=4, num_kv_heads=2, cached=8300, index="int4", mass=0.9),
 }
 
 
@@ -201,17 +203,18 @@ def test_freed_memory_is_refused(freed: str, launches: list[Launched]) -> None:
     assert not launches
 
 
-def test_append_launches_one_kernel_for_all_positions(launches: list[Launched]) -> None:
-    storage, tokens = storage_of(2, 2, 300, 64, torch.float16), new_token(2, 2, 64, torch.float16)
-    for position in (5, 6, 299):
+@pytest.mark.parametrize("index", ["full", "int4"])
+def test_append_launches_one_kernel_for_all_positions(index: str, launches: list[Launched]) -> None:
+    storage, tokens = storage_of(2, 2, 300, 64, torch.float16, index), new_token(2, 2, 64, torch.float16)
+    for position in (5, 255, 299):
         sparq_kernels.append(storage, *tokens, position)
     found = taken(launches)
     assert len({one.compiled for one in found}) == 1 and len(launch._compiled) == 1
     offset = launch.append_kernel.arg_names.index("offset")
-    assert [one.arguments[offset] for one in found] == [5, 6, 299]
+    assert [one.arguments[offset] for one in found] == [5, 255, 299]
     addresses = [[x for x in one.arguments if isinstance(x, int) and x > 1 << 32] for one in found]
     assert addresses[0] == addresses[1] == addresses[2]
-    assert {x.data_ptr() for x in (*storage, *tokens)} <= set(addresses[0])
+    assert {x.data_ptr() for x in (*storage, *tokens) if x is not None} <= set(addresses[0])
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ..layout import BLOCK
+from .encoding import GROUP_SIZE, encode_group
 from .rows import VARYING
 
 BLOCK_SIZE = tl.constexpr(BLOCK)
@@ -34,6 +35,9 @@ def append(
     value_sum,
     sum_batch,
     sum_head,
+    ranges,
+    ranges_batch,
+    ranges_head,
     position,
     position_stride,
     offset,
@@ -43,6 +47,8 @@ def append(
     DP: tl.constexpr,
     HAS_POSITION: tl.constexpr,
     HAS_SUM: tl.constexpr,
+    CODED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     """Grid (B * Hkv,).  A position outside the storage writes nothing."""
     n = tl.program_id(0).to(tl.int64)
@@ -52,12 +58,29 @@ def append(
         s += tl.load(position + b * position_stride)
     d = tl.arange(0, DP)
     if (s >= 0) & (s < capacity):
-        k = tl.load(new_key + b * new_key_batch + h * new_key_head + d, mask=d < D, other=0.0)
+        new_key += b * new_key_batch + h * new_key_head
+        k = tl.load(new_key + d, mask=d < D, other=0.0)
         v = tl.load(new_value + b * new_value_batch + h * new_value_head + d, mask=d < D, other=0.0)
-        tl.store(keys + b * keys_batch + h * keys_head + s * keys_position + d, k, mask=d < D)
+        keys += b * keys_batch + h * keys_head
+        tl.store(keys + s * keys_position + d, k, mask=d < D)
         tl.store(values + b * values_batch + h * values_head + s * values_position + d, v, mask=d < D)
-        block = components + b * components_batch + h * components_head + (s // BLOCK_SIZE) * components_block
-        tl.store(block + d * BLOCK_SIZE + s % BLOCK_SIZE, k, mask=d < D)
+        components += b * components_batch + h * components_head
+        if CODED:
+            if s % GROUP_SIZE == GROUP_SIZE - 1:
+                encode_group(
+                    s // GROUP_SIZE,
+                    keys + (s - (GROUP_SIZE - 1)) * keys_position,
+                    keys_position,
+                    new_key,  # not what has just been stored: other threads may not see it yet
+                    components,
+                    components_block,
+                    ranges + b * ranges_batch + h * ranges_head,
+                    D,
+                    AT_ONCE,
+                )
+        else:
+            block = components + (s // BLOCK_SIZE) * components_block
+            tl.store(block + d * BLOCK_SIZE + s % BLOCK_SIZE, k, mask=d < D)
         if HAS_SUM:
             total = value_sum + b * sum_batch + h * sum_head + d
             tl.store(total, tl.load(total, mask=d < D, other=0.0) + v.to(value_sum.dtype.element_ty), mask=d < D)

@@ -136,6 +136,7 @@ def store_results(
     output,
     alpha_out,
     lse_out,
+    read,
     Q,
     mean_from,
     D: tl.constexpr,
@@ -154,6 +155,7 @@ def store_results(
     tl.store(output + g[:, None] * (Q * D) + d[None, :], y.to(output.dtype.element_ty), mask=inside)
     tl.store(alpha_out + g * Q, alpha, mask=g < G)
     tl.store(lse_out + g * Q, lse / LOG2E, mask=g < G)
+    tl.store(read, budget)
 
 
 @triton.jit
@@ -180,6 +182,7 @@ def merge_parts(
     output,
     alpha_out,
     lse_out,
+    read,
     Hkv,
     Q,
     mean_from,
@@ -245,6 +248,7 @@ def merge_parts(
         output + first_result * D,
         alpha_out + first_result,
         lse_out + first_result,
+        read + (b * Hkv + h) * Q + i,
         Q,
         mean_from,
         D,
@@ -282,6 +286,7 @@ def gather(
     output,  # [B, Hkv, G, Q, D]
     alpha_out,  # float32 [B, Hkv, G, Q]
     lse_out,  # the same
+    read,  # int32 [B, Hkv, Q]
     Hkv,
     Q,
     k_max,
@@ -373,6 +378,7 @@ def gather(
                 output,
                 alpha_out,
                 lse_out,
+                read,
                 Hkv,
                 Q,
                 mean_from,
@@ -403,6 +409,7 @@ def merge(
     output,
     alpha_out,
     lse_out,
+    read,
     Hkv,
     Q,
     mean_from,
@@ -432,6 +439,7 @@ def merge(
         output,
         alpha_out,
         lse_out,
+        read,
         Hkv,
         Q,
         mean_from,

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from .attention import attend, mean_value, store_results
+from .index import approximate
 from .rows import CHUNK, VARYING, bounds, row_info
-from .scoring import load_group, score_tiles
-from .selection import keys_of, store_top
+from .scoring import load_group
+from .selection import budget_by_mass, keys_of, store_top
 from .shape import Scratch, Shape, warps_for
 
 WIDTH = 4096  # longest row: with 8192 keys one program would fill a multiprocessor
@@ -66,6 +67,9 @@ def fused(
     components_batch,
     components_head,
     components_block,
+    ranges,
+    ranges_batch,
+    ranges_head,
     value,
     value_batch,
     value_head,
@@ -85,6 +89,7 @@ def fused(
     output,
     alpha_out,
     lse_out,
+    read,
     Hkv,
     Q,
     S,
@@ -92,7 +97,9 @@ def fused(
     k_divisor,
     local,
     k_max,
+    k_min,
     logits_chunks,
+    mass,
     scale,
     softcap,
     mean_from,
@@ -107,9 +114,12 @@ def fused(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     DOT: tl.constexpr,
+    CODED: tl.constexpr,
+    CODE_DOT: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_MASS: tl.constexpr,
     MEAN_VALUE: tl.constexpr,
 ):
     """Grid (N = B * Q * Hkv,): rows of at most WIDTH positions."""
@@ -122,14 +132,18 @@ def fused(
     positions += n * k_max
     mask += b * mask_stride
     group = query + b * query_batch + h * (G * query_head) + i * query_position
+    key += b * key_batch + h * key_head
     value += b * value_batch + h * value_head
     q = load_group(group, query_head, G, D, GP, DP)
-    highest, total = score_tiles(
+    highest, total = approximate(
         q,
         group,
         query_head,
+        key,
+        key_position,
         components + b * components_batch + h * components_head,
         components_block,
+        ranges + b * ranges_batch + h * ranges_head,
         logits,
         logits_stride,
         mask,
@@ -148,6 +162,8 @@ def fused(
         TILE,
         STAGES,
         DOT,
+        CODED,
+        CODE_DOT,
         HAS_MASK,
         HAS_SOFTCAP,
     )
@@ -155,12 +171,16 @@ def fused(
     inverse = 1 / total
     tl.debug_barrier()  # logits are read by other threads than wrote them
     s = tl.arange(0, WIDTH)
-    key_bits = keys_of(logits, logits_stride, s, begin, end, window, mask, M, inverse, G, GP, WIDTH, HAS_MASK)
+    key_bits, in_window = keys_of(
+        logits, logits_stride, s, begin, end, window, mask, M, inverse, G, GP, WIDTH, HAS_MASK
+    )
+    if HAS_MASS:
+        budget = budget_by_mass(key_bits, in_window, budget, count, mass, k_min, 0, 0, G, False)
     store_top(key_bits, s, budget, positions)
     tl.debug_barrier()
     highest, total, alpha, y = attend(
         q,
-        key + b * key_batch + h * key_head,
+        key,
         key_position,
         value,
         value_position,
@@ -207,6 +227,7 @@ def fused(
         output + first_result * D,
         alpha_out + first_result,
         lse_out + first_result,
+        read + (b * Hkv + h) * Q + i,
         Q,
         mean_from,
         D,

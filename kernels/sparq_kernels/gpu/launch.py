@@ -35,10 +35,14 @@ from torch import Tensor
 from ..append import AppendArguments
 from ..arguments import Arguments, check_memory, options_of, tensors_of
 from ..counting import CountArguments
+from ..encoding import EncodeArguments
+from ..layout import GROUP
 from ..value_sum import ExtendArguments
 from . import fused, split
 from .append import append as append_kernel
 from .append import extend_sum as extend_sum_kernel
+from .encoding import ENCODE_BYTES, ENCODE_WARPS
+from .encoding import encode as encode_kernel
 from .rows import CHUNK, VARYING, count_masked
 from .shape import Scratch, Shape, shape_of
 from .topk import MAX_KEYS
@@ -175,7 +179,7 @@ def plan(call: Arguments, variant: str | None = None, **forced: Any) -> Plan:
     """For arguments that have been checked and are float32, bfloat16 or float16.
 
     variant: of `VARIANTS`, and forced: its `Sizes`, where they are chosen already.
-    Raises ValueError for more positions than the selection can count.
+    Raises ValueError for more positions than the selection can count, or for codes that cannot be read as words.
     """
     cached = call.key.shape[2]
     if cached > MAX_KEYS:
@@ -200,6 +204,8 @@ _plans: dict[tuple[object, ...], Plan] = {}  # by all that a plan depends on, of
 def _plan(call: Arguments, cached: int, variant: str | None, forced: Mapping[str, Any]) -> Plan:
     query = call.query
     shape = shape_of(call, cached, multiprocessors(query.device))
+    if shape.coded:
+        _check_words(call.key_components)
     kind = next(kind for kind in VARIANTS.values() if kind.serves(shape)) if variant is None else VARIANTS[variant]
     sizes = kind.sizes(shape)._replace(**forced)
     tensors = _given(call)
@@ -211,14 +217,19 @@ def _plan(call: Arguments, cached: int, variant: str | None, forced: Mapping[str
         "scale": float(call.softmax_scale),
         "softcap": float(call.softcap or 0.0),
         "mean_from": float(call.mean_from),
+        "mass": float(call.mass or 0.0),
+        "k_min": min(call.k_min, cached),
         **{name: getattr(shape, name) for name in ("Q", "k_max", "G", "D", "R", "GP", "DP", "RP")},
         "ROWS": shape.rows,
         "STAGES": shape.stages,
         "COUNT_TILE": COUNT_TILE,
         "DOT": tl.float32 if INTERPRETED else DTYPES[query.dtype],  # no bfloat16 product there
+        "CODED": shape.coded,
+        "CODE_DOT": tl.float32 if INTERPRETED else tl.bfloat16,
         "HAS_START": call.start is not None,
         "HAS_MASK": call.mask is not None,
         "HAS_SOFTCAP": call.softcap is not None,
+        "HAS_MASS": call.mass is not None,
         "MEAN_VALUE": call.mean_from < math.inf,
         **kind.arguments(shape, sizes),
     }
@@ -231,7 +242,7 @@ def _plan(call: Arguments, cached: int, variant: str | None, forced: Mapping[str
     if not call.return_positions:
         scratch["positions"] = (i32, shape.N * shape.k_max)
     scratch |= kind.scratch(shape, sizes)
-    dtypes = [*map(_pointed_at, tensors), i32, query.dtype, f32, f32]
+    dtypes = [*map(_pointed_at, tensors), i32, query.dtype, f32, f32, i32]
     names = (*DECODED, *RESULTS)
     pointers = {name: (place, dtype) for place, (name, dtype) in enumerate(zip(names, dtypes, strict=True))}
     pieces, end = [], 0
@@ -262,10 +273,10 @@ def _stream(device: torch.device) -> int:
     return triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
 
 
-def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Results as `reference.decode_reference` gives them.  Values of `length` and `start` out of range are clamped.
 
-    Raises RuntimeError for memory that has been freed.
+    Raises RuntimeError for memory that has been freed, ValueError for codes that cannot be read as words.
     """
     if _is_current(call.query.device):
         return _run(plan, call)
@@ -273,22 +284,25 @@ def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _run(plan, call)
 
 
-def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, _, query_length, _ = shape = call.query.shape
     device, num_kv_heads = call.query.device, call.key.shape[1]
     output = torch.empty(shape, dtype=call.query.dtype, device=device)
     alpha = torch.empty(shape[:3], dtype=torch.float32, device=device)
     lse = torch.empty_like(alpha)
+    read = torch.empty((batch, num_kv_heads, query_length), dtype=torch.int32, device=device)
     scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
     positions = call.length
     if call.return_positions:
         positions = torch.full((plan.shape.N, plan.shape.k_max), -1, dtype=torch.int32, device=device)
-    tensors = [*_given(call), positions, output, alpha, lse]
+    tensors = [*_given(call), positions, output, alpha, lse, read]
     addresses = [x.data_ptr() for x in tensors]
     first = scratch.data_ptr()
     kind = kind_of([*addresses, first], [*tensors, scratch])
     if kind is None or 0 in addresses:
         check_memory(call, tensors_of)
+        if plan.shape.coded:
+            _check_words(call.key_components)
     addresses += [first + offset for offset, _, _ in plan.scratch]
 
     def tensor(place: int) -> Tensor:
@@ -301,9 +315,15 @@ def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for launch in plan.launches:
         launch(addresses, kind, stream, tensor, plan.cached)
     if not call.return_positions:
-        return output, alpha, scratch.new_empty((batch, num_kv_heads, query_length, 0), dtype=torch.int64), lse
+        return output, alpha, scratch.new_empty((*read.shape, 0), dtype=torch.int64), lse, read
     by_head = positions.view(batch, query_length, num_kv_heads, plan.shape.k_max).transpose(1, 2)
-    return output, alpha, by_head.to(torch.int64, memory_format=torch.contiguous_format), lse
+    return output, alpha, by_head.to(torch.int64, memory_format=torch.contiguous_format), lse, read
+
+
+def _check_words(codes: Tensor) -> None:
+    """Raise where codes cannot be read as words of 32 bits."""
+    if codes.data_ptr() % 4 or any(stride % 4 for stride in codes.stride()[:3]):
+        raise ValueError("key_components must lie at multiples of 4 bytes on a GPU")
 
 
 def _given(call: Arguments) -> list[Tensor]:
@@ -359,15 +379,57 @@ def append(call: AppendArguments, layout: tuple[object, ...]) -> None:
         call.value,
         call.key_components,
         call.key if call.value_sum is None else call.value_sum,
+        call.key if call.key_ranges is None else call.key_ranges,
         new_key,
         new_value,
         call.key if call.position is None else call.position,
     )
     launch = _appends.get(layout)
     if launch is None:
-        constants = {"HAS_POSITION": call.position is not None, "HAS_SUM": call.value_sum is not None}
-        launch = _held(layout, append_kernel, APPENDED, tensors, call.key, constants)
+        coded = call.key_ranges is not None
+        constants = {
+            "HAS_POSITION": call.position is not None,
+            "HAS_SUM": call.value_sum is not None,
+            "CODED": coded,
+            "AT_ONCE": _encoded_at_once(call.key),
+        }
+        warps = ENCODE_WARPS if coded else 1
+        launch = _held(layout, append_kernel, APPENDED, tensors, call.key, constants, warps)
     _start(launch, call, tensors, call.offset)
+
+
+def encode(call: EncodeArguments) -> None:
+    """For arguments that have been checked.
+
+    Raises RuntimeError for memory that has been freed.
+    """
+    key, codes, ranges = call.key, call.key_components, call.key_ranges
+    batch, heads, _, head_dim = key.shape
+    first, last = call.begin // GROUP, call.end // GROUP
+    if first == last:
+        return
+    check_memory(call, itemgetter(slice(3)))
+    with contextlib.nullcontext() if _is_current(key.device) else torch.cuda.device(key.device):
+        encode_kernel[(batch * heads * (last - first),)](
+            key,
+            *key.stride()[:3],
+            codes,
+            *codes.stride()[:3],
+            ranges,
+            *ranges.stride()[:2],
+            first,
+            last - first,
+            heads,
+            D=head_dim,
+            AT_ONCE=_encoded_at_once(key),
+            num_warps=ENCODE_WARPS,
+            **OPTIONS,
+        )
+
+
+def _encoded_at_once(key: Tensor) -> int:
+    """Components that a program codes at once."""
+    return min(triton.next_power_of_2(key.shape[3]), ENCODE_BYTES // key.element_size())
 
 
 def extend_sum(call: ExtendArguments, layout: tuple[object, ...]) -> None:
@@ -377,7 +439,7 @@ def extend_sum(call: ExtendArguments, layout: tuple[object, ...]) -> None:
     """
     launch = _appends.get(layout)
     if launch is None:
-        launch = _held(layout, extend_sum_kernel, EXTENDED, call, call.value, {})
+        launch = _held(layout, extend_sum_kernel, EXTENDED, call, call.value, {}, 1)
     _start(launch, call, call, 0)
 
 
@@ -388,17 +450,19 @@ DECODED = {
     "components": ("components_batch", "components_head", "components_block"),
     "value": ("value_batch", "value_head", "value_position"),
     "value_sum": ("sum_batch", "sum_head"),
+    "ranges": ("ranges_batch", "ranges_head"),
     "length": ("length_stride",),
     "start": ("start_stride",),
     "mask": ("mask_stride",),
     "counts": (),
 }
-RESULTS = ("positions", "output", "alpha_out", "lse_out")  # behind them, and behind these the scratch memory
+RESULTS = ("positions", "output", "alpha_out", "lse_out", "read")  # behind them, and behind these the scratch memory
 APPENDED = {
     "keys": ("keys_batch", "keys_head", "keys_position"),
     "values": ("values_batch", "values_head", "values_position"),
     "components": ("components_batch", "components_head", "components_block"),
     "value_sum": ("sum_batch", "sum_head"),
+    "ranges": ("ranges_batch", "ranges_head"),
     "new_key": ("new_key_batch", "new_key_head"),
     "new_value": ("new_value_batch", "new_value_head"),
     "position": ("position_stride",),
@@ -416,7 +480,7 @@ def _strides(names: Mapping[str, tuple[str, ...]], tensors: Sequence[Tensor]) ->
     return {
         stride: size
         for strides, x in zip(names.values(), tensors, strict=True)
-        for stride, size in zip(strides, x.stride(), strict=False)
+        for stride, size in zip(strides, (*x.stride(), 0), strict=False)  # one may stand in for what has another
     }
 
 
@@ -426,7 +490,8 @@ def _held(
     names: Mapping[str, tuple[str, ...]],
     tensors: Sequence[Tensor],
     storage: Tensor,
-    constants: dict[str, bool],
+    constants: dict[str, int],
+    warps: int,
 ) -> Launch:
     """A launch for every row and head of a storage [B, Hkv, capacity, d], kept for calls of that layout."""
     batch, heads, capacity, head_dim = storage.shape
@@ -435,7 +500,7 @@ def _held(
     pointers = {name: (place, _pointed_at(x)) for place, (name, x) in enumerate(zip(names, tensors, strict=True))}
     if len(_appends) >= MAX_HELD:
         _appends.clear()
-    launch = Launch(kernel, (batch * heads,), values | constants, pointers, storage.device, "offset", num_warps=1)
+    launch = Launch(kernel, (batch * heads,), values | constants, pointers, storage.device, "offset", num_warps=warps)
     _appends[layout] = launch
     return launch
 

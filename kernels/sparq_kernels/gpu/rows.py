@@ -17,7 +17,8 @@ INFO_SIZE = tl.constexpr(INFO)
 # Arguments of kernels that change from token to token, or between the layouts of one model's rows: compiling for their
 # divisors would compile in the middle of generation.
 VARYING = ["length_stride", "start_stride", "mask_stride", "position_stride", "offset", "capacity"]
-VARYING += ["Q", "S", "k", "k_divisor", "local", "k_max", "parts", "logits_chunks"]
+VARYING += ["Q", "S", "k", "k_divisor", "local", "k_max", "k_min", "parts", "logits_chunks"]
+VARYING += ["first", "groups"]
 CHUNK = tl.constexpr(256)  # logits and keys are stored in multiples of this many positions
 
 

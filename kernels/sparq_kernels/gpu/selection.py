@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import ABOVE, BEGIN, BUDGET, CANDIDATES, CHUNK, END, INFO_SIZE, PREFIX, VARYING, WINDOW, is_valid
-from .topk import ALWAYS, NEVER, split_by, threshold, top
+from .rows import ABOVE, BEGIN, BUDGET, CANDIDATES, CHUNK, COUNT, END, INFO_SIZE, PREFIX, VARYING, WINDOW, is_valid
+from .topk import ALWAYS, NEVER, needed_for, split_by, threshold, top
 
 BINS = 256
 HISTOGRAM_SIZE = tl.constexpr(BINS)
@@ -61,7 +61,8 @@ def keys_of(
     WIDTH: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """int32 [WIDTH]: the group's summed softmax as bits, ALWAYS in the window, NEVER where invalid."""
+    """int32 [WIDTH]: the group's summed softmax as bits, ALWAYS in the window, NEVER where invalid; and what the window
+    has of it."""
     score = tl.zeros([WIDTH], tl.float32)
     in_storage = s < logits_stride
     if G <= 4:  # more at a time would need more registers than there are
@@ -71,8 +72,24 @@ def keys_of(
         for g in range(G):
             score = _add_score(score, logits + g * logits_stride, s, in_storage, g, M, inverse, GP)
     score = tl.where(score == score, score, 0.0)
-    key = tl.where(s >= window, ALWAYS, score.to(tl.int32, bitcast=True))
-    return tl.where(is_valid(s, begin, end, mask, HAS_MASK), key, NEVER)
+    valid, in_window = is_valid(s, begin, end, mask, HAS_MASK), s >= window
+    key = tl.where(in_window, ALWAYS, score.to(tl.int32, bitcast=True))
+    return tl.where(valid, key, NEVER), tl.sum(tl.where(valid & in_window, score, 0.0), 0)
+
+
+@triton.jit
+def budget_by_mass(key, in_window, budget, count, mass, k_min, rest, number, G: tl.constexpr, HAS_REST: tl.constexpr):
+    """How many of the keys hold the share `mass` of the scores' sum, with those in the window, which have `in_window`
+    of it; at least k_min, at most the budget.  key, rest, number: as in `topk.needed_for`."""
+    always = (key == ALWAYS).to(tl.int32)
+    if HAS_REST:
+        o = tl.arange(0, key.shape[0])
+        for first in range(key.shape[0], number, key.shape[0]):
+            more = tl.load(rest + first + o, mask=first + o < number, other=NEVER)
+            always += (more == ALWAYS).to(tl.int32)
+    window = tl.sum(always, 0)
+    needed = window + needed_for(key, mass * G - in_window, rest, number, HAS_REST)
+    return tl.minimum(tl.maximum(needed, tl.minimum(k_min, count)), budget)
 
 
 @triton.jit
@@ -93,11 +110,14 @@ def select(
     Q,
     k_max,
     logits_chunks,
+    mass,
+    k_min,
     G: tl.constexpr,
     GP: tl.constexpr,
     SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_MASS: tl.constexpr,
 ):
     """Grid (N,): rows of at most WIDTH positions."""
     n = tl.program_id(0).to(tl.int64)
@@ -105,7 +125,7 @@ def select(
     logits_stride = logits_chunks * CHUNK
     M, inverse = normalisers(stats + n * (2 * G * SPLITS), G, GP, SPLITS)
     s = tl.arange(0, WIDTH)
-    key = keys_of(
+    key, in_window = keys_of(
         logits + n * G * logits_stride,
         logits_stride,
         s,
@@ -120,7 +140,11 @@ def select(
         WIDTH,
         HAS_MASK,
     )
-    store_top(key, s, tl.load(row + BUDGET), positions + n * k_max)
+    budget = tl.load(row + BUDGET)
+    if HAS_MASS:
+        budget = budget_by_mass(key, in_window, budget, tl.load(row + COUNT), mass, k_min, 0, 0, G, False)
+        tl.store(row + BUDGET, budget)
+    store_top(key, s, budget, positions + n * k_max)
 
 
 @triton.jit
@@ -137,6 +161,7 @@ def histogram(
     mask_stride,
     keys,  # int32 [N, logits_chunks * CHUNK]
     bin_counts,  # int32 [N, parts, BINS]
+    window_scores,  # float32 [N, parts]: what a part's share of the window has of the scores
     Hkv,
     Q,
     logits_chunks,
@@ -145,6 +170,7 @@ def histogram(
     SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_MASS: tl.constexpr,
 ):
     """Grid (N, parts of WIDTH positions)."""
     n = tl.program_id(0).to(tl.int64)
@@ -153,7 +179,7 @@ def histogram(
     logits_stride = logits_chunks * CHUNK
     M, inverse = normalisers(stats + n * (2 * G * SPLITS), G, GP, SPLITS)
     s = part * WIDTH + tl.arange(0, WIDTH)
-    key = keys_of(
+    key, in_window = keys_of(
         logits + n * G * logits_stride,
         logits_stride,
         s,
@@ -169,6 +195,8 @@ def histogram(
         HAS_MASK,
     )
     tl.store(keys + n * logits_stride + s, key, mask=s < logits_stride)
+    if HAS_MASS:
+        tl.store(window_scores + n * tl.num_programs(1) + part, in_window)
     # Invalid keys are counted with the lowest bin and taken out again.
     bins = tl.arange(0, HISTOGRAM_SIZE)
     count = tl.histogram(_digit(key), HISTOGRAM_SIZE)
@@ -228,10 +256,13 @@ def choose(
     compact,
     before,
     positions,  # int32 [N, k_max], ascending
+    found,  # in their place, int32 [N, k_max], where `trim` is to choose among them
+    found_keys,  # int32 [N, k_max]
     parts,
     k_max,
     logits_chunks,
     WIDTH: tl.constexpr,
+    HAS_MASS: tl.constexpr,
 ):
     """Grid (N, parts): every program finds the threshold for itself, then writes its own part's positions."""
     n = tl.program_id(0).to(tl.int64)
@@ -271,4 +302,55 @@ def choose(
     # Bins are ordered as keys are, but the outermost ones hold a range of them: the key alone decides.
     chosen, slot = split_by(key, least, tl.maximum(ties - equal_before, 0))
     slot += above_before + tl.minimum(equal_before, ties)
-    tl.store(positions + n * k_max + slot, s, mask=chosen)
+    if HAS_MASS:
+        tl.store(found + n * k_max + slot, s, mask=chosen)
+        tl.store(found_keys + n * k_max + slot, key, mask=chosen)
+    else:
+        tl.store(positions + n * k_max + slot, s, mask=chosen)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def trim(
+    info,
+    window_scores,
+    found,
+    found_keys,
+    positions,
+    parts,
+    k_max,
+    mass,
+    k_min,
+    G: tl.constexpr,
+    HELD: tl.constexpr,
+    PARTS_AT_ONCE: tl.constexpr,
+):
+    """Grid (N,): of the positions that `choose` has found as many as hold the mass, HELD of their keys in registers."""
+    n = tl.program_id(0).to(tl.int64)
+    row = info + n * INFO_SIZE
+    number, end = tl.load(row + BUDGET), tl.load(row + END)
+    i, o = tl.arange(0, PARTS_AT_ONCE), tl.arange(0, HELD)
+    in_window = tl.zeros([PARTS_AT_ONCE], tl.float32)
+    for first in range(0, parts, PARTS_AT_ONCE):
+        in_window += tl.load(window_scores + n * parts + first + i, mask=first + i < parts, other=0.0)
+    in_window = tl.sum(in_window, 0)
+    found += n * k_max
+    found_keys += n * k_max
+    positions += n * k_max
+    held = tl.load(found_keys + o, mask=o < number, other=NEVER)
+    budget = budget_by_mass(held, in_window, number, tl.load(row + COUNT), mass, k_min, found_keys, number, G, True)
+    tl.store(row + BUDGET, budget)
+    zero = tl.zeros([], tl.int32)
+    least = threshold(held, budget, zero, zero, zero - 1, found_keys, number, True)
+    ties, taken = budget, zero
+    for first in range(0, number, HELD):
+        key = tl.load(found_keys + first + o, mask=first + o < number, other=NEVER)
+        ties -= tl.sum((key > least).to(tl.int32), 0)
+    for first in range(0, number, HELD):
+        key = tl.load(found_keys + first + o, mask=first + o < number, other=NEVER)
+        chosen, slot = split_by(key, least, ties)
+        s = tl.load(found + first + o, mask=chosen, other=0)
+        s = tl.minimum(tl.maximum(s, 0), end - 1)  # wrong counts leave some unwritten
+        tl.store(positions + taken + slot, s, mask=chosen)
+        equal = tl.minimum(tl.sum((key == least).to(tl.int32), 0), ties)
+        taken += tl.sum((key > least).to(tl.int32), 0) + equal
+        ties -= equal

@@ -12,7 +12,7 @@ import torch
 import triton
 
 from ..arguments import Arguments
-from ..layout import BLOCK
+from ..layout import BLOCK, GROUP
 from ..reference import max_positions
 from .rows import CHUNK
 from .scoring import LANES
@@ -39,6 +39,8 @@ class Shape(NamedTuple):
     k_max: int
     itemsize: int
     amd: bool
+    coded: bool  # the index is
+    by_mass: bool  # the scores say how many positions are attended
     units: int  # multiprocessors
 
     @property
@@ -74,7 +76,9 @@ class Shape(NamedTuple):
         return STAGES if self.itemsize == 2 and not self.amd else 2
 
     def tile(self, warps: int) -> int:
-        """Positions that a program scores at once."""
+        """Positions that a program scores at once, or that share a range."""
+        if self.coded:
+            return GROUP
         if self.GP == 1:  # one load for each thread and component
             return min(BLOCK, LOAD_BYTES // self.itemsize * 32 * warps)
         if self.itemsize == 4:  # multiplied without matrix instructions, from registers
@@ -96,6 +100,8 @@ def shape_of(call: Arguments, cached: int, units: int) -> Shape:
         k_max=max_positions(cached, call.k, call.k_divisor),
         itemsize=call.query.element_size(),
         amd=torch.version.hip is not None,
+        coded=call.key_ranges is not None,
+        by_mass=call.mass is not None,
         units=units,
     )
 

@@ -1,8 +1,9 @@
 """The step in several kernels, each KV head by many programs: for long rows, and for few heads.
 
 `score` makes the approximate logits of a head's positions in parts. `select` chooses among the keys of a whole row in
-one program; of rows too long for that, `histogram`, `candidates` and `choose` do, in parts again. `gather` attends what
-was chosen in parts, and the last part to end merges them; on AMD `merge` does, in a kernel of its own.
+one program; of rows too long for that, `histogram`, `candidates` and `choose` do, in parts again, and where the scores'
+mass says how many, `trim` leaves as many of the most that may be chosen. `gather` attends what was chosen in parts, and
+the last part to end merges them; on AMD `merge` does, in a kernel of its own.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 import triton
 
 from .attention import gather, merge
+from .index import score
 from .rows import CHUNK, INFO
-from .scoring import score
-from .selection import BINS, candidates, choose, histogram, select
+from .selection import BINS, candidates, choose, histogram, select, trim
 from .shape import Scratch, Shape, warps_for
 
 # On each multiprocessor. Of `score` all must fit at once, or the last ones come alone; and each chooses the components
@@ -25,6 +26,7 @@ SCORE_PROGRAMS, GATHER_PROGRAMS = 2, 2
 MAX_SPLITS = 64
 SELECT_WIDTHS = (4096, 8192)  # longest rows of `select`: with 16384 keys a program had to spill
 LONG_ROW = 1 << 18  # from here on parts of the distributed selection are 8192 positions, not 4096
+TRIM_WIDTH = 4096  # most keys that `trim` holds: with 8192 it had to spill
 HISTOGRAM_PARTS = 16  # that `candidates` reads at once
 
 
@@ -61,6 +63,7 @@ def arguments(shape: Shape, sizes: Sizes) -> dict[str, Any]:
         "SPLITS": sizes.splits,
         "PARTS": sizes.parts,
         "PARTS_AT_ONCE": HISTOGRAM_PARTS,
+        "HELD": _held(sizes),
         "LAST_MERGES": not shape.amd,
     }
 
@@ -78,6 +81,8 @@ def scratch(shape: Shape, sizes: Sizes) -> Scratch:
         parts = _row_parts(shape, sizes)
         needed["keys"] = needed["compact"] = (i32, N * shape.chunks * CHUNK.value)
         needed["bin_counts"], needed["before"] = (i32, N * parts * BINS), (i32, N * parts * 2)
+        most = N * shape.k_max if shape.by_mass else 1
+        needed["found"], needed["found_keys"], needed["window_scores"] = (i32, most), (i32, most), (f32, N * parts)
     return needed
 
 
@@ -90,6 +95,8 @@ def launches(shape: Shape, sizes: Sizes) -> Iterator[tuple[Any, tuple[int, ...],
         parts = _row_parts(shape, sizes)
         for kernel in (histogram, candidates, choose):
             yield kernel, (N, parts), of_keys
+        if shape.by_mass:
+            yield trim, (N,), {"num_warps": 2 * warps_for(_held(sizes))}
     else:
         yield select, (N,), of_keys
     yield gather, (N, sizes.parts), of_rows
@@ -100,6 +107,11 @@ def launches(shape: Shape, sizes: Sizes) -> Iterator[tuple[Any, tuple[int, ...],
 def _row_parts(shape: Shape, sizes: Sizes) -> int:
     """Programs that hold a row's keys together."""
     return triton.cdiv(shape.cached, sizes.width)
+
+
+def _held(sizes: Sizes) -> int:
+    """Keys that `trim` has in registers."""
+    return min(sizes.width, TRIM_WIDTH)
 
 
 def _power_of_2_up_to(number: int) -> int:

@@ -12,6 +12,7 @@ NEVER = tl.constexpr(-1)
 ALWAYS = tl.constexpr(0x7FFFFFFF)
 FIELD = tl.constexpr((1 << 21) - 1)
 MAX_KEYS = FIELD.value  # what a field can count
+HIGHEST_BIT = tl.constexpr(1 << 30)  # of a key
 ROUNDS = tl.constexpr(15)  # of two bits; then one is left
 NAN_BITS = tl.constexpr(0x7FC00000)
 
@@ -91,3 +92,45 @@ def top(key, k):
     least = threshold(key, k + zero, zero, zero, zero - 1, 0, 0, False)
     ties = k - tl.sum((key > least).to(tl.int32), 0)
     return split_by(key, least, ties)
+
+
+@triton.jit
+def needed_for(key, missing, rest, number, HAS_REST: tl.constexpr):
+    """The fewest keys, from the largest down, whose scores add up to `missing`: 0 where that is nothing, more than any
+    row has where all are too few or `missing` is no number.  What is ALWAYS chosen does not count.
+
+    key, rest, number: as in `threshold`.  The last one needed is found bit by bit: the largest key of which those at
+    least as large suffice.  Sums are made in the same order every time, so they fall as the bound rises.
+    """
+    last = tl.zeros([], tl.int32)
+    bit = last + HIGHEST_BIT
+    while bit > 0:
+        enough = _sum_from(key, last | bit, rest, number, HAS_REST) >= missing
+        last = tl.where(enough, last | bit, last)
+        bit >>= 1
+    reached = _reached(key, last, last + 1, ALWAYS)
+    if HAS_REST:
+        reached = _rest_reached(reached, rest, number, last, last + 1, ALWAYS)
+    counts = tl.sum(reached, 0)
+    always = (counts >> 42).to(tl.int32)
+    above_last = ((counts >> 21) & FIELD).to(tl.int32) - always
+    equal = (counts & FIELD).to(tl.int32) - always - above_last
+    left = (missing - _sum_from(key, last + 1, rest, number, HAS_REST)) / last.to(tl.float32, bitcast=True)
+    of_equal = tl.ceil(tl.minimum(left, equal.to(tl.float32))).to(tl.int32)
+    needed = tl.where(last > 0, above_last + tl.maximum(of_equal, 1), FIELD)
+    return tl.where(missing <= 0, 0, needed)
+
+
+@triton.jit
+def _sum_from(key, least, rest, number, HAS_REST: tl.constexpr):
+    total = _scores_from(key, least)
+    if HAS_REST:
+        o = tl.arange(0, key.shape[0])
+        for first in range(key.shape[0], number, key.shape[0]):
+            total += _scores_from(tl.load(rest + first + o, mask=first + o < number, other=NEVER), least)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _scores_from(key, least):
+    return tl.where((key >= least) & (key < ALWAYS), key.to(tl.float32, bitcast=True), 0.0)
