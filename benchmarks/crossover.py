@@ -46,7 +46,8 @@ def measure(name: str, dtype_name: str, context: int, rounds: int, tokens: int) 
     """A dense and a sparse step, everything but attention included in both."""
     heads, dtype = SHAPES[name], DTYPES[dtype_name]
     model, room = from_config(narrow(heads), dtype), steps_of(rounds, tokens)
-    runners = [make_runner(model, way, context, 1, room, dict(min_length=0, mass=1.0)) for way in (OWN_CACHE, SPARQ_WAY)]
+    knobs = dict(min_length=0, mass=1.0)  # all k: random keys have no sharp attention
+    runners = [make_runner(model, way, context, 1, room, knobs) for way in (OWN_CACHE, SPARQ_WAY)]
     take_turns(runners, rounds, tokens)
     case = {"heads": name, "dtype": dtype_name, "cached": context, "batch": 1}
     facts = {"dense_bytes": 2 * context * heads.kv * heads.head_dim * dtype.itemsize}
