@@ -48,6 +48,7 @@ RECORD = Path(__file__).parent / "results" / "compiled-sm_90.json"
 # What the record holds: the shapes that the attention benchmark begins with, as arguments of `empty_call`.
 RECORDED_CASES: dict[str, dict[str, Any]] = {
     **{case.name: asdict(case.shape) for case in (S1, S2, S3)},
+    **{f"{case.name}, four bits": {**asdict(case.shape), "index": "int4", "mass": 0.95} for case in (S1, S2, S3)},
     "one row, 8k": {"batch": 1, "cached": 8192, "r": 32, "k": 256},
     "one row, 64k, r = 16": {"batch": 1, "cached": 65536, "r": 16, "k": 4096},
 }
