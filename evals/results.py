@@ -77,6 +77,18 @@ def moved_predictions(content: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def changed_defaults(content: dict[str, Any]) -> str:
+    """The part of the tables that `divergence.py --ablations` has measured."""
+    known = content["circumstances"]
+    lengths = ", ".join(f"{length:,}" for length in sorted({one["context"] for one in content["measured"]}))
+    parts = [
+        "# The defaults with one thing changed",
+        f"Measured likewise after {lengths} tokens. Commit {known['commit']}.",
+        divergence.table(content),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def written_texts(content: dict[str, Any]) -> str:
     """The part of the tables that `answers.py` has measured."""
     parts = [
@@ -292,8 +304,13 @@ def main() -> None:
 
 
 def all_tables(folder: Path) -> str:
-    parts = ((moved_predictions, "divergence"), (written_texts, "answers"), (tables, "sweep"))
-    return "\n".join(made(read(folder, name)) for made, name in parts)
+    parts = (
+        (moved_predictions, "divergence"),
+        (changed_defaults, "ablations"),
+        (written_texts, "answers"),
+        (tables, "sweep"),
+    )
+    return "\n".join(made(read(folder, name)) for made, name in parts if (folder / f"{name}.json").exists())
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
