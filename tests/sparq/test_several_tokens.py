@@ -18,6 +18,9 @@ from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_force
 SPARSE: dict[str, Any] = dict(r=4, k=12, min_length=0)
 
 
+CODED = dict(r=8, k=60, index="int4", mass=0.8, k_min=10, min_length=0)
+
+
 def precise(family: str) -> PreTrainedModel:
     """In float64: matrix products round otherwise for several tokens than for one, and in float32 that changes, now and
     then, which of two positions that score almost the same is chosen."""
@@ -55,11 +58,13 @@ def test_a_chunk_is_as_good_as_its_tokens_one_by_one(family: str, padding: int, 
 
 @pytest.mark.parametrize("tokens_at_once", [MAX_QUERY_LENGTH + 1, 3 * MAX_QUERY_LENGTH])
 @pytest.mark.parametrize("padding", [0, 9])
-def test_each_token_decides_as_if_it_came_alone(tokens_at_once: int, padding: int) -> None:
-    """More of them than are decode steps otherwise; behind the block a pass of so many is dense again."""
-    inputs, tokens = prompt(padding=padding), next_tokens(steps=3 * MAX_QUERY_LENGTH)
-    expected = teacher_forced(sparq.patch(precise("llama"), **SPARSE), inputs, tokens)
-    model, cache = sparq.patch(precise("llama"), **SPARSE), DynamicCache()
+@pytest.mark.parametrize("length, knobs", [(40, SPARSE), (235, CODED)], ids=["components", "codes"])
+def test_each_token_decides_as_if_it_came_alone(length: int, knobs: dict, tokens_at_once: int, padding: int) -> None:
+    """More of them than are decode steps otherwise; behind the block a pass of so many is dense again. The longer ones
+    go on from a group of positions that has no codes yet to one that has."""
+    inputs, tokens = prompt(length=length, padding=padding), next_tokens(steps=3 * MAX_QUERY_LENGTH)
+    expected = teacher_forced(sparq.patch(precise("llama"), **knobs), inputs, tokens)
+    model, cache = sparq.patch(precise("llama"), **knobs), DynamicCache()
     with torch.no_grad():
         model(**inputs, past_key_values=cache, use_cache=True)
         mask = inputs["attention_mask"]
