@@ -170,68 +170,78 @@ SPARQ_INLINE void transpose_bytes(const uint8_t* in, int64_t in_stride, uint8_t*
     SPARQ_UNROLL for (int i = 0; i < 16; i++) memcpy(out + i * out_stride, rows + i, 16);
 }
 
+// The least and the largest of what is finite in each column.
+template <int64_t PART>
+void find_finite_ranges(const float (*wide)[PART], Floats* low, Floats* high) {
+    for (int64_t v = 0; v < PART / W; v++) {
+        low[v] = splat(INFINITE), high[v] = splat(-INFINITE);
+        for (int64_t s = 0; s < GROUP; s++) {
+            Floats x = load(&wide[s][v * W]);
+            Ints finite = absolute(x) < INFINITE;  // false for NaN
+            Floats least = finite ? x : splat(INFINITE), most = finite ? x : splat(-INFINITE);
+            low[v] = least < low[v] ? least : low[v];
+            high[v] = most > high[v] ? most : high[v];
+        }
+    }
+}
+
 // One group of positions of one KV head: GROUP rows of K, `stride` elements apart.
 // codes: [d] runs RUN_STRIDE bytes apart.  ranges: [d, 2].
 template <class T>
 void encode_group(const T* key, int64_t stride, int64_t dim, uint8_t* codes, T* ranges) {
-    constexpr int64_t PART = 64;  // components at a time
+    constexpr int64_t PART = 64;  // components at a time, in the order of load_pair: column slot(i) has component i
+    constexpr int64_t V = PART / W;
     alignas(64) float wide[GROUP][PART];
-    alignas(64) uint8_t packed[RUN][PART];
+    alignas(64) uint8_t packed[RUN][PART], turned[PART][RUN];
     for (int64_t begin = 0; begin < dim; begin += PART) {
         int64_t count = std::min(PART, dim - begin);
-        Floats low[PART / W], high[PART / W];
-        for (int v = 0; v < PART / W; v++) low[v] = splat(INFINITE), high[v] = splat(-INFINITE);
+        Floats low[V], high[V], poison = {};
+        for (int64_t v = 0; v < V; v++) low[v] = splat(INFINITE), high[v] = splat(-INFINITE);
         for (int64_t s = 0; s < GROUP; s++) {
             const T* row = key + s * stride + begin;
-            for (int64_t i = 0; i < PART; i += PAIR) {
-                Floats x = {}, y = {};
-                if (i + PAIR <= count) load_pair(row + i, x, y);
-                else if (i < count) load_pair_part(row + i, count - i, x, y);
-                store_pair<T>(&wide[s][i], x, y);
-            }
-            for (int v = 0; v < PART / W; v++) {
-                Floats x = load(&wide[s][v * W]);
-                Ints finite = absolute(x) < INFINITE;  // false for NaN
-                Floats least = finite ? x : splat(INFINITE), most = finite ? x : splat(-INFINITE);
-                low[v] = least < low[v] ? least : low[v];
-                high[v] = most > high[v] ? most : high[v];
+            for (int64_t v = 0; v < V; v += 2) {
+                Floats x[2] = {};
+                if ((v + 2) * W <= count) load_pair(row + v * W, x[0], x[1]);
+                else if (v * W < count) load_pair_part(row + v * W, count - v * W, x[0], x[1]);
+                for (int h = 0; h < 2; h++) {
+                    store(&wide[s][(v + h) * W], x[h]);
+                    low[v + h] = x[h] < low[v + h] ? x[h] : low[v + h];
+                    high[v + h] = x[h] > high[v + h] ? x[h] : high[v + h];
+                    poison += x[h] * 0.f;  // NaN where one is not finite
+                }
             }
         }
+        if (std::isnan(horizontal_sum(poison))) find_finite_ranges<PART>(wide, low, high);
         float lo[PART], inverse[PART];
+        std::fill_n(lo, PART, 0.f);
+        std::fill_n(inverse, PART, 0.f);
         for (int64_t i = 0; i < count; i++) {
-            float least = low[i / W][i % W], most = high[i / W][i % W];
+            int64_t at = slot<T>(i);
+            float least = low[at / W][at % W], most = high[at / W][at % W], step;
             bool any = least <= most;
             T* range = ranges + 2 * (begin + i);
             narrow(any ? least : 0.f, range);
             narrow(any ? (most - least) / LEVELS : 0.f, range + 1);
-            float step;
-            widen(range, 1, lo + i);
+            widen(range, 1, lo + at);
             widen(range + 1, 1, &step);
-            inverse[i] = step > 0 ? 1 / step : 0;
+            inverse[at] = step > 0 ? 1 / step : 0;
         }
-        for (int64_t i = count; i < PART; i++) lo[i] = inverse[i] = 0;
         for (int64_t j = 0; j < RUN; j++)
             for (int64_t i = 0; i < PART; i += W) {
-                Ints code[2];
+                Bits code[2];
                 for (int h = 0; h < 2; h++) {
                     Floats n = (load(&wide[j + h * RUN][i]) - load(lo + i)) * load(inverse + i);
                     n = n > 0.f ? n : Floats{};  // NaN too
                     n = n < float(LEVELS) ? n : splat(LEVELS);
-                    code[h] = __builtin_convertvector((n + ROUNDER) - ROUNDER, Ints);
+                    code[h] = as_bits(n + ROUNDER) & 15u;  // the nearest integer, ties to even
                 }
                 typedef uint8_t Narrow __attribute__((vector_size(W)));
                 Narrow both = __builtin_convertvector(code[0] | (code[1] << 4), Narrow);
                 memcpy(&packed[j][i], &both, sizeof both);
             }
-        for (int64_t i = 0; i < count; i += 16) {
-            if (i + 16 <= count) {
-                for (int64_t j = 0; j < RUN; j += 16)
-                    transpose_bytes(&packed[j][i], PART, codes + (begin + i) * RUN_STRIDE + j, RUN_STRIDE);
-            } else {
-                for (int64_t c = i; c < count; c++)
-                    for (int64_t j = 0; j < RUN; j++) codes[(begin + c) * RUN_STRIDE + j] = packed[j][c];
-            }
-        }
+        for (int64_t i = 0; i < PART; i += 16)
+            for (int64_t j = 0; j < RUN; j += 16) transpose_bytes(&packed[j][i], PART, &turned[i][j], RUN);
+        for (int64_t i = 0; i < count; i++) memcpy(codes + (begin + i) * RUN_STRIDE, turned[slot<T>(i)], RUN);
     }
 }
 
