@@ -41,7 +41,7 @@ MEASURED += [(case, "float16") for case in by_either_index(S1, S2, S3)]
 PROFILED = by_either_index(S1, S2, S3, ONE_ROW)
 RACES = [(case, "bfloat16") for case in by_either_index(S2, S3, ONE_ROW)]
 RACES += [(case, "float16") for case in by_either_index(ONE_ROW)]
-RACES_MASS = 0.1  # with codes: of random keys that is less than all k have
+RACES_MASS = 0.2  # with codes: of random keys that is less than all k have
 
 # For a dry run on a CPU: as many branches as can be had of hardly any work.
 TINY = (

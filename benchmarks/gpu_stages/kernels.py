@@ -163,7 +163,7 @@ def resident(registers: int, shared: int, warps: int) -> int:
 
 
 def build_test(name: str, dtype_name: str, target: str, multiprocessors: int) -> int:
-    """The kernels of one case of tests/kernels/test_gpu.py, all ways, either index; how many. In a process of its own."""
+    """The kernels of one case of tests/kernels/test_gpu.py, all ways and indices; how many. In a process of its own."""
     from tests.kernels.cases import CASES, call_of, make_case
     from tests.kernels.test_gpu import WAYS
 

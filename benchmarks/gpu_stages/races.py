@@ -1,8 +1,9 @@
 """Stage `races`: the operator captured in a CUDA graph and replayed again and again, compared bit for bit.
 
 Its programs hand each other partial results through memory; where one reads too early, replays of the same graph
-differ. With codes a query stops by mass, as it does by default. Results are compared with those of an eager call, on the device, and counted there. Every tenth replay begins
+differ. Results are compared with those of an eager call, on the device, and counted there. Every tenth replay begins
 on poisoned outputs, and every second one runs beside a large copy, which makes programs start and end in another order.
+With codes a query stops by mass, as it does by default.
 """
 
 from __future__ import annotations

@@ -17,10 +17,13 @@ import sparq_kernels
 import torch
 from gpu_stages import races
 from gpu_stages import report as gpu_report
-from gpu_stages.cases import TINY
+from gpu_stages.cases import MEASURED, RACES, TINY
 from gpu_stages.report import FAILED, OK, OUT_OF_TIME, Outcome
 from gpu_stages.stage import Limits, Stage
 from tables import Grid
+from workload import decode, make_inputs
+
+import sparq
 
 pytestmark = pytest.mark.slow
 
@@ -290,10 +293,19 @@ def test_races_are_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert races.bits(zeros)[0] != races.bits(zeros)[1]
 
 
+def test_with_codes_a_mass_decides_in_races() -> None:
+    (case,) = (case for case in TINY if case.shape.index == "int4")
+    x = make_inputs(case.shape, torch.float32)
+    all_k = decode(case.shape, x).output
+    assert not torch.equal(races.results(case.shape, x, False)[0], all_k)
+    indices = {(case.name, dtype) for case, dtype in RACES}
+    assert {("S3", "bfloat16"), ("S3 int4", "bfloat16"), ("16k int4", "float16")} < indices
+
+
 def test_races_out_of_time_are_told(tmp_path: Path) -> None:
     races.main(Stage("cpu", -600, tmp_path / "races.json"))
     found = json.loads((tmp_path / "races.json").read_text())
-    assert found["wrong"] == [] and found["said"].endswith("no time for 4")
+    assert found["wrong"] == [] and found["said"].endswith("no time for 6")
 
 
 def test_programs_that_a_multiprocessor_holds() -> None:
@@ -309,18 +321,39 @@ def test_the_kernels_of_all_stages_are_compiled_once() -> None:
     kernels = compile_stage()
     jobs = kernels.jobs_of(kernels.attention_calls(), "sm_90")
     names = {job.kernel for job in jobs}
-    assert {"score", "gather", "fused"} < names
+    assert {"score", "gather", "fused", "encode", "trim"} < names
     cases = {case for job in jobs for case in job.cases}
-    assert {f"{case.name} {dtype}" for case in kernels.CASES for dtype in ("bfloat16", "float16")} == cases
+    raced = {f"{case.name} {dtype}, mass" for case, dtype in RACES if case.shape.index == "int4"}
+    assert {f"{case.name} {dtype}" for case, dtype in MEASURED} | raced == cases and raced
+    assert {case for job in jobs if job.kernel == "encode" for case in job.cases} == {
+        case for case in cases - raced if "int4" in case
+    }
     more = kernels.jobs_of(kernels.generation_calls(), "sm_90")
-    assert "append" in {job.kernel for job in more} and any("static" in case for job in more for case in job.cases)
+    assert {"append", "encode"} < {job.kernel for job in more}
+    assert any("static" in case for job in more for case in job.cases)
+
+
+def test_the_kernels_of_generation_are_those_of_its_knobs() -> None:
+    kernels = compile_stage()
+    from gpu_stages.generation import KNOBS
+
+    config = sparq.SparqConfig(**KNOBS)
+    assert config.index == "int4" and config.stop_at is None, "random keys would be read up to the mass's cap"
+    for call in kernels.generation_calls():
+        options = dict(call.options)
+        if call.kind == "decode":
+            budget = config.budget(config.components(options["head_dim"]))
+            assert (options["r"], options["k"], options["k_divisor"]) == (budget.r, budget.k, budget.k_divisor)
+        for one in call.launches("sm_90"):
+            names = one.kernel.arg_names
+            assert "CODED" not in names or dict(zip(names, one.arguments, strict=True))["CODED"]
 
 
 def test_the_kernels_of_the_tests_are_compiled_too() -> None:
     kernels = compile_stage()
     cases = kernels.cases_of_tests(Stage("cuda", 600, Path()))
     assert len(cases) > 100 and kernels.cases_of_tests(Stage("cpu", 600, Path())) == cases[:1]
-    assert kernels.build_test(*cases[0], "sm_90", 132) >= 6  # fused, score, select, three more, gather
+    assert kernels.build_test(*cases[0], "sm_90", 132) >= 8  # score and fused of either index, and those of both
 
 
 def test_a_kernel_that_cannot_be_compiled_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
