@@ -3,7 +3,7 @@
 Dense is the fastest, in the same mode, of SDPA with each backend forced, two matrix products, and FlashAttention 2 and
 3 and FlashInfer where installed, each only if its output is right. `graph`, CUDA graphs of all calls replayed and timed
 with events, is the claim; `eager` is the wall clock, Python included. A graph's replays are queued back to back, so
-ways take no turns here, and the speed-up is the ratio of their medians.
+ways take no turns here, and the speed-up is the ratio of their medians. Each index has rows of its own.
 """
 
 from __future__ import annotations

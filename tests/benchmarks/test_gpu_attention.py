@@ -96,11 +96,8 @@ def test_codes_have_rows_of_their_own():
     assert in_codes == Case("some/8 int4", Shape(1, 4, 2, 16, 600, 32, 12, "int4"))
     in_codes = coded(Case("some", shape))
     row = measure(in_codes, "float32", 4, 100.0, "cpu", Made())
-    assert (
-        row.wrong is None
-        and row.sparq.seconds
-        and row.sparq_bytes < AttentionRow({}, measured=full, itemsize=4).sparq_bytes
-    )
+    assert row.wrong is None and row.sparq.seconds
+    assert row.sparq_bytes < AttentionRow({}, measured=full, itemsize=4).sparq_bytes
     (shown,) = cells(main_grid([row]))
     assert shown["shape"] == "some int4: B=1 4/2 S=600 r=8 k=12 int4" and not shown["goal"] + shown["predicted, H100"]
 
