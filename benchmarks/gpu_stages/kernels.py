@@ -65,7 +65,8 @@ class Call:
         options = dict(self.options)
         options["dtype"] = DTYPES[options["dtype"]]
         if self.kind == "append":
-            return empty_append(**options)
+            token = empty_append(**options)
+            return token if token.position is None else token._replace(value_sum=None)  # a static cache adds by itself
         if self.kind == "encode":
             return empty_encoding(**options)
         if self.kind == "extend_sum":
@@ -110,7 +111,8 @@ def generation_calls() -> Iterator[Call]:
         shape = dict(batch=batch, num_kv_heads=8, capacity=cached, head_dim=head_dim, dtype="bfloat16")
         for position in (None, 1):
             yield call(f"append, d={head_dim}", "append", position=position, index="int4", **shape)
-        yield call(f"sum of V, d={head_dim}", "extend_sum", **shape)
+        # The tokens to come are room that no multiple of 16 is to be expected of.
+        yield call(f"sum of V, d={head_dim}", "extend_sum", **shape | {"capacity": cached + 1})
         keys = {name: common[name] for name in ("batch", "num_kv_heads", "head_dim", "dtype")}
         yield call(f"encode, d={head_dim}", "encode", cached=cached, **keys)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -18,9 +19,13 @@ import torch
 from gpu_stages import races
 from gpu_stages import report as gpu_report
 from gpu_stages.cases import MEASURED, RACES, TINY
+from gpu_stages.generation import GPU_WAYS, KNOBS
 from gpu_stages.report import FAILED, OK, OUT_OF_TIME, Outcome
 from gpu_stages.stage import Limits, Stage
+from models import from_config
+from opponents import make_runner
 from tables import Grid
+from transformers import LlamaConfig
 from workload import decode, make_inputs
 
 import sparq
@@ -335,8 +340,6 @@ def test_the_kernels_of_all_stages_are_compiled_once() -> None:
 
 def test_the_kernels_of_generation_are_those_of_its_knobs() -> None:
     kernels = compile_stage()
-    from gpu_stages.generation import KNOBS
-
     config = sparq.SparqConfig(**KNOBS)
     assert config.index == "int4" and config.stop_at is None, "random keys would be read up to the mass's cap"
     for call in kernels.generation_calls():
@@ -347,6 +350,48 @@ def test_the_kernels_of_generation_are_those_of_its_knobs() -> None:
         for one in call.launches("sm_90"):
             names = one.kernel.arg_names
             assert "CODED" not in names or dict(zip(names, one.arguments, strict=True))["CODED"]
+
+
+@pytest.mark.parametrize("way", ["SparQ dynamic", "SparQ static, graph"])
+def test_what_generation_launches_is_compiled_ahead(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer's calls on the CPU, as a GPU would launch them."""
+    kernels = compile_stage()
+    if sparq_kernels.backend("cpu") != "cpp":
+        pytest.skip("there is no kernel whose calls could be watched")
+
+    def keys(launches):
+        return {kernels.specialise(one, "sm_90").key: one.kernel.__name__ for one in launches}
+
+    def note(name: str, what: str, place: int) -> None:
+        module = importlib.import_module(name)  # the package has functions of these names
+        real = getattr(module, what)
+
+        def noted(*arguments):
+            launched.update(keys(kernels.record(kernels.launch, arguments[place], "sm_90")))
+            return real(*arguments)
+
+        monkeypatch.setattr(module, what, noted)
+
+    ahead = keys(one for call in kernels.generation_calls() for one in call.launches("sm_90"))
+    launched: dict[str, str] = {}
+    note("sparq_kernels.cpu", "run", 1)
+    note("sparq_kernels.cpu", "encode", 0)
+    note("sparq_kernels.append", "check_append", 0)
+    note("sparq_kernels.value_sum", "check_extending", 0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+    )
+    model = from_config(config, torch.bfloat16, "cpu")
+    (chosen,) = (each for each in GPU_WAYS if each.name == way)
+    make_runner(model, chosen, 16384, 1, 13, KNOBS).decode(2)
+    missed = [name for key, name in launched.items() if key not in ahead]
+    assert not missed and {"score", "gather", "append", "encode"} <= set(launched.values())
 
 
 def test_the_kernels_of_the_tests_are_compiled_too() -> None:
