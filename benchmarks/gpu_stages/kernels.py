@@ -21,16 +21,28 @@ from typing import Any
 import compiled_kernels
 import torch
 import triton
-from compiled_kernels import Launch, empty_append, empty_call, empty_extension, nearest_record, record, specialise
-from gpu_stages.cases import CASES
+from compiled_kernels import (
+    Launch,
+    empty_append,
+    empty_call,
+    empty_encoding,
+    empty_extension,
+    nearest_record,
+    record,
+    specialise,
+)
+from gpu_stages.cases import MEASURED, RACES, RACES_MASS
 from gpu_stages.failures import reason
 from gpu_stages.stage import Stage
 from sparq_kernels.append import AppendArguments
 from sparq_kernels.arguments import Arguments
+from sparq_kernels.encoding import EncodeArguments
 from sparq_kernels.gpu import launch
 from sparq_kernels.value_sum import ExtendArguments
 from tables import Grid
 from workload import DTYPES
+
+from sparq.config import INDEXES
 
 # Of a multiprocessor with sm_90; a block takes 1 kB of shared memory more than it asks for.
 REGISTERS, SHARED, WARPS, PROGRAMS = 65536, 228 << 10, 64, 32
@@ -49,11 +61,14 @@ class Call:
     def launches(self, target: str) -> list[Launch]:
         return record(launch, self._arguments(), target)
 
-    def _arguments(self) -> Arguments | AppendArguments | ExtendArguments:
+    def _arguments(self) -> Arguments | AppendArguments | EncodeArguments | ExtendArguments:
         options = dict(self.options)
         options["dtype"] = DTYPES[options["dtype"]]
         if self.kind == "append":
-            return empty_append(**options)
+            token = empty_append(**options)
+            return token if token.position is None else token._replace(value_sum=None)  # a static cache adds by itself
+        if self.kind == "encode":
+            return empty_encoding(**options)
         if self.kind == "extend_sum":
             extension = empty_extension(**options)
             return extension._replace(length=of_all_rows(extension.length))
@@ -73,23 +88,33 @@ def call(name: str, kind: str = "decode", /, **options: Any) -> Call:
 
 def attention_calls() -> Iterator[Call]:
     """Stages `races` and `attention`."""
-    for case, dtype in itertools.product(CASES, ("bfloat16", "float16")):
+    for case, dtype in MEASURED:
         shape = asdict(case.shape)
         yield call(f"{case.name} {dtype}", dtype=dtype, capacity=case.shape.cached, **shape)
+        if case.shape.index == "int4":
+            keys = {name: shape[name] for name in ("batch", "num_kv_heads", "cached", "head_dim")}
+            yield call(f"{case.name} {dtype}", "encode", dtype=dtype, **keys)
+    for case, dtype in RACES:
+        if case.shape.index == "int4":
+            knobs = dict(capacity=case.shape.cached, mass=RACES_MASS, **asdict(case.shape))
+            yield call(f"{case.name} {dtype}, mass", dtype=dtype, **knobs)
 
 
 def generation_calls() -> Iterator[Call]:
     """Stage `generation`, as the plugin's cache calls the operator; what this misses is compiled there."""
     for head_dim, cached, batch in itertools.product((64, 128), (16384, 131072), (1, 8)):
         common = dict(batch=batch, num_heads=32, num_kv_heads=8, head_dim=head_dim, dtype="bfloat16")
-        knobs = dict(cached=cached, r=head_dim // 8, k=128, k_divisor=16)
+        knobs = dict(cached=cached, r=head_dim // 2, k=128, k_divisor=16, index="int4")
         for is_static in (False, True):
             kind = "static" if is_static else "dynamic"
             yield call(f"{kind} cache, d={head_dim}", is_static=is_static, **knobs, **common)
         shape = dict(batch=batch, num_kv_heads=8, capacity=cached, head_dim=head_dim, dtype="bfloat16")
         for position in (None, 1):
-            yield call(f"append, d={head_dim}", "append", position=position, **shape)
-        yield call(f"sum of V, d={head_dim}", "extend_sum", **shape)
+            yield call(f"append, d={head_dim}", "append", position=position, index="int4", **shape)
+        # The tokens to come are room that no multiple of 16 is to be expected of.
+        yield call(f"sum of V, d={head_dim}", "extend_sum", **shape | {"capacity": cached + 1})
+        keys = {name: common[name] for name in ("batch", "num_kv_heads", "head_dim", "dtype")}
+        yield call(f"encode, d={head_dim}", "encode", cached=cached, **keys)
 
 
 def tiny_calls() -> Iterator[Call]:
@@ -140,19 +165,17 @@ def resident(registers: int, shared: int, warps: int) -> int:
 
 
 def build_test(name: str, dtype_name: str, target: str, multiprocessors: int) -> int:
-    """The kernels of one case of tests/kernels/test_gpu.py, all ways; how many. In a process of its own."""
+    """The kernels of one case of tests/kernels/test_gpu.py, all ways and indices; how many. In a process of its own."""
     from tests.kernels.cases import CASES, call_of, make_case
     from tests.kernels.test_gpu import WAYS
 
     compiled_kernels.MULTIPROCESSORS[target] = multiprocessors
-    call = call_of(make_case(dtype=DTYPES[dtype_name], **CASES[name]))
-    # As they lie when they have been copied to the card.
-    there = {
-        field: x.clone() if isinstance(x, torch.Tensor) else x for field, x in zip(call._fields, call, strict=True)
-    }
     found = {}
-    for forced in WAYS.values():
-        for one in record(launch, call._replace(**there), target, **forced):
+    for index, forced in itertools.product(INDEXES, WAYS.values()):
+        call = call_of(make_case(dtype=DTYPES[dtype_name], index=index, **CASES[name]))
+        # As they lie when they have been copied to the card.
+        there = [x.clone() if isinstance(x, torch.Tensor) else x for x in call]
+        for one in record(launch, type(call)(*there), target, **forced):
             specialised = specialise(one, target)
             found[specialised.key] = compiled_kernels.compile_kernel(specialised)
     return len(found)

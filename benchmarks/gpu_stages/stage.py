@@ -26,11 +26,11 @@ class Limits:
 
 STAGES = (
     Limits("device", "versions, card, copy bandwidth", 15),
-    Limits("kernels", "compiled in parallel; registers", 50),
-    Limits("tests", "kernels and models against references", 110, 10),
-    Limits("races", "replays compared bit for bit", 15, needs_no_kernel=True),
-    Limits("attention", "one decode step, all opponents", 120, needs_no_kernel=True),
-    Limits("generation", "whole models, stock and SparQ", 160, 6),
+    Limits("kernels", "compiled in parallel; registers", 80),
+    Limits("tests", "kernels and models against references", 118, 10),
+    Limits("races", "replays compared bit for bit", 18, needs_no_kernel=True),
+    Limits("attention", "one decode step, all opponents", 104, needs_no_kernel=True),
+    Limits("generation", "whole models, stock and SparQ", 135, 6),
 )
 
 

@@ -33,7 +33,7 @@ CPU_TESTS = ("tests/kernels/test_gpu.py", "tests/benchmarks/test_graph_step.py")
 CPU_NAMES = "(test_groups and cpu) or test_what_waits_is_noticed"
 # A process holds half a gigabyte for its CUDA context and some for its tests, which are small, but for one that takes
 # 40 GB and runs where there are 60.
-PROCESSES = 8
+PROCESSES = 12
 PATH = "SPARQ_GPU_TESTS_JSON"  # environment variable of the plugin: where the file is
 LONG = ("test_cuda_graphs",)  # Inductor compiles: each takes as long as many others
 MESSAGE = 400  # characters of a failure that are kept

@@ -23,6 +23,7 @@ from gpu_stages.attention import (
     notes,
     sampled,
 )
+from gpu_stages.cases import coded
 from gpu_stages.clocks import CallsAgain, Host, Kernel
 from gpu_stages.dense import DenseWay, unprepared
 from gpu_stages.failures import NO_TIME, OUT_OF_MEMORY, reason, told
@@ -65,10 +66,10 @@ def caches():
     return [first, first.copy(), first.copy()]
 
 
-@pytest.mark.parametrize("case", attention.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", dict.fromkeys(case for case, _ in attention.MEASURED), ids=lambda case: case.name)
 def test_copies_outgrow_the_cache_and_fit_the_device(case):
     copies = copies_for(case.shape, 2, H200_L2, 139 << 30)
-    assert 3 <= copies <= 128
+    assert 3 <= copies <= 256
     assert copies * case.shape.sparse_bytes(2) >= 4 * H200_L2, "even SparQ's own reads"
     assert copies * case.shape.dense_elements * 3 < 70e9
     one = case.shape.dense_elements * 3
@@ -86,6 +87,26 @@ def test_a_row_compares_every_way_that_runs(monkeypatch):
     assert "RuntimeError" in ways["cuDNN packed"].missing and "No module" in ways["FlashInfer"].missing
     assert row.speedup("graph") == 1.0 and row.speedup("eager") > 0
     json.dumps(row.json())
+
+
+def test_codes_have_rows_of_their_own():
+    shape = Shape(1, 4, 2, 16, 600, 8, 12)
+    full = Case("some/8", shape, 2.0, (1, 2))
+    in_codes = coded(full)
+    assert in_codes == Case("some/8 int4", Shape(1, 4, 2, 16, 600, 32, 12, "int4"))
+    in_codes = coded(Case("some", shape))
+    row = measure(in_codes, "float32", 4, 100.0, "cpu", Made())
+    assert row.wrong is None and row.sparq.seconds
+    assert row.sparq_bytes < AttentionRow({}, measured=full, itemsize=4).sparq_bytes
+    (shown,) = cells(main_grid([row]))
+    assert shown["shape"] == "some int4: B=1 4/2 S=600 r=8 k=12 int4" and not shown["goal"] + shown["predicted, H100"]
+
+
+def test_either_index_is_measured_side_by_side():
+    names = [f"{case.name} {dtype}" for case, dtype in attention.MEASURED]
+    assert len(names) == len(set(names)) == 24 and names[:2] == ["S1 bfloat16", "S1 int4 bfloat16"]
+    assert names[-1] == "S3 int4 float16" and "128k/8 int4 bfloat16" in names
+    assert {case.name for case in attention.PROFILED} < {case.name for case, _ in attention.MEASURED}
 
 
 def test_a_wrong_operator_gives_a_wrong_row(monkeypatch):

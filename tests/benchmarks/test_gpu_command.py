@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -17,10 +18,17 @@ import sparq_kernels
 import torch
 from gpu_stages import races
 from gpu_stages import report as gpu_report
-from gpu_stages.cases import TINY
+from gpu_stages.cases import MEASURED, RACES, TINY
+from gpu_stages.generation import GPU_WAYS, KNOBS
 from gpu_stages.report import FAILED, OK, OUT_OF_TIME, Outcome
 from gpu_stages.stage import Limits, Stage
+from models import from_config
+from opponents import make_runner
 from tables import Grid
+from transformers import LlamaConfig
+from workload import decode, make_inputs
+
+import sparq
 
 pytestmark = pytest.mark.slow
 
@@ -290,10 +298,19 @@ def test_races_are_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert races.bits(zeros)[0] != races.bits(zeros)[1]
 
 
+def test_with_codes_a_mass_decides_in_races() -> None:
+    (case,) = (case for case in TINY if case.shape.index == "int4")
+    x = make_inputs(case.shape, torch.float32)
+    all_k = decode(case.shape, x).output
+    assert not torch.equal(races.results(case.shape, x, False)[0], all_k)
+    indices = {(case.name, dtype) for case, dtype in RACES}
+    assert {("S3", "bfloat16"), ("S3 int4", "bfloat16"), ("16k int4", "float16")} < indices
+
+
 def test_races_out_of_time_are_told(tmp_path: Path) -> None:
     races.main(Stage("cpu", -600, tmp_path / "races.json"))
     found = json.loads((tmp_path / "races.json").read_text())
-    assert found["wrong"] == [] and found["said"].endswith("no time for 4")
+    assert found["wrong"] == [] and found["said"].endswith("no time for 6")
 
 
 def test_programs_that_a_multiprocessor_holds() -> None:
@@ -309,18 +326,79 @@ def test_the_kernels_of_all_stages_are_compiled_once() -> None:
     kernels = compile_stage()
     jobs = kernels.jobs_of(kernels.attention_calls(), "sm_90")
     names = {job.kernel for job in jobs}
-    assert {"score", "gather", "fused"} < names
+    assert {"score", "gather", "fused", "encode", "trim"} < names
     cases = {case for job in jobs for case in job.cases}
-    assert {f"{case.name} {dtype}" for case in kernels.CASES for dtype in ("bfloat16", "float16")} == cases
+    raced = {f"{case.name} {dtype}, mass" for case, dtype in RACES if case.shape.index == "int4"}
+    assert {f"{case.name} {dtype}" for case, dtype in MEASURED} | raced == cases and raced
+    assert {case for job in jobs if job.kernel == "encode" for case in job.cases} == {
+        case for case in cases - raced if "int4" in case
+    }
     more = kernels.jobs_of(kernels.generation_calls(), "sm_90")
-    assert "append" in {job.kernel for job in more} and any("static" in case for job in more for case in job.cases)
+    assert {"append", "encode"} < {job.kernel for job in more}
+    assert any("static" in case for job in more for case in job.cases)
+
+
+def test_the_kernels_of_generation_are_those_of_its_knobs() -> None:
+    kernels = compile_stage()
+    config = sparq.SparqConfig(**KNOBS)
+    assert config.index == "int4" and config.stop_at is None, "random keys would be read up to the mass's cap"
+    for call in kernels.generation_calls():
+        options = dict(call.options)
+        if call.kind == "decode":
+            budget = config.budget(config.components(options["head_dim"]))
+            assert (options["r"], options["k"], options["k_divisor"]) == (budget.r, budget.k, budget.k_divisor)
+        for one in call.launches("sm_90"):
+            names = one.kernel.arg_names
+            assert "CODED" not in names or dict(zip(names, one.arguments, strict=True))["CODED"]
+
+
+@pytest.mark.parametrize("way", ["SparQ dynamic", "SparQ static, graph"])
+def test_what_generation_launches_is_compiled_ahead(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer's calls on the CPU, as a GPU would launch them."""
+    kernels = compile_stage()
+    if sparq_kernels.backend("cpu") != "cpp":
+        pytest.skip("there is no kernel whose calls could be watched")
+
+    def keys(launches):
+        return {kernels.specialise(one, "sm_90").key: one.kernel.__name__ for one in launches}
+
+    def note(name: str, what: str, place: int) -> None:
+        module = importlib.import_module(name)  # the package has functions of these names
+        real = getattr(module, what)
+
+        def noted(*arguments):
+            launched.update(keys(kernels.record(kernels.launch, arguments[place], "sm_90")))
+            return real(*arguments)
+
+        monkeypatch.setattr(module, what, noted)
+
+    ahead = keys(one for call in kernels.generation_calls() for one in call.launches("sm_90"))
+    launched: dict[str, str] = {}
+    note("sparq_kernels.cpu", "run", 1)
+    note("sparq_kernels.cpu", "encode", 0)
+    note("sparq_kernels.append", "check_append", 0)
+    note("sparq_kernels.value_sum", "check_extending", 0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+    )
+    model = from_config(config, torch.bfloat16, "cpu")
+    (chosen,) = (each for each in GPU_WAYS if each.name == way)
+    make_runner(model, chosen, 16384, 1, 13, KNOBS).decode(2)
+    missed = [name for key, name in launched.items() if key not in ahead]
+    assert not missed and {"score", "gather", "append", "encode"} <= set(launched.values())
 
 
 def test_the_kernels_of_the_tests_are_compiled_too() -> None:
     kernels = compile_stage()
     cases = kernels.cases_of_tests(Stage("cuda", 600, Path()))
     assert len(cases) > 100 and kernels.cases_of_tests(Stage("cpu", 600, Path())) == cases[:1]
-    assert kernels.build_test(*cases[0], "sm_90", 132) >= 6  # fused, score, select, three more, gather
+    assert kernels.build_test(*cases[0], "sm_90", 132) >= 8  # score and fused of either index, and those of both
 
 
 def test_a_kernel_that_cannot_be_compiled_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
