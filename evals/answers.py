@@ -46,7 +46,6 @@ SETTINGS = [
     DENSE,
     Setting("the paper's SparQ", "the paper's SparQ, 8x", "sparq", {"ratio": 8, **PAPER}),
     Setting("SparQ", "SparQ, 8x", "sparq", {"ratio": 8}),
-    Setting("SparQ", "SparQ, 16x", "sparq", {"ratio": 16}),
 ]
 
 
