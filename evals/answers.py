@@ -36,7 +36,7 @@ from sparq.cache_argument import generate_cache_name
 from sparq.lm_eval.prefill import step
 
 CONTEXT, ANSWER = 2048, 512
-TURNS, CONVERSATIONS, ANSWERED = 3, 16, 24
+TURNS, CONVERSATIONS, ANSWERED = 3, 12, 24
 SEED = 20240504
 WORDS = ["garden", "river", "winter", "candle", "mirror", "pepper", "thunder", "violin", "ladder", "orchard"]
 FACT = "The special magic number for {} is {}."
