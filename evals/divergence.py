@@ -129,12 +129,9 @@ def ablations() -> list[Setting]:
         change("mass", f"mass {mass}", mass=mass)
     for ratio in (16, 4, 2):
         change("cap", f"at most S/{ratio}", ratio=ratio)
-    for k_min in (32, 64, 256):
-        change(
-            "floor",
-            f"at least {k_min}",
-            **({"k_min": k_min} if k_min <= 128 else {"k": 512, "mass": 0.95, "k_min": k_min}),
-        )
+    for k_min in (32, 64):
+        change("floor", f"at least {k_min}", k_min=k_min)
+    change("floor", "at least 256", k=512, mass=0.95, k_min=256)
     for local in (0, 8, 128):
         change("window", f"local window of {local}", local=local)
     change("mean", "the mean value in every head", mean_value=True)
