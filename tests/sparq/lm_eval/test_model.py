@@ -344,7 +344,10 @@ def test_results_carry_configuration_steps_and_bytes(llama):
     # A step of one layer: two rows, two KV heads of 16 components, float32; contexts of 1018 to 1023 tokens
     cached = [1018, 1019, 1020, 1021, 1022, 1023]
     assert steps["bytes"]["dense"] == sum(3 * 2 * 2 * 4 * 2 * 16 * n for n in cached)
-    assert steps["bytes"]["read"] == sum(3 * 2 * 2 * 4 * (4 * n + 2 * 12 * 16 + 4 * 16) for n in cached)
+    # Four components of each position: three groups of codes, half a byte each and two values a group, the rest from K.
+    rows = sum(3 * 2 * 2 * 4 * (2 * 12 * 16 + 4 * 16) for _ in cached)
+    index = sum(3 * 2 * 2 * 4 * (3 * (128 + 2 * 4) + (n - 3 * 256) * 4) for n in cached)
+    assert steps["bytes"]["read"] == rows + index
     assert steps["compression"] == steps["bytes"]["dense"] / steps["bytes"]["read"]
     json.dumps(found)
 
