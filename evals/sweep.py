@@ -35,10 +35,9 @@ from sparq.config import MASS
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 EVALS = Path(__file__).parent
-RATIOS = (2, 4, 8, 16)
+RATIOS = (4, 8, 16)
 OTHERS = ("oracle", "rocket", "window", "h2o", "quest")
 NAMES = ("sparq", "paper", *OTHERS)
-CHAT_RATIOS = (4, 8, 16)
 H2O_UP_TO = 2048  # tokens of a chat model's prompts, of which it holds all attention weights
 PREFILL_BYTES = 4 << 30  # of K and V kept for the other methods
 METRICS = {  # beginning of a task's name: its measure
@@ -129,7 +128,7 @@ def chat_grid(tokens: int, head_dim: int, is_full: bool = True) -> list[Way]:
         if name == "h2o" and tokens > H2O_UP_TO:
             continue
         is_whole = name == "sparq" or (is_full and name != "h2o")
-        ways += [way(name, ratio, tokens, head_dim) for ratio in (CHAT_RATIOS if is_whole else (8,))]
+        ways += [way(name, ratio, tokens, head_dim) for ratio in (RATIOS if is_whole else (8,))]
         if is_whole:
             ways.append(way(name, 8, tokens, head_dim, dense_layers=1))
     return ways
@@ -290,7 +289,6 @@ CHAT_PLAN = {
 }
 PLAN = {
     "recall_pass_key_4k": Planned(4096, 25),
-    "recall_pass_key_8k": Planned(8192, 10),
     "recall_repetition_4k": Planned(4096, 10),
     "recall_documentation_4k": Planned(4096, 5),
     "ruler_niah_multikey_2_cued_4k": Planned(4096, 20),
@@ -300,7 +298,7 @@ ABLATED = ("chat_pass_key_1k", "recall_pass_key_4k", "recall_repetition_4k")
 BYTES = 300  # tokens at most that a vocabulary of bytes has
 
 
-def jobs(models: list[str], share: float) -> list[Job]:
+def jobs(models: list[str], share: float, has_ablations: bool = False) -> list[Job]:
     """The longest first. `share` of the documents: 1 is what the committed results have."""
     found = []
     for model in models:
@@ -312,9 +310,10 @@ def jobs(models: list[str], share: float) -> list[Job]:
             limit = max(least, round(planned.documents * share / least) * least)
             if is_chat:
                 ways = chat_grid(tokens, head_dim, planned.is_full)
-                ways += chat_ablations(tokens, head_dim) if task in ABLATED else []
+                more = chat_ablations(tokens, head_dim)
             else:
-                ways = grid(tokens, head_dim) + (ablations(tokens, head_dim) if task in ABLATED else [])
+                ways, more = grid(tokens, head_dim), ablations(tokens, head_dim)
+            ways += more if has_ablations and task in ABLATED else []
             batch = min(planned.batch, limit)
             found.append(Job(model, task, tokens, batch, limit, planned.decoded, tuple(ways)))
     return sorted(found, key=cost, reverse=True)
@@ -359,6 +358,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, required=True, help="write the scores here")
     parser.add_argument("--share", type=float, default=1.0, help="of the documents (default: 1)")
+    parser.add_argument("--ablations", action="store_true", help="SparQ's parts changed one at a time, too")
     parser.add_argument("--tasks", nargs="+", help="only these (default: all)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
     arguments = parser.parse_args()
@@ -370,7 +370,11 @@ def main() -> None:
     known = circumstances()  # before the first result makes the checkout dirty
     begin = time.perf_counter()
     models = [smollm2.folder_of(model) for model in arguments.models]
-    todo = [job for job in jobs(models, arguments.share) if job.task in (arguments.tasks or (job.task,))]
+    todo = [
+        job
+        for job in jobs(models, arguments.share, arguments.ablations)
+        if job.task in (arguments.tasks or (job.task,))
+    ]
     scores: list[Score] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     spawn = multiprocessing.get_context("spawn")

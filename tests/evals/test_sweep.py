@@ -73,7 +73,7 @@ def test_the_plan_has_every_method_at_every_ratio(folder):
     for job in jobs:
         assert job.ways[0] == sweep.DENSE
         asked = [(way.name, way.ratio) for way in job.ways if way.name in sweep.NAMES]
-        assert asked == [(method, ratio) for method in sweep.NAMES for ratio in (2, 4, 8, 16)]
+        assert asked == [(method, ratio) for method in sweep.NAMES for ratio in (4, 8, 16)]
         assert any(job.task.startswith(name) for name in sweep.METRICS)
 
 
@@ -87,7 +87,7 @@ def test_the_chat_plan_compares_like_with_like(tmp_path):
         is_full = sweep.CHAT_PLAN[job.task].is_full
         for name in sweep.NAMES:
             is_whole = name == "sparq" or (is_full and name != "h2o")
-            wanted = sweep.CHAT_RATIOS if is_whole else () if name == "h2o" and job.tokens > 2048 else (8,)
+            wanted = sweep.RATIOS if is_whole else () if name == "h2o" and job.tokens > 2048 else (8,)
             assert [ratio for way, ratio in ways if way == name] == list(wanted)
             if is_whole:
                 assert ways[f"{name}, dense_layers=1", 8] == ways[name, 8] | {"dense_layers": 1}
