@@ -54,7 +54,8 @@ RESULTS := benchmarks/results
 bench: $(STAMP)
 	$(BIN)/python benchmarks/attention.py --json $(RESULTS)/attention.json
 	$(BIN)/python benchmarks/generation.py --profile --json $(RESULTS)/generation.json
-	$(BIN)/python benchmarks/generation.py --index full --json $(RESULTS)/generation-full.json
+	$(BIN)/python benchmarks/generation.py --ratio 32 --r 32 --contexts 65536 131072 \
+		--json $(RESULTS)/generation-k64.json
 	$(BIN)/python benchmarks/generation.py --model llama-2-7b --layers 1 --contexts 4096 16384 --profile \
 		--json $(RESULTS)/generation-llama-2-7b.json
 	$(BIN)/python benchmarks/generation.py --model pythia-1.4b --contexts 2048 16384 --profile \

@@ -297,7 +297,7 @@ IN_DOCS = {
 OTHERS = {
     "attention": [sweep_grid],
     "generation": [parts_grid],
-    "generation-full": [generation_grid],
+    "generation-k64": [generation_grid],
     "generation-all-layers": [generation_grid],
     "generation-llama-2-7b": [generation_grid, parts_grid],
     "generation-pythia-1.4b": [generation_grid, parts_grid],

@@ -470,6 +470,7 @@ class Decoder {
             }
             interleave_runs(runs, quads + q * 4 * RUN);
         }
+        if (next_tile) prefetch(ranges + 2 * dim, 2 * dim);
         T pairs[2][MAX_HEAD_DIM];
         float low[MAX_HEAD_DIM + W], step[MAX_HEAD_DIM + W];
         for (int64_t c = 0; c < a.r; c++)
