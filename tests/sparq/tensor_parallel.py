@@ -15,7 +15,7 @@ from transformers.distributed import DistributedConfig
 import sparq
 from tests.sparq.tiny import generate, prompt
 
-SPARSE = dict(r=3, k=12, min_length=0)
+SPARSE = dict(r=3, k=12, index="full", min_length=0)  # the prompts are too short for a group of codes
 
 
 def observe(model: PreTrainedModel) -> dict[str, Any]:
