@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
-TESTS = ["tests/kernels/test_decode.py", "tests/kernels/test_operator.py", "tests/kernels/test_properties.py"]
+TESTS = [f"tests/kernels/test_{name}.py" for name in ("decode", "codes", "operator", "properties")]
 
 
 def runtime(name: str) -> str:
