@@ -249,13 +249,13 @@ def less(report: Any, model_config: Any) -> float:
     """Bytes of K and V that dense attention would have read token by token, over those read (and of what the method
     keeps beside K and V), in 16 bits."""
     total = report.total
-    dense = sum(total.dense_steps.values())
     return less_at_16_bits(
         total.bytes_read,
         total.bytes_dense,
         total.positions_cached,
         total.positions_read,
-        dense / (dense + total.sparse_steps),
+        total.sparse_steps,
+        sum(total.dense_steps.values()),
         report.config,
         model_config,
     )

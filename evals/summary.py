@@ -21,7 +21,8 @@ def less_at_16_bits(
     bytes_dense: int,
     positions_cached: int,
     positions_read: int,
-    dense_share: float,
+    sparse_steps: int,
+    dense_steps: int,
     config: Any,
     model_config: Any,
 ) -> float:
@@ -29,7 +30,7 @@ def less_at_16_bits(
 
     Everything is half as large there but the codes of a four-bit index. How many positions those are of follows from
     the bytes; what is written of the new tokens is left out, less than 1 % of them.
-    dense_share: of the layers' steps.  config: the `SparqConfig`, or another method's, which counts in elements.
+    sparse_steps, dense_steps: of the layers.  config: the `SparqConfig`, or another method's, which counts in elements.
     """
     if getattr(config, "index", "full") != "int4" or not hasattr(config, "base_k"):
         return bytes_dense / bytes_read
@@ -37,7 +38,7 @@ def less_at_16_bits(
     kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
     head_dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
     r, coded = config.components(head_dim), 1 / 2 + 2 * 4 / GROUP  # bytes of a coded component
-    sparse = (bytes_read - bytes_dense * dense_share) / kv_heads
+    sparse = (bytes_read - bytes_dense * dense_steps / (sparse_steps + dense_steps)) / kv_heads
     tail = (sparse - positions_read * 2 * head_dim * 4 - positions_cached * r * coded) / (r * (4 - coded))
     codes = kv_heads * (positions_cached - tail) * r / 2
     return bytes_dense / (bytes_read + codes)  # half of either, but for the codes

@@ -248,13 +248,13 @@ def _run(job: Job) -> list[Score]:
 
 
 def _less(steps: dict[str, Any], lm: Any) -> float:
-    sparse, dense = steps["layer_steps"]["sparse"], sum(steps["layer_steps"]["dense"].values())
     return less_at_16_bits(
         steps["bytes"]["read"],
         steps["bytes"]["dense"],
         steps["positions"]["cached"],
         steps["positions"]["read"],
-        dense / (sparse + dense),
+        steps["layer_steps"]["sparse"],
+        sum(steps["layer_steps"]["dense"].values()),
         lm.decoding.config,
         lm.model.config,
     )

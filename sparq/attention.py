@@ -214,12 +214,12 @@ def _decode(call: Call, ready: _Ready) -> Tensor:
     if call.later and not call.is_fixed:
         key, value = (x[:, :, : x.shape[2] - call.later] for x in (key, value))
     _, kv_heads, _, head_dim = key.shape
-    r = step.components(head_dim)
+    budget = step.budget(head_dim)
     output, alpha, _, lse, read = sparq_kernels.decode(
         call.query,
         sparq_kernels.Cached(key, ready.components, value, ready.value_sum, ready.ranges),
         sparq_kernels.Visible(plan.length, plan.start, plan.mask, plan.row_counts),
-        config.budget(r),
+        budget,
         scale=call.kwargs["scaling"],
         # Under SDPA the model's dense steps know no cap: older versions of transformers allow that, newer refuse it.
         softcap=call.kwargs.get("softcap") if call.base == "eager" else None,
@@ -228,7 +228,7 @@ def _decode(call: Call, ready: _Ready) -> Tensor:
     if call.kwargs.get("s_aux") is not None:  # attention sinks, [Hq]
         output = sinks.attenuate(output, alpha, lse, call.kwargs["s_aux"])
     itemsize = key.element_size()
-    counts = step.counts(plan, config.index, kv_heads, itemsize, r, head_dim, alpha.numel())
+    counts = step.counts(plan, config.index, kv_heads, itemsize, budget.r, head_dim, alpha.numel())
     read_bytes = 2 * head_dim * itemsize
     doubts = ready.mean_is_stale, plan.ignored_bias
     step.sparse.append(SparseStep(call.layer_idx, key.dtype, alpha, counts, read, read_bytes, *doubts))

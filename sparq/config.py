@@ -8,7 +8,8 @@ from typing import Any
 
 from sparq_kernels import Budget
 
-INDEXES = ("full", "int4")
+from sparq.index import KINDS
+
 MIN_COMPONENTS = 8
 MIN_POSITIONS = 128
 MASS = 0.95  # with less, and with fewer components, the search ends too early (evals/README.md)
@@ -80,8 +81,8 @@ class SparqConfig:
             raise TypeError(f"mean_value must be True, False or a float of 0 to 1, got {self.mean_value!r}")
         if not 0 <= self.mean_value <= 1:
             raise ValueError(f"mean_value must be True, False or a float of 0 to 1, got {self.mean_value!r}")
-        if self.index not in INDEXES:
-            raise ValueError(f"index must be one of {', '.join(map(repr, INDEXES))}, got {self.index!r}")
+        if self.index not in KINDS:
+            raise ValueError(f"index must be one of {', '.join(map(repr, KINDS))}, got {self.index!r}")
         if self.mass is not None:
             if not isinstance(self.mass, float):
                 raise TypeError(f"mass must be a float above 0 and up to 1, or None, got {self.mass!r}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import sparq_kernels
 import torch
 from torch import Tensor
 
-from sparq.config import SparqConfig
+if TYPE_CHECKING:
+    from sparq.config import SparqConfig
 
 
 @torch.compiler.assume_constant_result

@@ -101,8 +101,8 @@ class Codes(Components):
     def allocate(self, keys: Tensor, used: int = 0) -> Tensor:
         old, ranges, (batch, heads, capacity, head_dim) = self.blocks, self.ranges, keys.shape
         with outside_inference_mode():
-            shape = batch, heads, capacity, head_dim
-            self.blocks, self.ranges = layout.allocate_codes(*shape, keys.dtype, keys.device)
+            made = layout.allocate_codes(batch, heads, capacity, head_dim, keys.dtype, keys.device)
+            self.blocks, self.ranges = made
         if old is not None and ranges is not None:
             kept = layout.num_blocks(used)
             groups = kept * (BLOCK // GROUP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sparq_kernels import Budget
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -35,7 +36,7 @@ class Step:
         self.drafting = None if torch.compiler.is_compiling() else drafting(cache)
         self.sparse: list[SparseStep] = []  # counted when all layers have made theirs
         self._plans: list[tuple[Tensor | None, tuple, Plan]] = []
-        self._components: dict[int, int] = {}
+        self._budgets: dict[int, Budget] = {}
         self._kernels: dict[tuple[str, torch.dtype], bool] = {}
         self._counts: tuple[Plan, tuple[Any, ...], tuple[int, ...] | Tensor] | None = None
 
@@ -63,12 +64,12 @@ class Step:
             return next((layer for layer in holding if layer.holds(key, value)), own)
         return own
 
-    def components(self, head_dim: int) -> int:
-        """r for heads of `head_dim` components."""
-        r = self._components.get(head_dim)
-        if r is None:
-            r = self._components[head_dim] = self.config.components(head_dim)
-        return r
+    def budget(self, head_dim: int) -> Budget:
+        """What the operator may read for heads of `head_dim` components."""
+        budget = self._budgets.get(head_dim)
+        if budget is None:
+            budget = self._budgets[head_dim] = self.config.budget(self.config.components(head_dim))
+        return budget
 
     def has_kernel(self, device_type: str, dtype: torch.dtype) -> bool:
         """As `devices.has_kernel`."""

@@ -42,7 +42,7 @@ from sparq_kernels.value_sum import ExtendArguments
 from tables import Grid
 from workload import DTYPES
 
-from sparq.config import INDEXES
+from sparq.index import KINDS
 
 # Of a multiprocessor with sm_90; a block takes 1 kB of shared memory more than it asks for.
 REGISTERS, SHARED, WARPS, PROGRAMS = 65536, 228 << 10, 64, 32
@@ -171,7 +171,7 @@ def build_test(name: str, dtype_name: str, target: str, multiprocessors: int) ->
 
     compiled_kernels.MULTIPROCESSORS[target] = multiprocessors
     found = {}
-    for index, forced in itertools.product(INDEXES, WAYS.values()):
+    for index, forced in itertools.product(KINDS, WAYS.values()):
         call = call_of(make_case(dtype=DTYPES[dtype_name], index=index, **CASES[name]))
         # As they lie when they have been copied to the card.
         there = [x.clone() if isinstance(x, torch.Tensor) else x for x in call]

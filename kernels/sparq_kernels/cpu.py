@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from .arguments import Arguments
 from .layout import GROUP
+from .reference import Results
 
 SOURCES = Path(__file__).parent / "csrc"
 SOURCE, FILES = SOURCES / "decode.cpp", sorted(SOURCES.iterdir())
@@ -134,7 +134,7 @@ def plan(call: Arguments) -> Plan:
     return Plan(layout, (batch, num_heads, query_length, head_dim), positions_shape)
 
 
-def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+def run(plan: Plan, call: Arguments) -> Results | None:
     """Results as `reference.decode_reference` gives them; None when a value of `length` or `start` is out of range."""
     library = kernel()
     assert library is not None, "callers ask kernel() first"

@@ -13,9 +13,8 @@ from .arguments import Arguments, check_arguments, check_memory, check_rows, che
 from .backends import triton_kernels
 from .declaration import define
 from .groups import Budget, Cached, Visible, wrong_group
-from .reference import decode_reference
+from .reference import Results, decode_reference
 
-Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of DecodeOutput
 MAX_PLANS = 4096  # a growing cache brings a new layout with every token
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from .groups import Budget, Cached, Visible
 from .layout import GROUP, num_blocks, read_codes
 
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of `operator.DecodeOutput`
+
 
 def decode_reference(
     query: Tensor,
@@ -25,7 +27,7 @@ def decode_reference(
     softcap: float | None,
     mean_from: float,
     return_positions: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Results:
     """Arguments and results as in `operator.decode`; the arguments must have been checked.
 
     float64 inputs are computed in float64, everything else in float32.  `positions` is [B, Hkv, Q, 0] unless asked for.
@@ -67,7 +69,7 @@ def _decode_one(
     softcap: float | None,
     mean_from: float,
     return_positions: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Results:
     """The five steps for one query of each row; the sum of V is over what it sees."""
     key, _, value, value_sum, _ = cache
     length, start, mask, _ = visible

@@ -19,8 +19,6 @@ namespace sparq {
 
 constexpr int64_t RUN = GROUP / 2;           // bytes of a run
 constexpr int64_t RUN_STRIDE = BLOCK / 2;    // bytes from a component to the next
-constexpr int64_t PIECE = 4 * W;             // bytes of a vector
-constexpr int64_t PIECES = RUN / PIECE;      // of a run
 constexpr int LEVELS = 15;
 
 // Four runs side by side: out[4 j + m] is byte j of run m.

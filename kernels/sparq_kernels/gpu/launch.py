@@ -37,6 +37,7 @@ from ..arguments import Arguments, check_memory, options_of, tensors_of
 from ..counting import CountArguments
 from ..encoding import EncodeArguments
 from ..layout import GROUP
+from ..reference import Results
 from ..value_sum import ExtendArguments
 from . import fused, split
 from .append import append as append_kernel
@@ -273,7 +274,7 @@ def _stream(device: torch.device) -> int:
     return triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
 
 
-def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def run(plan: Plan, call: Arguments) -> Results:
     """Results as `reference.decode_reference` gives them.  Values of `length` and `start` out of range are clamped.
 
     Raises RuntimeError for memory that has been freed, ValueError for codes that cannot be read as words.
@@ -284,7 +285,7 @@ def run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
         return _run(plan, call)
 
 
-def _run(plan: Plan, call: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _run(plan: Plan, call: Arguments) -> Results:
     batch, _, query_length, _ = shape = call.query.shape
     device, num_kv_heads = call.query.device, call.key.shape[1]
     output = torch.empty(shape, dtype=call.query.dtype, device=device)
