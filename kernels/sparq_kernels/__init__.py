@@ -11,6 +11,7 @@ from .encoding import encode  # noqa: E402
 from .groups import Budget, Cached, Visible  # noqa: E402
 from .layout import BLOCK, GROUP, allocate_codes, allocate_components, read_components, write_components  # noqa: E402
 from .operator import DecodeOutput, decode  # noqa: E402
+from .slots import append_slots  # noqa: E402
 from .value_sum import extend_sum  # noqa: E402
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "allocate_codes",
     "allocate_components",
     "append",
+    "append_slots",
     "backend",
     "count_valid",
     "decode",

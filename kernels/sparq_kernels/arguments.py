@@ -30,6 +30,7 @@ class Arguments(NamedTuple):
     value: Tensor
     value_sum: Tensor
     key_ranges: Tensor | None
+    block_table: Tensor | None
     length: Tensor
     start: Tensor | None
     mask: Tensor | None
@@ -40,6 +41,7 @@ class Arguments(NamedTuple):
     local: int | None
     mass: float | None
     k_min: int
+    dense_below: int
     scale: float | None
     softcap: float | None
     mean_from: float
@@ -62,9 +64,14 @@ class Arguments(NamedTuple):
         return self.query.shape[3] ** -0.5 if self.scale is None else self.scale
 
     @property
+    def capacity(self) -> int:
+        """The positions a row has room for."""
+        return self.key.shape[2] * (1 if self.block_table is None else self.block_table.shape[1])
+
+    @property
     def k_max(self) -> int:
         """The largest budget a row can have."""
-        return max_positions(self.key.shape[2], self.k, self.k_divisor)
+        return max_positions(self.capacity, self.budget)
 
     def layout(self) -> tuple[object, ...]:
         """All that checks and launch choices depend on: equal layouts need them once."""
@@ -89,6 +96,8 @@ def check_tensors(call: Arguments) -> None:
         raise ValueError(f"query must be [B, Hq, Q, d], got {list(query.shape)}")
     if key.dim() != 4:
         raise ValueError(f"key must be [B, Hkv, S, d], got {list(key.shape)}")
+    if call.block_table is not None and call.block_table.dim() != 2:
+        raise ValueError(f"block_table must be [B, pages], got {list(call.block_table.shape)}")
     check_devices(call, tensors_of, "query")
 
 
@@ -110,10 +119,10 @@ def check_devices(call: Any, tensors_of: Part, leading: str) -> None:
 def check_arguments(call: Arguments) -> None:
     """Raise for a shape, dtype, device, stride or option that an implementation could not survive."""
     check_tensors(call)
-    query, key, key_components, value, value_sum, key_ranges, length, start, mask, counts = tensors_of(call)
-    r, k, k_divisor, local, mass, k_min, scale, softcap, mean_from, _ = options_of(call)
+    query, key, key_components, value, value_sum, key_ranges, block_table, length, start, mask, counts = tensors_of(call)
+    r, k, k_divisor, local, mass, k_min, dense_below, scale, softcap, mean_from, _ = options_of(call)
     batch, num_heads, query_length, head_dim = query.shape
-    num_kv_heads, cached = key.shape[1], key.shape[2]
+    num_kv_heads, cached = key.shape[1], call.capacity
     if not 1 <= query_length <= MAX_QUERY_LENGTH:
         wanted = f"1 to {MAX_QUERY_LENGTH} new tokens per row"
         raise ValueError(f"query must hold {wanted}, got {query_length}; prompts are dense attention")
@@ -125,12 +134,18 @@ def check_arguments(call: Arguments) -> None:
         raise ValueError(f"key must hold at least one row and one position, got {list(key.shape)}")
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"query heads ({num_heads}) must be a multiple of key heads ({num_kv_heads})")
-    if key.shape[0] != batch or key.shape[3] != head_dim:
-        raise ValueError(f"key must be [{batch}, Hkv, S, {head_dim}] to match query, got {list(key.shape)}")
+    rows = batch if block_table is None else key.shape[0]
+    if key.shape[0] != rows or key.shape[3] != head_dim:
+        raise ValueError(f"key must be [{rows}, Hkv, S, {head_dim}] to match query, got {list(key.shape)}")
     if value.shape != key.shape:
         raise ValueError(f"value must have key's shape {list(key.shape)}, got {list(value.shape)}")
-    if value_sum.shape != (batch, num_kv_heads, head_dim):
-        raise ValueError(f"value_sum must be [{batch}, {num_kv_heads}, {head_dim}], got {list(value_sum.shape)}")
+    if value_sum.shape != (rows, num_kv_heads, head_dim):
+        raise ValueError(f"value_sum must be [{rows}, {num_kv_heads}, {head_dim}], got {list(value_sum.shape)}")
+    if block_table is not None:
+        check_table(block_table, batch)
+        for name, tensor in (("start", start), ("mask", mask)):
+            if tensor is not None:
+                raise ValueError(f"{name} must be None with a block_table: rows of pages have no padding")
 
     dtype = query.dtype
     if dtype not in DTYPES:
@@ -140,7 +155,7 @@ def check_arguments(call: Arguments) -> None:
             raise TypeError(f"{name} must have query's dtype {dtype}, got {tensor.dtype}")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name} must be contiguous in its last axis, got strides {tensor.stride()}")
-    check_index(key, key_components, key_ranges)
+    check_index(key, key_components, key_ranges, paged=block_table is not None)
     if value_sum.dtype != torch.float32 and not (value_sum.dtype == dtype == torch.float64):
         raise TypeError(f"value_sum must be float32 (or float64 with float64 inputs), got {value_sum.dtype}")
 
@@ -164,6 +179,8 @@ def check_arguments(call: Arguments) -> None:
         raise ValueError(f"r must be 1 to head_dim ({head_dim}), got {r}")
     check_budget(k, k_divisor, local)
     check_mass(mass, k_min, k)
+    if dense_below < 0:
+        raise ValueError(f"dense_below must not be negative, got {dense_below}")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite or None, got {scale}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
@@ -172,6 +189,16 @@ def check_arguments(call: Arguments) -> None:
         raise ValueError(f"softcap must be 1e-30 to 1e30, which float32 arithmetic can divide by, got {softcap}")
     if not mean_from >= 0:
         raise ValueError(f"mean_value must be True, False or the least alpha it is blended in with, got {mean_from}")
+
+
+def check_table(block_table: Tensor, batch: int) -> None:
+    """Raise for one that is not int32 [batch, pages]."""
+    if block_table.shape[0] != batch:
+        raise ValueError(f"block_table must be [{batch}, pages], got {list(block_table.shape)}")
+    if block_table.dtype != torch.int32:
+        raise TypeError(f"block_table must be int32, got {block_table.dtype}")
+    if block_table.stride(1) != 1 and block_table.shape[1] > 1:
+        raise ValueError(f"block_table must be contiguous in its last axis, got strides {block_table.stride()}")
 
 
 def check_per_row(batch: int, **tensors: Tensor | None) -> None:
@@ -232,10 +259,18 @@ def check_memory(call: Any, tensors_of: Part) -> None:
             raise ValueError(f"{name} must lie at a multiple of its element's {size} bytes, got address {address:#x}")
 
 
-def check_rows(length: Tensor, start: Tensor | None, key: Tensor) -> None:
+def check_rows(call: Arguments) -> None:
     """Raise for values no row can have.  On the CPU only: elsewhere reading them would stall the device, and
     implementations clamp instead."""
-    if min(length.tolist()) < 0 or max(length.tolist()) > key.shape[2]:
-        raise ValueError(f"length must be 0 to the {key.shape[2]} cached positions, got {length.tolist()}")
+    length, start, block_table = call.length, call.start, call.block_table
+    if min(length.tolist()) < 0 or max(length.tolist()) > call.capacity:
+        raise ValueError(f"length must be 0 to the {call.capacity} cached positions, got {length.tolist()}")
     if start is not None and min(start.tolist()) < 0:
         raise ValueError(f"start must not be negative, got {start.tolist()}")
+    if block_table is None:
+        return
+    pages, _, size, _ = call.key.shape
+    for row, (entries, n) in enumerate(zip(block_table.tolist(), length.tolist(), strict=True)):
+        used = entries[: -(-n // size)]
+        if used and not 0 <= min(used) <= max(used) < pages:
+            raise ValueError(f"block_table must name pages of 0 to {pages - 1}, got {used} in row {row}")

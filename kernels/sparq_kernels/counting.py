@@ -58,7 +58,7 @@ def count_default(call: CountArguments) -> Tensor:
     end = length[:, None] - torch.arange(queries - 1, -1, -1, device=device)  # [B, Q]
     valid = valid_positions(length, start, mask, cached)[:, None] & (position < end[:, :, None])  # [B, Q, S]
     count = valid.sum(-1)
-    _, window = budget_and_window(count, k, k_divisor, local)
+    _, window = budget_and_window(count, Budget(1, k, k_divisor, local))
     newer = count[:, :, None] - valid.cumsum(-1)  # valid positions behind each
     in_window = valid & (newer < window[:, :, None])
     first = torch.where(in_window, position, cached).amin(-1)

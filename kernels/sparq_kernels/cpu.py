@@ -35,16 +35,17 @@ from typing import Any, NamedTuple
 import torch
 
 from .arguments import Arguments
-from .layout import GROUP
+from .layout import BLOCK, GROUP
 from .reference import Results
 
 SOURCES = Path(__file__).parent / "csrc"
 SOURCE, FILES = SOURCES / "decode.cpp", sorted(SOURCES.iterdir())
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # csrc/arguments.h in two parts: what changes with every call, and what does not.
-POINTERS = struct.Struct("@14Pq")
-LAYOUT = struct.Struct("@32q4d")
+POINTERS = struct.Struct("@15Pq")
+LAYOUT = struct.Struct("@37q4d")
 ENCODING = struct.Struct("@3P15q")
+SLOTS = struct.Struct("@8P27q")
 
 
 class CompilerError(Exception):
@@ -65,8 +66,13 @@ def kernel() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(build()))
         library.sparq_arguments_size.restype = ctypes.c_int64
         library.sparq_encode_arguments_size.restype = ctypes.c_int64
-        sizes = library.sparq_arguments_size(), library.sparq_encode_arguments_size()
-        if sizes != (POINTERS.size + LAYOUT.size, ENCODING.size):
+        library.sparq_slot_arguments_size.restype = ctypes.c_int64
+        sizes = (
+            library.sparq_arguments_size(),
+            library.sparq_encode_arguments_size(),
+            library.sparq_slot_arguments_size(),
+        )
+        if sizes != (POINTERS.size + LAYOUT.size, ENCODING.size, SLOTS.size):
             raise CompilerError("the kernel's arguments do not have the size cpu.py expects")
     except (CompilerError, OSError) as error:
         warnings.warn(
@@ -84,7 +90,7 @@ def kernel() -> ctypes.CDLL | None:
             RuntimeWarning,
             stacklevel=2,
         )
-    for function in (library.sparq_decode, library.sparq_encode):
+    for function in (library.sparq_decode, library.sparq_encode, library.sparq_append_slots):
         function.argtypes = [ctypes.c_char_p]
         function.restype = ctypes.c_int64
     return library
@@ -101,20 +107,23 @@ class Plan(NamedTuple):
 def plan(call: Arguments) -> Plan:
     """For arguments that have been checked and are float32, bfloat16 or float16."""
     batch, num_heads, query_length, head_dim = call.query.shape
-    _, num_kv_heads, cached, _ = call.key.shape
+    num_kv_heads = call.key.shape[1]
     layout = LAYOUT.pack(
         batch,
         num_kv_heads,
         num_heads // num_kv_heads,
         query_length,
         head_dim,
-        cached,
+        call.capacity,
+        BLOCK if call.block_table is None else call.key.shape[2],
+        call.key.shape[0],
         *call.query.stride()[:3],
         *call.key.stride()[:3],
-        *call.key_components.stride()[:3],
+        *call.key_components.stride()[:4],
         *call.value.stride()[:3],
         *call.value_sum.stride()[:2],
         *((0, 0) if call.key_ranges is None else call.key_ranges.stride()[:2]),
+        0 if call.block_table is None else call.block_table.stride(0),
         call.length.stride(0),
         0 if call.start is None else call.start.stride(0),
         0 if call.mask is None else call.mask.stride(0),
@@ -125,6 +134,7 @@ def plan(call: Arguments) -> Plan:
         -1 if call.local is None else call.local,
         call.k_max,
         call.k_min,
+        call.dense_below,
         call.softmax_scale,
         call.softcap or 0.0,
         call.mean_from,
@@ -135,7 +145,8 @@ def plan(call: Arguments) -> Plan:
 
 
 def run(plan: Plan, call: Arguments) -> Results | None:
-    """Results as `reference.decode_reference` gives them; None when a value of `length` or `start` is out of range."""
+    """Results as `reference.decode_reference` gives them; None when a value of `length`, `start` or `block_table` is out
+    of range."""
     library = kernel()
     assert library is not None, "callers ask kernel() first"
     output = torch.empty(plan.output_shape, dtype=call.query.dtype)
@@ -150,6 +161,7 @@ def run(plan: Plan, call: Arguments) -> Results | None:
         call.value.data_ptr(),
         call.value_sum.data_ptr(),
         0 if call.key_ranges is None else call.key_ranges.data_ptr(),
+        0 if call.block_table is None else call.block_table.data_ptr(),
         call.length.data_ptr(),
         0 if call.start is None else call.start.data_ptr(),
         0 if call.mask is None else call.mask.data_ptr(),
@@ -194,6 +206,46 @@ def encode(call: Any) -> None:
     status = library.sparq_encode(arguments)
     if status:
         raise RuntimeError(f"sparq_kernels: the CPU kernel refused to encode (status {status})")
+
+
+def append_slots(call: Any) -> None:
+    """Write `call`, a `slots.SlotArguments` that has been checked."""
+    library = kernel()
+    assert library is not None, "callers ask kernel() first"
+    key, value, components, value_sum, ranges, new_key, new_value, slots = call
+    pages, num_kv_heads, page, head_dim = key.shape
+    status = library.sparq_append_slots(
+        SLOTS.pack(
+            key.data_ptr(),
+            value.data_ptr(),
+            components.data_ptr(),
+            value_sum.data_ptr(),
+            0 if ranges is None else ranges.data_ptr(),
+            new_key.data_ptr(),
+            new_value.data_ptr(),
+            slots.data_ptr(),
+            torch.get_num_threads(),
+            slots.shape[0],
+            pages,
+            num_kv_heads,
+            page,
+            head_dim,
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *components.stride()[:2],
+            components.stride(3),
+            *value_sum.stride()[:2],
+            *((0, 0) if ranges is None else ranges.stride()[:2]),
+            *new_key.stride(),
+            *new_value.stride(),
+            slots.stride(0),
+            DTYPE_CODES[key.dtype],
+        )
+    )
+    if status == 3:
+        raise ValueError(f"slots must be below {pages * page}, which the pages have, got {slots.tolist()}")
+    if status:
+        raise RuntimeError(f"sparq_kernels: the CPU kernel refused to append (status {status})")
 
 
 def library() -> Path:

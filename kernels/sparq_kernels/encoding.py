@@ -12,7 +12,7 @@ from .arguments import DTYPES, check_devices, check_memory, check_required
 from .backends import triton_kernels
 from .declaration import define, parts_of, required_tensors
 from .groups import Cached, wrong_group
-from .layout import BLOCK, GROUP, check_index, find_codes, find_ranges
+from .layout import GROUP, check_index, find_codes, find_ranges
 
 
 class EncodeArguments(NamedTuple):
@@ -53,8 +53,8 @@ def encode_default(call: EncodeArguments) -> None:
 
 
 def encode_groups(key: Tensor, codes: Tensor, ranges: Tensor, first: int, last: int) -> None:
-    """Code the groups [first, last) of keys that have been checked."""
-    per_block = BLOCK // GROUP
+    """Code the groups [first, last) of keys that have been checked, with blocks of any size."""
+    per_block = 2 * codes.shape[4] // GROUP
     while first < last:  # as many as lie within a block
         stop = min(last, (first // per_block + 1) * per_block)
         keys = key[:, :, first * GROUP : stop * GROUP]

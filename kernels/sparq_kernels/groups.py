@@ -22,6 +22,12 @@ class Cached(NamedTuple):
         `decode` needs it; where it is None `append` leaves it to others to keep.
     key_ranges: [B, Hkv, groups, d, 2], the least value and the step of each run of codes, as written by `encode`; None:
         the index is not coded.
+    block_table: int32 [B, pages], last axis contiguous: storage is in pages of N positions, which rows may share, and
+        position s of row b lies at s % N of page block_table[b, s // N].  The tensors above then have a page where they
+        have a row, and N for S and BLOCK: key and value [P, Hkv, N, d], key_components [P, Hkv, 1, d, N] (codes: N / 2),
+        value_sum [P, Hkv, d], key_ranges [P, Hkv, N / GROUP, d, 2].  N: 64, 128, ... 2048, with codes 256 and more.
+        A row's last page need not be full: its sum is not read.  Entries behind it may be anything.  `append_slots`
+        writes.
 
     key, value, key_components (unless they are codes) and key_ranges share a dtype: float32, bfloat16, float16 (float32
     arithmetic) or float64.
@@ -32,6 +38,7 @@ class Cached(NamedTuple):
     value: Tensor
     value_sum: Tensor | None
     key_ranges: Tensor | None = None
+    block_table: Tensor | None = None
 
 
 class Visible(NamedTuple):
@@ -59,6 +66,7 @@ class Budget(NamedTuple):
     mass: 0 < mass < 1, where the approximate scores say when to stop: a KV head attends, the local window first and
         then from the highest score down, as few positions as hold this share of the scores' sum over the group; at
         least k_min, the local window included, and at most what k and k_divisor say.  None: all that these say.
+    dense_below: a query that sees fewer valid positions than this attends all of them.
     """
 
     r: int
@@ -67,6 +75,7 @@ class Budget(NamedTuple):
     local: int | None = None
     mass: float | None = None
     k_min: int = 1
+    dense_below: int = 0
 
 
 def wrong_group(name: str, group: Any, kind: type) -> TypeError:

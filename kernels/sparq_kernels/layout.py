@@ -35,6 +35,7 @@ from torch import Tensor
 BLOCK = 2048
 GROUP = 256  # positions that share a range; a divisor of BLOCK, and what the kernels score in one go
 LEVELS = 15  # steps of a range
+MIN_PAGE = 64  # positions of a page, where a cache is paged; the most is BLOCK
 HUGE_PAGE = 2 << 20  # bytes
 MADV_HUGEPAGE = 14
 
@@ -184,20 +185,26 @@ def read_codes(codes: Tensor, ranges: Tensor, groups: int) -> Tensor:
     """What the first `groups` of a coded index stand for, [B, Hkv, d, groups * GROUP]; computed in float32 or, with
     float64 ranges, in that."""
     compute = torch.float64 if ranges.dtype == torch.float64 else torch.float32
-    batch, heads, blocks, head_dim, _ = codes.shape
-    runs = codes.unflatten(-1, (BLOCK // GROUP, GROUP // 2)).transpose(2, 3)  # [B, Hkv, d, blocks, groups, bytes]
-    packed = runs.reshape(batch, heads, head_dim, blocks * (BLOCK // GROUP), GROUP // 2)[:, :, :, :groups]
+    runs = codes.unflatten(-1, (-1, GROUP // 2)).transpose(2, 3)  # [B, Hkv, d, blocks, groups, bytes]
+    packed = runs.flatten(3, 4)[:, :, :, :groups]
     code = torch.cat([packed & 15, packed >> 4], -1).to(compute)  # [B, Hkv, d, groups, GROUP]
     low, step = ranges[:, :, :groups].transpose(2, 3).to(compute).unbind(-1)  # [B, Hkv, d, groups]
     return (low[..., None] + step[..., None] * code).flatten(3)
 
 
-def check_index(key: Tensor, components: Tensor, ranges: Tensor | None) -> None:
+def check_index(key: Tensor, components: Tensor, ranges: Tensor | None, paged: bool = False) -> None:
     """Raise where they are not the index of keys [B, Hkv, S, d], or of storage for as many.  `components` is the index
-    itself where there are no ranges, else its codes."""
+    itself where there are no ranges, else its codes.  paged: every row is a page, and its block is as large."""
     batch, heads, positions, head_dim = key.shape
-    blocks, stored = num_blocks(positions), components.shape
-    run, dtype = (BLOCK, key.dtype) if ranges is None else (BLOCK // 2, torch.uint8)
+    block = BLOCK
+    if paged:
+        block, least = positions, MIN_PAGE if ranges is None else GROUP
+        if not least <= block <= BLOCK or BLOCK % block:
+            index = "" if ranges is None else " with a coded index"
+            wanted = f"{least} to {BLOCK} positions{index}, a power of two"
+            raise ValueError(f"key must be in pages of {wanted}, got pages of {block}")
+    blocks, stored = -(-positions // block), components.shape
+    run, dtype = (block, key.dtype) if ranges is None else (block // 2, torch.uint8)
     if len(stored) != 5 or stored[:2] != key.shape[:2] or stored[2] < blocks or stored[3:] != (head_dim, run):
         wanted = f"[{batch}, {heads}, at least {blocks}, {head_dim}, {run}]"
         raise ValueError(f"key_components must be {wanted}, got {list(stored)}")
@@ -208,7 +215,7 @@ def check_index(key: Tensor, components: Tensor, ranges: Tensor | None) -> None:
         raise ValueError(f"key_components must have contiguous blocks [d, {run}], got strides {components.stride()}")
     if ranges is None:
         return
-    groups = blocks * (BLOCK // GROUP)
+    groups = blocks * (block // GROUP)
     found = ranges.shape
     if len(found) != 5 or found[:2] != key.shape[:2] or found[2] < groups or found[3:] != (head_dim, 2):
         wanted = f"[{batch}, {heads}, at least {groups}, {head_dim}, 2]"

@@ -112,7 +112,7 @@ def decode_default(call: Arguments) -> Results:
     check_arguments(call)
     if call.query.device.type == "cpu":
         check_memory(call, tensors_of)
-        check_rows(call.length, call.start, call.key)
+        check_rows(call)
     return decode_reference(
         call.query,
         call.cached,
@@ -134,8 +134,8 @@ def decode_cpu(call: Arguments) -> Results:
     check_memory(call, tensors_of)
     result = cpu.run(plan, call)
     if result is None:
-        check_rows(call.length, call.start, call.key)
-        raise RuntimeError("length or start changed while the operator ran")
+        check_rows(call)
+        raise RuntimeError("length, start or block_table changed while the operator ran")
     return result
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .groups import Budget, Cached, Visible
-from .layout import GROUP, num_blocks, read_codes
+from .layout import GROUP, read_codes
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of `operator.DecodeOutput`
 
@@ -34,6 +34,8 @@ def decode_reference(
     """
     assert cached.value_sum is not None
     length, start, mask, _ = visible
+    if cached.block_table is not None:
+        cached = in_a_row(cached, length)
     results = []
     for i in range(query.shape[2]):
         later = query.shape[2] - 1 - i  # new tokens that this query does not see
@@ -71,9 +73,9 @@ def _decode_one(
     return_positions: bool,
 ) -> Results:
     """The five steps for one query of each row; the sum of V is over what it sees."""
-    key, _, value, value_sum, _ = cache
+    key, value, value_sum = cache.key, cache.value, cache.value_sum
     length, start, mask, _ = visible
-    r, k, k_divisor, local, mass, k_min = limits
+    r, k_min, mass = limits.r, limits.k_min, limits.mass
     assert value_sum is not None
     batch, num_heads, _, head_dim = query.shape
     num_kv_heads, cached = key.shape[1], key.shape[2]
@@ -82,8 +84,8 @@ def _decode_one(
 
     valid = valid_positions(length, start, mask, cached)  # [B, S]
     n = valid.sum(-1)  # [B]
-    budget, window = budget_and_window(n, k, k_divisor, local)
-    k_max = max_positions(cached, k, k_divisor)
+    budget, window = budget_and_window(n, limits)
+    k_max = max_positions(cached, limits)
 
     # 1. Components: the r largest of the group's summed magnitudes.
     magnitude = q.abs().sum(2)  # [B, Hkv, d]
@@ -107,7 +109,8 @@ def _decode_one(
     if mass is not None:
         share = s_hat.sum(2).nan_to_num(nan=0.0).gather(-1, ranked) / s_hat.shape[2]
         wanted = (share.cumsum(-1) < mass).sum(-1) + 1
-        least = torch.maximum(n.clamp(max=k_min), window)[:, None]
+        least = torch.maximum(n.clamp(max=k_min), window)
+        least = torch.where(n < limits.dense_below, n, least)[:, None]
         budget = torch.minimum(torch.maximum(wanted, least), budget)
     chosen = torch.arange(k_max, device=q.device) < budget[..., None]  # [B, Hkv, k_max]
     p = ranked.masked_fill(~chosen, cached).sort(-1).values  # ascending, unused slots last
@@ -152,7 +155,7 @@ def indexed(cache: Cached, c: Tensor, length: Tensor) -> Tensor:
     key, blocks, ranges = cache.key, cache.key_components, cache.key_ranges
     size = key.shape[2]
     if ranges is None:
-        blocks = blocks[:, :, : num_blocks(size)]
+        blocks = blocks[:, :, : -(-size // blocks.shape[4])]
         found = blocks.gather(3, c[:, :, None, :, None].expand(-1, -1, blocks.shape[2], -1, blocks.shape[4]))
         return found.transpose(2, 3).flatten(3)[..., :size]
     own = key.transpose(2, 3).gather(2, c[..., None].expand(-1, -1, -1, size))
@@ -167,8 +170,30 @@ def indexed(cache: Cached, c: Tensor, length: Tensor) -> Tensor:
     return torch.cat([front, own[..., groups * GROUP :].to(coded.dtype)], -1)
 
 
-def max_positions(cached: int, k: int, k_divisor: int | None) -> int:
+def in_a_row(cached: Cached, length: Tensor) -> Cached:
+    """The same cache without a block table, its pages copied one behind the other; value_sum is over length."""
+    assert cached.block_table is not None and cached.value_sum is not None
+    size, pages = cached.key.shape[2], cached.block_table.shape[1]
+    page = torch.arange(pages, device=length.device)
+    table = cached.block_table.masked_fill(page * size >= length[:, None], 0).long()  # what is behind may be anything
+
+    def join(stored: Tensor) -> Tensor:
+        return stored[table].transpose(1, 2).flatten(2, 3)  # [B, Hkv, pages * ..., ...]
+
+    value, ranges = join(cached.value), cached.key_ranges
+    compute = cached.value_sum.dtype
+    whole = (page < length[:, None] // size)[:, :, None, None]
+    sums = cached.value_sum[table].masked_fill(~whole, 0).sum(1)
+    s = torch.arange(pages * size, device=length.device)
+    last = (s < length[:, None]) & (s >= length[:, None] // size * size)  # what is seen of a page that is not full
+    sums = sums + value.masked_fill(~last[:, None, :, None], 0).sum(2, dtype=compute)
+    ranges = None if ranges is None else join(ranges)
+    return Cached(join(cached.key), join(cached.key_components), value, sums, ranges)
+
+
+def max_positions(cached: int, limits: Budget) -> int:
     """The largest budget that a row can have, known from the shapes alone (they may be symbolic)."""
+    k, k_divisor = torch.sym_max(limits.k, limits.dense_below - 1), limits.k_divisor
     return torch.sym_min(cached, k if k_divisor is None else torch.sym_max(k, cached // k_divisor))
 
 
@@ -181,9 +206,11 @@ def valid_positions(length: Tensor, start: Tensor | None, mask: Tensor | None, c
     return valid if mask is None else valid & mask
 
 
-def budget_and_window(n: Tensor, k: int, k_divisor: int | None, local: int | None) -> tuple[Tensor, Tensor]:
+def budget_and_window(n: Tensor, limits: Budget) -> tuple[Tensor, Tensor]:
     """How many of n valid positions are attended, and how many of these are the newest ones; in n's shape."""
+    k, k_divisor, local = limits.k, limits.k_divisor, limits.local
     budget = n.clamp(max=k) if k_divisor is None else torch.minimum(n, (n // k_divisor).clamp(min=k))
+    budget = torch.where(n < limits.dense_below, n, budget)
     return budget, budget // 4 if local is None else budget.clamp(max=local)
 
 

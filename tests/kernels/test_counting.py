@@ -18,7 +18,7 @@ from tests.kernels.fuzzing import run_decode, with_counts
 def counted(valid: list[bool], end: int, k: int, k_divisor: int | None, local: int | None) -> tuple[int, int]:
     """Of one query that sees what is valid before `end`: how many positions, and the first one of its window."""
     seen = [s for s in range(max(end, 0)) if valid[s]]
-    budget = max_positions(len(seen), k, k_divisor)
+    budget = max_positions(len(seen), Budget(1, k, k_divisor))
     window = budget // 4 if local is None else min(local, budget)
     return len(seen), seen[len(seen) - window] if window else max(end, 0)
 

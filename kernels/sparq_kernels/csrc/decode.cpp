@@ -41,7 +41,8 @@ constexpr int LANES = 16;            // maxima kept per tile: one for every 16th
 constexpr int64_t CHUNK = 128;       // chosen positions per attend task
 constexpr int64_t UNIT = 64;         // neighbouring positions whose scores share a reference exponent
 constexpr int64_t TILE = 256;        // positions scored and combined in one go
-static_assert(BLOCK % TILE == 0, "a tile lies within one block of storage");
+static_assert(BLOCK % TILE == 0, "a tile lies within one block of storage, or in whole pages");
+constexpr int64_t PARTS = TILE / MIN_PAGE;  // the most pages that a tile can lie in
 static_assert(GROUP == TILE && TILE == 2 * CHUNK, "a tile is coded, or scored from two chunks of rows");
 constexpr int64_t UNITS = TILE / UNIT;
 constexpr int64_t LINE = 64;         // bytes
@@ -176,9 +177,10 @@ Row make_row(const Arguments& a, int64_t b, int64_t i) {
         row.n = 0;
         for (int64_t s = row.first; s < row.end; s++) row.n += row.mask[s] != 0;
     }
-    row.budget = std::min(row.n, std::max(a.k, a.k_divisor ? row.n / a.k_divisor : 0));
+    bool dense = row.n < a.dense_below;
+    row.budget = dense ? row.n : std::min(row.n, std::max(a.k, a.k_divisor ? row.n / a.k_divisor : 0));
     row.window = a.local < 0 ? row.budget / 4 : std::min(a.local, row.budget);
-    row.least = a.mass > 0 ? std::max(std::min(a.k_min, row.n), row.window) : row.budget;
+    row.least = a.mass > 0 && !dense ? std::max(std::min(a.k_min, row.n), row.window) : row.budget;
     row.window_begin = row.end - row.window;
     if (row.mask) {
         row.window_begin = row.end;
@@ -207,10 +209,36 @@ bool whole_tile(const Row& row, int64_t tile, int64_t end) {
     return all;
 }
 
+// Sum of rows [begin, end), in their order; of those that a mask allows.
+template <class T>
+void sum_rows(const T* rows, int64_t begin, int64_t end, int64_t stride, const uint8_t* mask, int64_t dim,
+              float* sum) {
+    float total[MAX_HEAD_DIM + PAIR] = {};  // in load_pair's order
+    int64_t whole = dim / PAIR * PAIR;
+    for (int64_t p = begin; p < end; p++) {
+        if (mask && !mask[p]) continue;
+        Floats x, y;
+        auto add = [&](int64_t i) {
+            store(total + i, load(total + i) + x);
+            store(total + i + W, load(total + i + W) + y);
+        };
+        for (int64_t i = 0; i < whole; i += PAIR) {
+            load_pair(rows + p * stride + i, x, y);
+            add(i);
+        }
+        if (whole < dim) {
+            load_pair_part(rows + p * stride + whole, dim - whole, x, y);
+            add(whole);
+        }
+    }
+    for (int64_t i = 0; i < dim; i++) sum[i] = total[slot<T>(i)];
+}
+
 template <class T>
 class Decoder {
     const Arguments& a;
     const int64_t group, dim, padded_dim, tiles, units;
+    const int64_t page_bits, part;  // positions of a page, as a power of two; of a tile, those that lie in one page
     const bool capped, coded;
     std::vector<Row> rows;
     std::vector<Scratch> scratch;
@@ -223,6 +251,8 @@ class Decoder {
           padded_dim((a.head_dim + PAIR - 1) / PAIR * PAIR),
           tiles((a.cached + TILE - 1) / TILE),
           units(padded_units(tiles)),
+          page_bits(__builtin_ctzll(a.page)),
+          part(std::min(a.page, TILE)),
           capped(a.softcap > 0),
           coded(a.key_ranges),
           rows(a.batch * a.query_length),
@@ -263,10 +293,33 @@ class Decoder {
   private:
     const Row& row_of(int64_t head) const { return rows[head / a.num_kv_heads]; }
 
+    int64_t batch_row(int64_t head) const { return head / a.num_kv_heads / a.query_length; }
+
     template <class Element>
     const Element* head_of(const void* base, int64_t head, int64_t batch_stride, int64_t head_stride) const {
-        return static_cast<const Element*>(base) + head / a.num_kv_heads / a.query_length * batch_stride +
-               head % a.num_kv_heads * head_stride;
+        return static_cast<const Element*>(base) + batch_row(head) * batch_stride + head % a.num_kv_heads * head_stride;
+    }
+
+    // Where a head's share of something cached begins: in its row, or in page 0 with a table.
+    template <class Element>
+    const Element* cached_of(const void* base, int64_t head, int64_t batch_stride, int64_t head_stride) const {
+        return head_of<Element>(base, head, a.block_table ? 0 : batch_stride, head_stride);
+    }
+
+    const int32_t* table_of(int64_t head) const {
+        return a.block_table ? a.block_table + batch_row(head) * a.table_batch : nullptr;
+    }
+
+    // From there to the rows of some positions.
+    void find_rows(const int32_t* table, const int32_t* positions, int64_t count, int64_t page_stride,
+                   int64_t position_stride, int64_t* rows) const {
+        if (!table) {
+            for (int64_t i = 0; i < count; i++) rows[i] = positions[i] * position_stride;
+            return;
+        }
+        for (int64_t i = 0; i < count; i++)
+            rows[i] = table[positions[i] >> page_bits] * page_stride +
+                      (positions[i] & (a.page - 1)) * position_stride;
     }
 
     int64_t query_index(int64_t head) const { return head / a.num_kv_heads % a.query_length; }
@@ -349,13 +402,13 @@ class Decoder {
         for (int64_t i = 0; i < int64_t(count * sizeof(T)); i += LINE) __builtin_prefetch(bytes + i);
     }
 
-    // Adds C components times their queries to the logits of a tile: sums[TILE / W][G][W], pairs of vectors as
+    // Adds C components times their queries to `count` logits of a tile: sums[TILE / W][G][W], pairs of vectors as
     // load_pair leaves them.  What `next` points to, if anything, is prefetched.
     // Not inlined: it needs the registers that the caller's constants would take.
     template <int G, int C>
     static __attribute__((noinline)) void add_components(const T* const* runs, const T* const* next,
-                                                         const float* queries, float* sums) {
-        for (int64_t i = 0; i < TILE; i += PAIR) {
+                                                         const float* queries, int64_t count, float* sums) {
+        for (int64_t i = 0; i < count; i += PAIR) {
             if (next)
                 for (int c = 0; c < C; c++) prefetch(next[c] + i, PAIR);
             Floats x[C][2];
@@ -370,21 +423,21 @@ class Decoder {
         }
     }
 
-    // Logits of a tile for G queries, ordered as in add_components.  A few runs at a time, each read from end to end,
-    // are streams that the processor's own prefetcher follows; all r side by side are too many for it.
+    // Logits of a part of a tile for G queries, ordered as in add_components.  A few runs at a time, each read from end
+    // to end, are streams that the processor's own prefetcher follows; all r side by side are too many for it.
     template <int G>
-    void tile_logits(const T* tile, const int32_t* components, const float* queries, float* sums) const {
-        std::fill_n(sums, TILE * G, 0.f);
+    void part_logits(const T* begin, const int32_t* components, const float* queries, float* sums) const {
+        std::fill_n(sums, part * G, 0.f);
         int64_t done = 0;
         auto add = [&](auto count) {
             constexpr int C = decltype(count)::value;
             for (; done + C <= a.r; done += C) {
                 const T *runs[C], *next[C];
                 for (int i = 0; i < C; i++) {
-                    runs[i] = tile + components[done + i] * BLOCK;
-                    next[i] = tile + components[std::min(done + i + RUNS, a.r - 1)] * BLOCK;
+                    runs[i] = begin + components[done + i] * a.components_run;
+                    next[i] = begin + components[std::min(done + i + RUNS, a.r - 1)] * a.components_run;
                 }
-                add_components<G, C>(runs, done + RUNS < a.r ? next : nullptr, queries + done * G, sums);
+                add_components<G, C>(runs, done + RUNS < a.r ? next : nullptr, queries + done * G, part, sums);
             }
         };
         add(std::integral_constant<int, RUNS>());
@@ -434,18 +487,20 @@ class Decoder {
     }
 
     template <int G>
-    void score_tile(const T* tile, const T* next_tile, const int32_t* keep, Scratch& s, int64_t g,
+    void score_tile(const T* const* parts, const T* next_tile, const int32_t* keep, Scratch& s, int64_t g,
                     int64_t index) const {
         alignas(LINE) float sums[TILE * G];
-        tile_logits<G>(tile, s.components, s.scored_queries + g * a.r, sums);
+        for (int64_t p = 0; p < TILE / part; p++)
+            part_logits<G>(parts[p], s.components, s.scored_queries + g * a.r, sums + p * part * G);
         // Meanwhile the first runs of the next tile are fetched, by the first queries of the group for all.
         constexpr int64_t PIECE = (TILE + UNITS * G - 1) / (UNITS * G);
         int64_t fetched = g == 0 && next_tile ? std::min<int64_t>(a.r, RUNS) : 0;
         for (int64_t i = 0; i < G; i++) {
             float* x = tile_weights(s, g + i, index);
             for (int64_t u = 0; u < UNITS; u++) {
-                for (int64_t c = 0; c < fetched; c++)
-                    prefetch(next_tile + s.components[c] * BLOCK + (i * UNITS + u) * PIECE, PIECE);
+                if ((i * UNITS + u) * PIECE < part)
+                    for (int64_t c = 0; c < fetched; c++)
+                        prefetch(next_tile + s.components[c] * a.components_run + (i * UNITS + u) * PIECE, PIECE);
                 for (int64_t p = u * UNIT; p < (u + 1) * UNIT; p += PAIR) {
                     const float* pair = sums + p * G + i * W;
                     store_pair<T>(x + p, load(pair), load(pair + G * W));
@@ -456,61 +511,56 @@ class Decoder {
     }
 
     // The same of a tile that is coded.
-    void score_codes(const uint8_t* tile, const uint8_t* next_tile, const T* ranges, const int32_t* keep, Scratch& s,
-                     int64_t index) const {
+    void score_codes(const uint8_t* tile, const uint8_t* next_tile, const T* ranges, const T* next_ranges,
+                     const int32_t* keep, Scratch& s, int64_t index) const {
         int64_t padded_r = padded_components(a), count = (a.r + 3) / 4;
         alignas(LINE) uint8_t quads[MAX_HEAD_DIM * RUN];  // [count, RUN, 4]: the codes of four components side by side
         for (int64_t q = 0; q < count; q++) {
             const uint8_t* runs[4];
-            for (int64_t m = 0; m < 4; m++) {  // behind the last one that one again, at the weight 0
-                int64_t offset = s.components[std::min(4 * q + m, a.r - 1)] * RUN_STRIDE;
-                runs[m] = tile + offset;
-                if (next_tile)
-                    for (int64_t i = 0; i < RUN; i += LINE) __builtin_prefetch(next_tile + offset + i);
-            }
+            for (int64_t m = 0; m < 4; m++)  // behind the last one that one again, at the weight 0
+                runs[m] = tile + s.components[std::min(4 * q + m, a.r - 1)] * a.components_run;
             interleave_runs(runs, quads + q * 4 * RUN);
         }
-        if (next_tile) prefetch(ranges + 2 * dim, 2 * dim);
-        T pairs[2][MAX_HEAD_DIM];
+        if (next_ranges) prefetch(next_ranges, 2 * dim);
         float low[MAX_HEAD_DIM + W], step[MAX_HEAD_DIM + W];
-        for (int64_t c = 0; c < a.r; c++)
-            for (int i = 0; i < 2; i++) pairs[i][c] = ranges[2 * s.components[c] + i];
-        widen(pairs[0], a.r, low);
-        widen(pairs[1], a.r, step);
-        std::fill(low + a.r, low + padded_r, 0.f);
-        std::fill(step + a.r, step + padded_r, 0.f);
+        widen_ranges(ranges, s.components, a.r, padded_r, low, step);
+        RunsAhead ahead{next_tile, s.components, a.r, a.components_run};
         for (int64_t g = 0; g < group; g += 4) {
             switch (queries_at_once(group - g)) {
-                case 1: score_codes<1>(quads, low, step, keep, s, g, index); break;
-                case 2: score_codes<2>(quads, low, step, keep, s, g, index); break;
-                case 3: score_codes<3>(quads, low, step, keep, s, g, index); break;
-                default: score_codes<4>(quads, low, step, keep, s, g, index); break;
+                case 1: score_codes<1>(quads, low, step, ahead, keep, s, g, index); break;
+                case 2: score_codes<2>(quads, low, step, ahead, keep, s, g, index); break;
+                case 3: score_codes<3>(quads, low, step, ahead, keep, s, g, index); break;
+                default: score_codes<4>(quads, low, step, ahead, keep, s, g, index); break;
             }
+            ahead.codes = nullptr;  // the first queries of the group fetch for all
         }
     }
 
     template <int G>
-    void score_codes(const uint8_t* quads, const float* low, const float* step, const int32_t* keep, Scratch& s,
-                     int64_t g, int64_t index) const {
-        int64_t padded_r = padded_components(a);
-        int8_t bytes[G][MAX_HEAD_DIM + W];
-        const int8_t* weights[G];
+    void score_codes(const uint8_t* quads, const float* low, const float* step, const RunsAhead& ahead,
+                     const int32_t* keep, Scratch& s, int64_t g, int64_t index) const {
+        int64_t padded_r = padded_components(a), count = (a.r + 3) / 4;
+        int8_t weights[G][MAX_HEAD_DIM + W];
         ByteWeights of[G];
         float* x[G];
+        for (int64_t i = 0; i < G; i++) x[i] = tile_weights(s, g + i, index);
+        byte_weights<G>(s.scored_queries + g * padded_r, low, step, padded_r, weights, of);
+        coded_logits<G>(quads, count, weights, of, ahead, x);
         for (int64_t i = 0; i < G; i++) {
-            of[i] = byte_weights(s.scored_queries + (g + i) * padded_r, low, step, padded_r, bytes[i]);
-            weights[i] = bytes[i];
-            x[i] = tile_weights(s, g + i, index);
+            int64_t left = 2 * count;  // runs that are still to be fetched, shared out among the queries
+            for (int64_t c = left + left * i / G; c < left + left * (i + 1) / G; c++) ahead.fetch(c);
+            finish_tile(x[i], keep, s, g + i, index);
         }
-        coded_logits<G>(quads, (a.r + 3) / 4, weights, of, x);
-        for (int64_t i = 0; i < G; i++) finish_tile(x[i], keep, s, g + i, index);
     }
 
     // The same of a tile of which not all positions are there yet, from rows of K.
-    void score_rows(const T* keys, const Row& row, const int32_t* keep, Scratch& s, int64_t index) const {
+    void score_rows(const T* keys, const int32_t* table, const Row& row, const int32_t* keep, Scratch& s,
+                    int64_t index) const {
         int32_t positions[TILE];
+        int64_t rows[TILE];
         int64_t first = std::max(index * TILE, row.first), count = std::min((index + 1) * TILE, row.end) - first;
         for (int64_t i = 0; i < count; i++) positions[i] = static_cast<int32_t>(first + i);
+        find_rows(table, positions, count, a.key_batch, a.key_position, rows);
         float logits[4 * CHUNK];
         for (int64_t g = 0; g < group; g += 4) {
             const float* queries = s.row_queries + g * padded_dim;
@@ -518,10 +568,10 @@ class Decoder {
             for (int64_t begin = 0; begin < count; begin += CHUNK) {
                 int64_t some = std::min(CHUNK, count - begin);
                 switch (together) {
-                    case 1: row_logits<1>(keys, nullptr, positions + begin, some, queries, logits); break;
-                    case 2: row_logits<2>(keys, nullptr, positions + begin, some, queries, logits); break;
-                    case 3: row_logits<3>(keys, nullptr, positions + begin, some, queries, logits); break;
-                    default: row_logits<4>(keys, nullptr, positions + begin, some, queries, logits); break;
+                    case 1: row_logits<1>(keys, rows + begin, nullptr, nullptr, some, queries, logits); break;
+                    case 2: row_logits<2>(keys, rows + begin, nullptr, nullptr, some, queries, logits); break;
+                    case 3: row_logits<3>(keys, rows + begin, nullptr, nullptr, some, queries, logits); break;
+                    default: row_logits<4>(keys, rows + begin, nullptr, nullptr, some, queries, logits); break;
                 }
                 for (int64_t i = 0; i < together; i++)
                     std::copy_n(logits + i * CHUNK, some, tile_weights(s, g + i, index) + first % TILE + begin);
@@ -548,11 +598,20 @@ class Decoder {
         }
     }
 
-    // Component 0 of a tile, of which an element has so many positions: a block of storage holds several tiles.
+    // Component 0 of the run that begins with a position, of which an element has so many.
     template <class Element>
-    const Element* tile_at(const Element* components, int64_t tile, int64_t positions_each = 1) const {
+    const Element* run_at(const Element* components, const int32_t* table, int64_t position,
+                          int64_t positions_each = 1) const {
+        int64_t block = position >> page_bits;
+        return components + (table ? table[block] * a.components_batch : block * a.components_block) +
+               (position & (a.page - 1)) / positions_each;
+    }
+
+    // Ranges of a tile, [d, 2].
+    const T* ranges_at(const T* ranges, const int32_t* table, int64_t tile) const {
+        if (!table) return ranges + tile * 2 * dim;
         int64_t position = tile * TILE;
-        return components + position / BLOCK * a.components_block + position % BLOCK / positions_each;
+        return ranges + table[position >> page_bits] * a.ranges_batch + (position & (a.page - 1)) / GROUP * 2 * dim;
     }
 
     void score(int64_t head, Scratch& s, int64_t from, int64_t to) const {
@@ -560,8 +619,10 @@ class Decoder {
         if (row.everything()) return;
         from = std::max(from, row.first / TILE);
         to = std::min(to, (row.end + TILE - 1) / TILE);
-        const T* components = head_of<T>(a.key_components, head, a.components_batch, a.components_head);
-        const uint8_t* codes = head_of<uint8_t>(a.key_components, head, a.components_batch, a.components_head);
+        const int32_t* table = table_of(head);
+        const T* components = cached_of<T>(a.key_components, head, a.components_batch, a.components_head);
+        const uint8_t* codes = cached_of<uint8_t>(a.key_components, head, a.components_batch, a.components_head);
+        const T* ranges = cached_of<T>(a.key_ranges, head, a.ranges_batch, a.ranges_head);
         int32_t lanes[TILE];
         for (int64_t j = from; j < to; j++) {
             const int32_t* keep = nullptr;
@@ -574,21 +635,27 @@ class Decoder {
             }
             if (coded) {
                 if ((j + 1) * TILE > row.end) {
-                    score_rows(head_of<T>(a.key, head, a.key_batch, a.key_head), row, keep, s, j);
+                    score_rows(cached_of<T>(a.key, head, a.key_batch, a.key_head), table, row, keep, s, j);
                     continue;
                 }
-                const uint8_t* next = (j + 2) * TILE <= row.end && j + 1 < to ? tile_at(codes, j + 1, 2) : nullptr;
-                const T* ranges = head_of<T>(a.key_ranges, head, a.ranges_batch, a.ranges_head) + j * 2 * dim;
-                score_codes(tile_at(codes, j, 2), next, ranges, keep, s, j);
+                bool more = (j + 2) * TILE <= row.end && j + 1 < to;
+                score_codes(run_at(codes, table, j * TILE, 2),
+                            more ? run_at(codes, table, (j + 1) * TILE, 2) : nullptr, ranges_at(ranges, table, j),
+                            more ? ranges_at(ranges, table, j + 1) : nullptr, keep, s, j);
                 continue;
             }
-            const T *tile = tile_at(components, j), *next = j + 1 < to ? tile_at(components, j + 1) : nullptr;
+            const T* parts[PARTS];  // behind the row's end its last page again: what is behind it in the table is stale
+            for (int64_t p = 0; p < TILE / part; p++) {
+                int64_t position = j * TILE + p * part;
+                parts[p] = run_at(components, table, position < row.end ? position : (row.end - 1) / part * part);
+            }
+            const T* next = j + 1 < to ? run_at(components, table, (j + 1) * TILE) : nullptr;
             for (int64_t g = 0; g < group; g += 4) {
                 switch (queries_at_once(group - g)) {
-                    case 1: score_tile<1>(tile, next, keep, s, g, j); break;
-                    case 2: score_tile<2>(tile, next, keep, s, g, j); break;
-                    case 3: score_tile<3>(tile, next, keep, s, g, j); break;
-                    default: score_tile<4>(tile, next, keep, s, g, j); break;
+                    case 1: score_tile<1>(parts, next, keep, s, g, j); break;
+                    case 2: score_tile<2>(parts, next, keep, s, g, j); break;
+                    case 3: score_tile<3>(parts, next, keep, s, g, j); break;
+                    default: score_tile<4>(parts, next, keep, s, g, j); break;
                 }
             }
         }
@@ -734,20 +801,20 @@ class Decoder {
         return taken;
     }
 
-    // out[g][i] = query g . key of chosen[i], in base 2 (capped before that).  G queries and a few rows make a vector of
+    // out[g][i] = query g . key at[i], in base 2 (capped before that).  G queries and a few rows make a vector of
     // dot products, so that a query is loaded once for these rows.
     template <int G>
-    void row_logits(const T* keys, const T* values, const int32_t* chosen, int64_t count, const float* queries,
-                    float* out) const {
+    void row_logits(const T* keys, const int64_t* at, const T* values, const int64_t* values_at, int64_t count,
+                    const float* queries, float* out) const {
         constexpr int ROWS = W / G;
         for (int64_t i = 0; i < count; i += ROWS) {
             const T* rows[ROWS];
             for (int j = 0; j < ROWS; j++) {
                 int64_t row = std::min(i + j, count - 1);  // behind the last one, that one again
-                rows[j] = keys + chosen[row] * a.key_position;
+                rows[j] = keys + at[row];
                 if (values) {  // the first queries of the group fetch the rows for all
-                    if (row + ROWS_AHEAD < count) prefetch(keys + chosen[row + ROWS_AHEAD] * a.key_position, dim);
-                    prefetch(values + chosen[row] * a.value_position, dim);
+                    if (row + ROWS_AHEAD < count) prefetch(keys + at[row + ROWS_AHEAD], dim);
+                    prefetch(values + values_at[row], dim);
                 }
             }
             Floats dots[W];  // in registers, as long as nothing clears it as memory
@@ -782,18 +849,21 @@ class Decoder {
         const int32_t* chosen = s.chosen + begin;
         float* partial = s.partial + chunk * group * padded_dim;
         float* weights = s.row_weights + chunk * group * CHUNK;
-        const T* keys = head_of<T>(a.key, head, a.key_batch, a.key_head);
-        const T* values = head_of<T>(a.value, head, a.value_batch, a.value_head);
-        for (int64_t i = 0; i < std::min(count, ROWS_AHEAD); i++) prefetch(keys + chosen[i] * a.key_position, dim);
+        const T* keys = cached_of<T>(a.key, head, a.key_batch, a.key_head);
+        const T* values = cached_of<T>(a.value, head, a.value_batch, a.value_head);
+        int64_t rows[CHUNK], value_rows[CHUNK];
+        find_rows(table_of(head), chosen, count, a.key_batch, a.key_position, rows);
+        find_rows(table_of(head), chosen, count, a.value_batch, a.value_position, value_rows);
+        for (int64_t i = 0; i < std::min(count, ROWS_AHEAD); i++) prefetch(keys + rows[i], dim);
         for (int64_t g = 0; g < group; g += 4) {
             const float* queries = s.queries + g * padded_dim;
             const T* ahead = g == 0 ? values : nullptr;
             float* w = weights + g * CHUNK;
             switch (queries_at_once(group - g)) {
-                case 1: row_logits<1>(keys, ahead, chosen, count, queries, w); break;
-                case 2: row_logits<2>(keys, ahead, chosen, count, queries, w); break;
-                case 3: row_logits<3>(keys, ahead, chosen, count, queries, w); break;
-                default: row_logits<4>(keys, ahead, chosen, count, queries, w); break;
+                case 1: row_logits<1>(keys, rows, ahead, value_rows, count, queries, w); break;
+                case 2: row_logits<2>(keys, rows, ahead, value_rows, count, queries, w); break;
+                case 3: row_logits<3>(keys, rows, ahead, value_rows, count, queries, w); break;
+                default: row_logits<4>(keys, rows, ahead, value_rows, count, queries, w); break;
             }
         }
         for (int64_t g = 0; g < group; g++) {
@@ -808,23 +878,23 @@ class Decoder {
             const float* w = weights + g * CHUNK;
             float* out = partial + g * padded_dim;
             switch (queries_at_once(group - g)) {
-                case 1: weighted_rows<1>(values, chosen, count, w, out); break;
-                case 2: weighted_rows<2>(values, chosen, count, w, out); break;
-                case 3: weighted_rows<3>(values, chosen, count, w, out); break;
-                default: weighted_rows<4>(values, chosen, count, w, out); break;
+                case 1: weighted_rows<1>(values, value_rows, count, w, out); break;
+                case 2: weighted_rows<2>(values, value_rows, count, w, out); break;
+                case 3: weighted_rows<3>(values, value_rows, count, w, out); break;
+                default: weighted_rows<4>(values, value_rows, count, w, out); break;
             }
         }
     }
 
-    // out[g] = sum of weights[g][i] * row i.
+    // out[g] = sum of weights[g][i] * row at[i].
     template <int G>
-    void weighted_rows(const T* values, const int32_t* chosen, int64_t count, const float* weights, float* out) const {
+    void weighted_rows(const T* values, const int64_t* at, int64_t count, const float* weights, float* out) const {
         constexpr int V = W == 8 ? 2 : 4;
         int64_t c = 0;
         for (; c + V * W <= dim; c += V * W) {
             Floats sum[G][V] = {};
             for (int64_t i = 0; i < count; i++) {
-                const T* row = values + chosen[i] * a.value_position + c;
+                const T* row = values + at[i] + c;
                 Floats x[V];
                 for (int v = 0; v < V; v += 2) load_pair(row + v * W, x[v], x[v + 1]);
                 for (int g = 0; g < G; g++)
@@ -838,7 +908,7 @@ class Decoder {
             Floats sum[G][2] = {};
             for (int64_t i = 0; i < count; i++) {
                 Floats x, y;
-                load_dims(values + chosen[i] * a.value_position, c, x, y);
+                load_dims(values + at[i], c, x, y);
                 for (int g = 0; g < G; g++) {
                     sum[g][0] += x * weights[g * CHUNK + i];
                     sum[g][1] += y * weights[g * CHUNK + i];
@@ -849,26 +919,48 @@ class Decoder {
     }
 
     void merge(int64_t head, Scratch& s) const {
-        for (int64_t g = 0; g < group; g++) merge_query(head, row_of(head), s, g);
+        const Row& row = row_of(head);
+        float sum[MAX_HEAD_DIM];
+        bool blends = std::isfinite(a.mean_from) && *s.budget < row.n;
+        if (blends && a.block_table) sum_pages(head, row, sum);
+        else if (blends) sum_row(head, row, sum);
+        for (int64_t g = 0; g < group; g++) merge_query(head, row, s, g, blends ? sum : nullptr);
     }
 
-    // Sum of the values that later queries see and this one does not.
-    void sum_later_values(int64_t head, const Row& row, float* sum) const {
-        const T* values = head_of<T>(a.value, head, a.value_batch, a.value_head);
-        for (int64_t i = 0; i < dim; i += PAIR) {
-            Floats x, y, total_x = {}, total_y = {};
-            for (int64_t p = std::max(row.end, row.first); p < row.later_end; p++) {
-                if (row.mask && !row.mask[p]) continue;
-                load_dims(values + p * a.value_position, i, x, y);
-                total_x += x;
-                total_y += y;
-            }
-            store_pair<T>(sum + i, total_x, total_y);
+    // Sum of the values that a query sees: of all in its row, less those that later queries see and it does not.
+    void sum_row(int64_t head, const Row& row, float* sum) const {
+        const float* value_sum = head_of<float>(a.value_sum, head, a.sum_batch, a.sum_head);
+        float later[MAX_HEAD_DIM] = {};
+        if (row.end < row.later_end)
+            sum_rows(head_of<T>(a.value, head, a.value_batch, a.value_head), std::max(row.end, row.first),
+                     row.later_end, a.value_position, row.mask, dim, later);
+        for (int64_t i = 0; i < dim; i++) sum[i] = value_sum[i] - later[i];
+    }
+
+    // The same of whole pages, one after the other, and of the rows behind them.
+    void sum_pages(int64_t head, const Row& row, float* sum) const {
+        constexpr int64_t AHEAD = 4;
+        const int32_t* table = table_of(head);
+        const float* sums = cached_of<float>(a.value_sum, head, a.sum_batch, a.sum_head);
+        const T* values = cached_of<T>(a.value, head, a.value_batch, a.value_head);
+        int64_t whole = row.end >> page_bits;
+        std::fill_n(sum, dim, 0.f);
+        for (int64_t p = 0; p < whole; p++) {
+            if (p + AHEAD < whole)
+                for (int64_t i = 0; i < dim; i += LINE / sizeof(float))
+                    __builtin_prefetch(sums + table[p + AHEAD] * a.sum_batch + i);
+            for (int64_t i = 0; i < dim; i++) sum[i] += sums[table[p] * a.sum_batch + i];
         }
+        if (whole << page_bits == row.end) return;
+        const T* rows = values + table[whole] * a.value_batch;
+        float last[MAX_HEAD_DIM];
+        sum_rows(rows, 0, row.end & (a.page - 1), a.value_position, nullptr, dim, last);
+        for (int64_t i = 0; i < dim; i++) sum[i] += last[i];
     }
 
     // Joins the chunks of query g and writes its output.
-    void merge_query(int64_t head, const Row& row, const Scratch& s, int64_t g) const {
+    // value_sum: of what the query sees; null where no mean value is asked for.
+    void merge_query(int64_t head, const Row& row, const Scratch& s, int64_t g, const float* value_sum) const {
         float out[MAX_HEAD_DIM] = {};
         int64_t chunks = (*s.budget + CHUNK - 1) / CHUNK;
         bool everything = *s.budget == row.n;
@@ -877,7 +969,7 @@ class Decoder {
         for (int64_t c = 0; c < chunks; c++)
             z += s.partial_sum[c * group + g] * power_of_two_or_zero(splat(s.partial_max[c * group + g] - highest))[0];
         float alpha = everything ? 1.f : s.mass[g];
-        bool blend = std::isfinite(a.mean_from) && !everything && !(alpha < static_cast<float>(a.mean_from));
+        bool blend = value_sum && !(alpha < static_cast<float>(a.mean_from));
         float attended = blend ? alpha : 1.f;
         for (int64_t c = 0; c < chunks; c++) {
             const float* partial = s.partial + (c * group + g) * padded_dim;
@@ -885,11 +977,8 @@ class Decoder {
             for (int64_t i = 0; i < padded_dim; i += W) store(out + i, load(out + i) + load(partial + i) * share);
         }
         if (blend) {
-            const float* value_sum = head_of<float>(a.value_sum, head, a.sum_batch, a.sum_head);
-            float share = (1 - attended) / static_cast<float>(row.n), later[MAX_HEAD_DIM + PAIR];
-            bool last = row.end == row.later_end;
-            if (!last) sum_later_values(head, row, later);
-            for (int64_t i = 0; i < dim; i++) out[i] += share * (last ? value_sum[i] : value_sum[i] - later[i]);
+            float share = (1 - attended) / static_cast<float>(row.n);
+            for (int64_t i = 0; i < dim; i++) out[i] += share * value_sum[i];
         }
         int64_t result = result_index(head, group, g);
         a.alpha[result] = alpha;
@@ -909,6 +998,10 @@ bool rows_in_range(const Arguments& a) {
     for (int64_t b = 0; b < a.batch; b++) {
         int64_t length = a.length[b * a.length_batch];
         if (length < 0 || length > a.cached || (a.start && a.start[b * a.start_batch] < 0)) return false;
+        for (int64_t p = 0; a.block_table && p * a.page < length; p++) {
+            int64_t page = a.block_table[b * a.table_batch + p];
+            if (page < 0 || page >= a.pages) return false;
+        }
     }
     return true;
 }
@@ -924,9 +1017,89 @@ void encode(const EncodeArguments& a) {
         uint8_t* codes = static_cast<uint8_t*>(a.codes) + b * a.codes_batch + h * a.codes_head;
         T* ranges = static_cast<T*>(a.ranges) + b * a.ranges_batch + h * a.ranges_head;
         encode_group<T>(key + group * GROUP * a.key_position, a.key_position, a.head_dim,
-                        codes + group / per_block * a.codes_block + group % per_block * RUN,
+                        codes + group / per_block * a.codes_block + group % per_block * RUN, BLOCK / 2,
                         ranges + group * 2 * a.head_dim);
     });
+}
+
+// Rows of pages, what is kept of a page, and codes of a group: rows first, for the others are made of them.
+template <class T>
+class SlotWriter {
+    const SlotArguments& a;
+    static constexpr int64_t TOGETHER = 64;  // tokens whose components are written in one go
+
+  public:
+    explicit SlotWriter(const SlotArguments& arguments) : a(arguments) {}
+
+    int64_t tasks() const { return a.num_kv_heads * ((a.tokens + TOGETHER - 1) / TOGETHER); }
+
+    void write(int64_t task) const {
+        int64_t h = task % a.num_kv_heads, begin = task / a.num_kv_heads * TOGETHER;
+        int64_t end = std::min(begin + TOGETHER, a.tokens), count = 0;
+        const T* from[TOGETHER];
+        T* to[TOGETHER];
+        for (int64_t t = begin; t < end; t++) {
+            int64_t slot = a.slots[t * a.slots_token];
+            if (slot < 0) continue;
+            int64_t page = slot / a.page, s = slot % a.page;
+            const T* new_key = static_cast<const T*>(a.new_key) + t * a.new_key_token + h * a.new_key_head;
+            const T* new_value = static_cast<const T*>(a.new_value) + t * a.new_value_token + h * a.new_value_head;
+            copy(new_key, a.new_key_component, key_page(page, h) + s * a.key_position);
+            copy(new_value, a.new_value_component, value_page(page, h) + s * a.value_position);
+            if (a.key_ranges) continue;
+            from[count] = new_key;
+            to[count++] = static_cast<T*>(a.key_components) + page * a.components_page + h * a.components_head + s;
+        }
+        for (int64_t c = 0; c < a.head_dim; c++)
+            for (int64_t i = 0; i < count; i++) to[i][c * a.components_run] = from[i][c * a.new_key_component];
+    }
+
+    void complete(int64_t task) const {
+        int64_t h = task % a.num_kv_heads, begin = task / a.num_kv_heads * TOGETHER;
+        for (int64_t t = begin; t < std::min(begin + TOGETHER, a.tokens); t++) {
+            int64_t slot = a.slots[t * a.slots_token];
+            if (slot < 0) continue;
+            int64_t page = slot / a.page, s = slot % a.page;
+            if (s == a.page - 1)
+                sum_rows(value_page(page, h), 0, a.page, a.value_position, nullptr, a.head_dim,
+                         a.value_sum + page * a.sum_page + h * a.sum_head);
+            if (a.key_ranges && s % GROUP == GROUP - 1) encode(page, h, s / GROUP);
+        }
+    }
+
+  private:
+    T* key_page(int64_t page, int64_t h) const {
+        return static_cast<T*>(a.key) + page * a.key_page + h * a.key_head;
+    }
+    T* value_page(int64_t page, int64_t h) const {
+        return static_cast<T*>(a.value) + page * a.value_page + h * a.value_head;
+    }
+
+    void copy(const T* from, int64_t stride, T* to) const {
+        if (stride == 1) memcpy(to, from, a.head_dim * sizeof(T));
+        else
+            for (int64_t c = 0; c < a.head_dim; c++) to[c] = from[c * stride];
+    }
+
+    void encode(int64_t page, int64_t h, int64_t group) const {
+        uint8_t* codes = static_cast<uint8_t*>(a.key_components) + page * a.components_page + h * a.components_head;
+        T* ranges = static_cast<T*>(a.key_ranges) + page * a.ranges_page + h * a.ranges_head;
+        encode_group<T>(key_page(page, h) + group * GROUP * a.key_position, a.key_position, a.head_dim,
+                        codes + group * RUN, a.components_run, ranges + group * 2 * a.head_dim);
+    }
+};
+
+template <class T>
+void append_slots(const SlotArguments& a) {
+    SlotWriter<T> writer(a);
+    std::atomic<int64_t> next[2] = {};
+    int64_t threads = std::min(a.threads, a.tokens * a.num_kv_heads / 64 + 1);  // to wake them costs more than a few rows
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        share(next[0], writer.tasks(), [&](int64_t i) { writer.write(i); });
+#pragma omp barrier
+        share(next[1], writer.tasks(), [&](int64_t i) { writer.complete(i); });
+    }
 }
 
 template <class T>
@@ -1005,6 +1178,21 @@ extern "C" int64_t sparq_encode(const sparq::EncodeArguments* arguments) {
         case 0: encode<float>(*arguments); return 0;
         case 1: encode<BFloat16>(*arguments); return 0;
         case 2: encode<Float16>(*arguments); return 0;
+        default: return 1;
+    }
+}
+
+extern "C" int64_t sparq_slot_arguments_size() { return sizeof(sparq::SlotArguments); }
+
+// 0 when done, 1 for a dtype it does not know, 3 when a slot lies behind the pages.
+extern "C" int64_t sparq_append_slots(const sparq::SlotArguments* arguments) {
+    using namespace sparq;
+    for (int64_t t = 0; t < arguments->tokens; t++)
+        if (arguments->slots[t * arguments->slots_token] >= arguments->pages * arguments->page) return 3;
+    switch (arguments->dtype) {
+        case 0: append_slots<float>(*arguments); return 0;
+        case 1: append_slots<BFloat16>(*arguments); return 0;
+        case 2: append_slots<Float16>(*arguments); return 0;
         default: return 1;
     }
 }

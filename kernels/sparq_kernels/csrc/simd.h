@@ -106,6 +106,11 @@ SPARQ_INLINE Floats interleave(Floats a, Floats b, std::integer_sequence<int, la
     return SPARQ_SHUFFLE(a, b, lane % 2 * W + (lane + from) / 2);
 }
 
+template <int from, int... lane>
+SPARQ_INLINE Floats every_second(Floats a, Floats b, std::integer_sequence<int, lane...>) {
+    return SPARQ_SHUFFLE(a, b, 2 * lane + from);
+}
+
 template <int distance, int... lane>
 SPARQ_INLINE Floats rotate(Floats v, std::integer_sequence<int, lane...>) {
     return SPARQ_SHUFFLE(v, v, (lane + distance) % W);
@@ -128,6 +133,13 @@ SPARQ_INLINE Floats rotate(Floats v, std::integer_sequence<int, lane...>) {
 using Lanes = std::make_integer_sequence<int, W>;
 SPARQ_INLINE Floats interleave_low(Floats a, Floats b) { return interleave<0>(a, b, Lanes()); }
 SPARQ_INLINE Floats interleave_high(Floats a, Floats b) { return interleave<W>(a, b, Lanes()); }
+
+// Of two vectors in a row, the elements of even index into `a`, of odd index into `b`.
+SPARQ_INLINE void separate(Floats& a, Floats& b) {
+    Floats even = every_second<0>(a, b, Lanes());
+    b = every_second<1>(a, b, Lanes());
+    a = even;
+}
 
 // Loads of 2 W elements at a time.  bfloat16 is cheapest to widen where it lies: elements of even index into `a`, of
 // odd index into `b`.  The other types come in their own order.  `store_pair` undoes it; `slot` says where element i of

@@ -97,7 +97,7 @@ def shape_of(call: Arguments, cached: int, units: int) -> Shape:
         D=head_dim,
         R=call.r,
         cached=cached,
-        k_max=max_positions(cached, call.k, call.k_divisor),
+        k_max=max_positions(cached, call.budget),
         itemsize=call.query.element_size(),
         amd=torch.version.hip is not None,
         coded=call.key_ranges is not None,
