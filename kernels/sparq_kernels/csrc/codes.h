@@ -80,6 +80,23 @@ SPARQ_INLINE Ints add_products(Ints sum, Ints codes, int32_t weights) {
 #endif
 }
 
+// Least values and steps of the components that score; zeros behind them, up to whole vectors.
+// ranges: [d, 2].  low, step: [padded_r].
+template <class T>
+inline void widen_ranges(const T* ranges, const int32_t* components, int64_t r, int64_t padded_r, float* low,
+                         float* step) {
+    T pairs[2 * (MAX_HEAD_DIM + W)];
+    for (int64_t c = 0; c < r; c++) memcpy(pairs + 2 * c, ranges + 2 * components[c], 2 * sizeof(T));
+    memset(static_cast<void*>(pairs + 2 * r), 0, 2 * (padded_r - r) * sizeof(T));
+    for (int64_t c = 0; c < padded_r; c += W) {
+        Floats a, b;
+        load_pair(pairs + 2 * c, a, b);
+        if constexpr (!std::is_same_v<T, BFloat16>) separate(a, b);
+        store(low + c, a);
+        store(step + c, b);
+    }
+}
+
 // n elements to float32, in their order.
 inline void widen(const float* in, int64_t n, float* out) { std::copy_n(in, n, out); }
 inline void widen(const BFloat16* in, int64_t n, float* out) {
@@ -106,36 +123,63 @@ struct ByteWeights {
     float base, unit;
 };
 
-// query, low, step: r values and zeros behind them, up to whole vectors; `out` has room for as many n.
-inline ByteWeights byte_weights(const float* query, const float* low, const float* step, int64_t padded_r,
-                                int8_t* out) {
-    Floats sum = {}, largest = {};
+// For G queries.  queries: [G, padded_r], low, step: [padded_r], r values and zeros behind them, up to whole vectors.
+template <int G>
+inline void byte_weights(const float* queries, const float* low, const float* step, int64_t padded_r,
+                         int8_t (*out)[MAX_HEAD_DIM + W], ByteWeights* of) {
+    constexpr int N = G == 3 ? 4 : G;
+    Floats sum[N], largest[N], lost[N];
+    SPARQ_UNROLL for (int g = 0; g < N; g++) sum[g] = largest[g] = lost[g] = Floats{};
     for (int64_t c = 0; c < padded_r; c += W) {
-        Floats q = load(query + c);
-        sum += q * load(low + c);
-        largest = max(absolute(q * load(step + c)), largest);
+        Floats l = load(low + c), s = load(step + c);
+        SPARQ_UNROLL for (int g = 0; g < G; g++) {
+            Floats q = load(queries + g * padded_r + c);
+            sum[g] += q * l;
+            largest[g] = max(absolute(q * s), largest[g]);
+        }
     }
-    float most = horizontal_max(largest), inverse = most > 0 ? 127 / most : 0, unit = most / 127;
-    Floats lost = {};
+    Floats most = horizontal_maxima(largest), base = horizontal_sums(sum), unit = most / 127.f;
+    Floats inverse = most > 0.f ? 127.f / most : Floats{};
     for (int64_t c = 0; c < padded_r; c += W) {
         typedef int8_t Bytes __attribute__((vector_size(W)));
-        Floats w = load(query + c) * load(step + c), n = (w * inverse + ROUNDER) - ROUNDER;
-        lost += w - n * unit;
-        Bytes bytes = __builtin_convertvector(__builtin_convertvector(n, Ints), Bytes);
-        memcpy(out + c, &bytes, sizeof bytes);
+        Floats s = load(step + c);
+        SPARQ_UNROLL for (int g = 0; g < G; g++) {
+            Floats w = load(queries + g * padded_r + c) * s, n = (w * inverse[g] + ROUNDER) - ROUNDER;
+            lost[g] += w - n * unit[g];
+            Bytes bytes = __builtin_convertvector(__builtin_convertvector(n, Ints), Bytes);
+            memcpy(out[g] + c, &bytes, sizeof bytes);
+        }
     }
-    return {horizontal_sum(sum) + LEVELS * 0.5f * horizontal_sum(lost), unit};
+    base += LEVELS * 0.5f * horizontal_sums(lost);
+    for (int g = 0; g < G; g++) of[g] = {base[g], unit[g]};
 }
 
+// Runs of the next group of positions, fetched a few at a time while this one is worked on: all at once they are more
+// cache lines than a processor keeps on their way, and it would wait.
+struct RunsAhead {
+    const uint8_t* codes;  // null: there is no next group
+    const int32_t* components;
+    int64_t r;
+
+    SPARQ_INLINE void fetch(int64_t c) const {
+        if (!codes || c >= r) return;
+        const uint8_t* run = codes + components[c] * RUN_STRIDE;
+        for (int64_t i = 0; i < RUN; i += 64) __builtin_prefetch(run + i);
+    }
+};
+
 // x[g][j] = the logit of position j of a group of positions, for G queries whose bytes are weights[g][quads][4].
+// Fetches the first 2 * count runs ahead.
 template <int G>
-inline void coded_logits(const uint8_t* quads, int64_t count, const int8_t* const* weights, const ByteWeights* of,
-                         float* const* x) {
+inline void coded_logits(const uint8_t* quads, int64_t count, const int8_t (*weights)[MAX_HEAD_DIM + W],
+                         const ByteWeights* of, const RunsAhead& ahead, float* const* x) {
     constexpr int V = W == 8 ? 2 : 4;  // vectors of sums for each query: what the registers hold
     for (int64_t at = 0; at < RUN; at += V * W)
         for (int high = 0; high < 2; high++) {
+            bool fetches = at == 0;
             Ints sums[G][V] = {};
             for (int64_t q = 0; q < count; q++) {
+                if (fetches) ahead.fetch(2 * q + high);
                 int32_t four[G];
                 for (int g = 0; g < G; g++) memcpy(four + g, weights[g] + 4 * q, 4);
                 for (int v = 0; v < V; v++) {

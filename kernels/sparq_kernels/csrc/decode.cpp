@@ -46,7 +46,7 @@ static_assert(GROUP == TILE && TILE == 2 * CHUNK, "a tile is coded, or scored fr
 constexpr int64_t UNITS = TILE / UNIT;
 constexpr int64_t LINE = 64;         // bytes
 constexpr int RUNS = W == 16 ? 8 : 4;  // components added at a time; as many are fetched ahead, which fits the L1 cache
-constexpr int64_t ROWS_AHEAD = 8;    // the same for rows of K
+constexpr int64_t ROWS_AHEAD = 24;    // the same for rows of K
 constexpr float FAINTEST = 0x1p-100f;  // scores below count as 0: the same for a position whatever its unit's reference
 constexpr float EXCLUDED = -1;       // score of a position that does not compete; scores are at least 0
 
@@ -403,7 +403,8 @@ class Decoder {
     }
 
     // In place: x becomes 2^(x - reference), for U times N values that share a reference and a sum.
-    template <int64_t N, int U>
+    // NAN_FREE: that there is no NaN among them is known.
+    template <int64_t N, int U, bool NAN_FREE>
     static SPARQ_INLINE void exponentiate(float* x, float* reference, float* sum) {
         Floats highest[U], poison[U], total[U];
         SPARQ_UNROLL for (int u = 0; u < U; u++) {
@@ -412,7 +413,7 @@ class Decoder {
             for (int64_t i = 0; i < N; i += W) {
                 Floats value = load(x + u * N + i);
                 highest[u] = max(value, highest[u]);
-                poison[u] += value;
+                if constexpr (!NAN_FREE) poison[u] += value;
             }
         }
         Floats top = round_to_int(horizontal_maxima(highest));
@@ -427,7 +428,8 @@ class Decoder {
                 }
             }
         };
-        bool tame = !any(absolute(top) >= 0x1p21f) && !std::isnan(horizontal_sum(horizontal_sums(poison)));
+        bool tame = !any(absolute(top) >= 0x1p21f);
+        if constexpr (!NAN_FREE) tame = tame && !std::isnan(horizontal_sum(horizontal_sums(poison)));
         if (tame) raise([](Floats value, float shared) { return exp2_scaled_fast(value, shared); });
         else raise([](Floats value, float shared) { return exp2_scaled(value, shared); });
         store_first<U>(sum, horizontal_sums(total));
@@ -451,7 +453,7 @@ class Decoder {
                     store_pair<T>(x + p, load(pair), load(pair + G * W));
                 }
             }
-            finish_tile(x, keep, s, g + i, index);
+            finish_tile<false>(x, keep, s, g + i, index);
         }
     }
 
@@ -462,48 +464,43 @@ class Decoder {
         alignas(LINE) uint8_t quads[MAX_HEAD_DIM * RUN];  // [count, RUN, 4]: the codes of four components side by side
         for (int64_t q = 0; q < count; q++) {
             const uint8_t* runs[4];
-            for (int64_t m = 0; m < 4; m++) {  // behind the last one that one again, at the weight 0
-                int64_t offset = s.components[std::min(4 * q + m, a.r - 1)] * RUN_STRIDE;
-                runs[m] = tile + offset;
-                if (next_tile)
-                    for (int64_t i = 0; i < RUN; i += LINE) __builtin_prefetch(next_tile + offset + i);
-            }
+            for (int64_t m = 0; m < 4; m++)  // behind the last one that one again, at the weight 0
+                runs[m] = tile + s.components[std::min(4 * q + m, a.r - 1)] * RUN_STRIDE;
             interleave_runs(runs, quads + q * 4 * RUN);
         }
         if (next_tile) prefetch(ranges + 2 * dim, 2 * dim);
-        T pairs[2][MAX_HEAD_DIM];
         float low[MAX_HEAD_DIM + W], step[MAX_HEAD_DIM + W];
-        for (int64_t c = 0; c < a.r; c++)
-            for (int i = 0; i < 2; i++) pairs[i][c] = ranges[2 * s.components[c] + i];
-        widen(pairs[0], a.r, low);
-        widen(pairs[1], a.r, step);
-        std::fill(low + a.r, low + padded_r, 0.f);
-        std::fill(step + a.r, step + padded_r, 0.f);
+        widen_ranges(ranges, s.components, a.r, padded_r, low, step);
+        RunsAhead ahead{next_tile, s.components, a.r};
         for (int64_t g = 0; g < group; g += 4) {
             switch (queries_at_once(group - g)) {
-                case 1: score_codes<1>(quads, low, step, keep, s, g, index); break;
-                case 2: score_codes<2>(quads, low, step, keep, s, g, index); break;
-                case 3: score_codes<3>(quads, low, step, keep, s, g, index); break;
-                default: score_codes<4>(quads, low, step, keep, s, g, index); break;
+                case 1: score_codes<1>(quads, low, step, ahead, keep, s, g, index); break;
+                case 2: score_codes<2>(quads, low, step, ahead, keep, s, g, index); break;
+                case 3: score_codes<3>(quads, low, step, ahead, keep, s, g, index); break;
+                default: score_codes<4>(quads, low, step, ahead, keep, s, g, index); break;
             }
+            ahead.codes = nullptr;  // the first queries of the group fetch for all
         }
     }
 
     template <int G>
-    void score_codes(const uint8_t* quads, const float* low, const float* step, const int32_t* keep, Scratch& s,
-                     int64_t g, int64_t index) const {
-        int64_t padded_r = padded_components(a);
-        int8_t bytes[G][MAX_HEAD_DIM + W];
-        const int8_t* weights[G];
+    void score_codes(const uint8_t* quads, const float* low, const float* step, const RunsAhead& ahead,
+                     const int32_t* keep, Scratch& s, int64_t g, int64_t index) const {
+        int64_t padded_r = padded_components(a), count = (a.r + 3) / 4;
+        int8_t weights[G][MAX_HEAD_DIM + W];
         ByteWeights of[G];
         float* x[G];
+        for (int64_t i = 0; i < G; i++) x[i] = tile_weights(s, g + i, index);
+        byte_weights<G>(s.scored_queries + g * padded_r, low, step, padded_r, weights, of);
+        coded_logits<G>(quads, count, weights, of, ahead, x);
         for (int64_t i = 0; i < G; i++) {
-            of[i] = byte_weights(s.scored_queries + (g + i) * padded_r, low, step, padded_r, bytes[i]);
-            weights[i] = bytes[i];
-            x[i] = tile_weights(s, g + i, index);
+            int64_t left = 2 * count;  // runs that are still to be fetched, shared out among the queries
+            for (int64_t c = left + left * i / G; c < left + left * (i + 1) / G; c++) ahead.fetch(c);
+            // Codes and ranges are finite, so only the query can bring a NaN.
+            if (std::isfinite(of[i].base) && std::isfinite(of[i].unit))
+                finish_tile<true>(x[i], keep, s, g + i, index);
+            else finish_tile<false>(x[i], keep, s, g + i, index);
         }
-        coded_logits<G>(quads, (a.r + 3) / 4, weights, of, x);
-        for (int64_t i = 0; i < G; i++) finish_tile(x[i], keep, s, g + i, index);
     }
 
     // The same of a tile of which not all positions are there yet, from rows of K.
@@ -526,17 +523,19 @@ class Decoder {
                 for (int64_t i = 0; i < together; i++)
                     std::copy_n(logits + i * CHUNK, some, tile_weights(s, g + i, index) + first % TILE + begin);
             }
-            for (int64_t i = 0; i < together; i++) finish_tile(tile_weights(s, g + i, index), keep, s, g + i, index);
+            for (int64_t i = 0; i < together; i++) 
+                finish_tile<false>(tile_weights(s, g + i, index), keep, s, g + i, index);
         }
     }
 
     float* tile_weights(Scratch& s, int64_t g, int64_t tile) const { return s.weights + (g * tiles + tile) * TILE; }
 
     // In place: a tile's logits become weights, with a reference and a sum for each unit.
+    template <bool NAN_FREE>
     void finish_tile(float* x, const int32_t* keep, Scratch& s, int64_t g, int64_t tile) const {
         if (capped || keep) finish_logits(x, keep);
         int64_t unit = g * units + tile * UNITS;
-        exponentiate<UNIT, UNITS>(x, s.reference + unit, s.sum + unit);
+        exponentiate<UNIT, UNITS, NAN_FREE>(x, s.reference + unit, s.sum + unit);
     }
 
     void skip_tile(Scratch& s, int64_t tile) const {
@@ -802,7 +801,7 @@ class Decoder {
                 for (int64_t i = 0; i < count; i += W)
                     store(w + i, tanh(load(w + i)) * static_cast<float>(a.softcap * LOG2E));
             std::fill(w + count, w + CHUNK, -INFINITE);
-            exponentiate<CHUNK, 1>(w, s.partial_max + chunk * group + g, s.partial_sum + chunk * group + g);
+            exponentiate<CHUNK, 1, false>(w, s.partial_max + chunk * group + g, s.partial_sum + chunk * group + g);
         }
         for (int64_t g = 0; g < group; g += 4) {
             const float* w = weights + g * CHUNK;
