@@ -98,6 +98,7 @@ def fused(
     local,
     k_max,
     k_min,
+    dense_below,
     logits_chunks,
     mass,
     scale,
@@ -126,7 +127,9 @@ def fused(
     n = tl.program_id(0).to(tl.int64)
     b, i, h = n // (Hkv * Q), n // Hkv % Q, n % Hkv
     begin, end, later_end = bounds(b, i, length, length_stride, start, start_stride, Q, S, HAS_START)
-    count, budget, window = row_info(n // Hkv, counts, begin, end, k, k_divisor, local, HAS_MASK)
+    count, budget, least, window = row_info(
+        n // Hkv, counts, begin, end, k, k_divisor, local, k_min, dense_below, HAS_MASK
+    )
     logits_stride = logits_chunks * CHUNK
     logits += n * G * logits_stride
     positions += n * k_max
@@ -175,7 +178,7 @@ def fused(
         logits, logits_stride, s, begin, end, window, mask, M, inverse, G, GP, WIDTH, HAS_MASK
     )
     if HAS_MASS:
-        budget = budget_by_mass(key_bits, in_window, budget, count, mass, k_min, 0, 0, G, False)
+        budget = budget_by_mass(key_bits, in_window, budget, least, mass, 0, 0, G, False)
     store_top(key_bits, s, budget, positions)
     tl.debug_barrier()
     highest, total, alpha, y = attend(

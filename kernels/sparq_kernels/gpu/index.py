@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .coded import score_coded
-from .rows import BEGIN, BUDGET, CHUNK, COUNT, END, INFO_SIZE, LATER_END, VARYING, WINDOW, bounds, row_info
+from .rows import BEGIN, BUDGET, CHUNK, COUNT, END, INFO_SIZE, LATER_END, LEAST, VARYING, WINDOW, bounds, row_info
 from .scoring import load_group, score_tiles
 
 
@@ -140,6 +140,8 @@ def score(
     k,
     k_divisor,
     local,
+    k_min,
+    dense_below,
     logits_chunks,
     scale,
     softcap,
@@ -166,13 +168,16 @@ def score(
     b, i, h = (bi // Q).to(tl.int64), (bi % Q).to(tl.int64), (n % Hkv).to(tl.int64)
     begin, end, later_end = bounds(b, i, length, length_stride, start, start_stride, Q, S, HAS_START)
     if split == 0:
-        count, budget, window = row_info(bi, counts, begin, end, k, k_divisor, local, HAS_MASK)
+        count, budget, least, window = row_info(
+            bi, counts, begin, end, k, k_divisor, local, k_min, dense_below, HAS_MASK
+        )
         base = info + n * INFO_SIZE
         tl.store(base + BEGIN, begin)
         tl.store(base + END, end)
         tl.store(base + LATER_END, later_end)
         tl.store(base + COUNT, count)
         tl.store(base + BUDGET, budget)
+        tl.store(base + LEAST, least)
         tl.store(base + WINDOW, window)
         tl.store(ticket + n, 0)
     group = query + b * query_batch + h * (G * query_head) + i * query_position
