@@ -182,7 +182,7 @@ def plan(call: Arguments, variant: str | None = None, **forced: Any) -> Plan:
     variant: of `VARIANTS`, and forced: its `Sizes`, where they are chosen already.
     Raises ValueError for more positions than the selection can count, or for codes that cannot be read as words.
     """
-    cached = call.key.shape[2]
+    cached = call.capacity
     if cached > MAX_KEYS:
         raise ValueError(f"key must hold at most {MAX_KEYS} positions on a GPU, got {cached}")
     # A cache grows with every token. Its plan is that of the chunk's end, but for one number.
@@ -190,7 +190,8 @@ def plan(call: Arguments, variant: str | None = None, **forced: Any) -> Plan:
     if variant is not None:
         return _plan(call, end, variant, forced)._replace(cached=cached)
     described = [None if x is None else (x.stride(), x.dtype) for x in tensors_of(call)]
-    layout = (end, call.query.shape, call.key.shape[1], call.query.device, *described, *options_of(call))
+    storage = call.key.shape[:2] if call.block_table is None else call.key.shape[:3]
+    layout = (end, call.query.shape, storage, call.query.device, *described, *options_of(call))
     found = _plans.get(layout)
     if found is None:
         if len(_plans) >= MAX_HELD:
@@ -206,13 +207,14 @@ def _plan(call: Arguments, cached: int, variant: str | None, forced: Mapping[str
     query = call.query
     shape = shape_of(call, cached, multiprocessors(query.device))
     if shape.coded:
-        _check_words(call.key_components)
+        _check_words(call)
     kind = next(kind for kind in VARIANTS.values() if kind.serves(shape)) if variant is None else VARIANTS[variant]
     sizes = kind.sizes(shape)._replace(**forced)
     tensors = _given(call)
     values = _strides(DECODED, tensors) | {
         "Hkv": shape.num_kv_heads,
         "S": cached,
+        "pages": call.key.shape[0],
         **dict(zip(("k", "k_divisor", "local"), _budget(call, cached), strict=True)),
         "logits_chunks": shape.chunks,
         "scale": float(call.softmax_scale),
@@ -221,7 +223,7 @@ def _plan(call: Arguments, cached: int, variant: str | None, forced: Mapping[str
         "mass": float(call.mass or 0.0),
         "k_min": min(call.k_min, cached),
         "dense_below": min(call.dense_below, cached + 1),
-        **{name: getattr(shape, name) for name in ("Q", "k_max", "G", "D", "R", "GP", "DP", "RP")},
+        **{name: getattr(shape, name) for name in ("Q", "k_max", "G", "D", "R", "GP", "DP", "RP", "BLOCK", "PAGED")},
         "ROWS": shape.rows,
         "STAGES": shape.stages,
         "COUNT_TILE": COUNT_TILE,
@@ -276,7 +278,8 @@ def _stream(device: torch.device) -> int:
 
 
 def run(plan: Plan, call: Arguments) -> Results:
-    """Results as `reference.decode_reference` gives them.  Values of `length` and `start` out of range are clamped.
+    """Results as `reference.decode_reference` gives them.  Values of `length`, `start` and `block_table` out of
+    range are clamped.
 
     Raises RuntimeError for memory that has been freed, ValueError for codes that cannot be read as words.
     """
@@ -304,7 +307,7 @@ def _run(plan: Plan, call: Arguments) -> Results:
     if kind is None or 0 in addresses:
         check_memory(call, tensors_of)
         if plan.shape.coded:
-            _check_words(call.key_components)
+            _check_words(call)
     addresses += [first + offset for offset, _, _ in plan.scratch]
 
     def tensor(place: int) -> Tensor:
@@ -322,9 +325,11 @@ def _run(plan: Plan, call: Arguments) -> Results:
     return output, alpha, by_head.to(torch.int64, memory_format=torch.contiguous_format), lse, read
 
 
-def _check_words(codes: Tensor) -> None:
+def _check_words(call: Arguments) -> None:
     """Raise where codes cannot be read as words of 32 bits."""
-    if codes.data_ptr() % 4 or any(stride % 4 for stride in codes.stride()[:3]):
+    codes = call.key_components
+    strides = codes.stride()[: 3 if call.block_table is None else 2]  # a page is one block
+    if codes.data_ptr() % 4 or any(stride % 4 for stride in strides):
         raise ValueError("key_components must lie at multiples of 4 bytes on a GPU")
 
 

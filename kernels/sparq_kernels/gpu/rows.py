@@ -35,6 +35,14 @@ def bounds(b, i, length, length_stride, start, start_stride, Q, S, HAS_START: tl
 
 
 @triton.jit
+def page_of(s, end, table, pages, BLOCK: tl.constexpr):
+    """The page in which position `s` of a row lies, int64, the shape of `s`; of positions from `end` on any page: what
+    the row's table has behind its last one is never looked up.  Clamped, as bounds are."""
+    page = tl.load(table + s // BLOCK, mask=s < end, other=0)
+    return tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
+
+
+@triton.jit
 def budget_of(count, k, k_divisor, local):
     """How many of `count` valid positions are attended, and how many of these are the newest ones."""
     by_length = tl.where(k_divisor > 0, count // tl.maximum(k_divisor, 1), 0)

@@ -36,6 +36,8 @@ class Shape(NamedTuple):
     D: int
     R: int
     cached: int  # positions, of a cache that is full to a chunk's end
+    BLOCK: int  # positions of a block of the index: of a page, where there are pages
+    PAGED: bool
     k_max: int
     itemsize: int
     amd: bool
@@ -83,7 +85,8 @@ class Shape(NamedTuple):
             return min(BLOCK, LOAD_BYTES // self.itemsize * 32 * warps)
         if self.itemsize == 4:  # multiplied without matrix instructions, from registers
             return LANES.value
-        return min(CHUNK.value, max(LANES.value, min(TILE_BYTES // (self.RP * self.itemsize), MAX_LOGITS // self.GP)))
+        fitting = min(TILE_BYTES // (self.RP * self.itemsize), MAX_LOGITS // self.GP)
+        return min(self.BLOCK, CHUNK.value, max(LANES.value, fitting))
 
 
 def shape_of(call: Arguments, cached: int, units: int) -> Shape:
@@ -97,6 +100,8 @@ def shape_of(call: Arguments, cached: int, units: int) -> Shape:
         D=head_dim,
         R=call.r,
         cached=cached,
+        BLOCK=BLOCK if call.block_table is None else call.key.shape[2],
+        PAGED=call.block_table is not None,
         k_max=max_positions(cached, call.budget),
         itemsize=call.query.element_size(),
         amd=torch.version.hip is not None,
