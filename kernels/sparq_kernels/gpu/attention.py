@@ -135,6 +135,18 @@ def sum_of_row(
 
 
 @triton.jit
+def add_rows(total, rows, stride, first, last, D: tl.constexpr, STAGES: tl.constexpr):
+    """`total` [X, DP], each of X rows of it with its share of the rows [first, last) added."""
+    ROWS: tl.constexpr = total.shape[0]
+    i, d = tl.arange(0, ROWS), tl.arange(0, total.shape[1])
+    for row in tl.range(first, last, ROWS, num_stages=STAGES):
+        there = (row + i < last)[:, None] & (d < D)[None, :]
+        place = (row + i).to(tl.int64) * stride
+        total += tl.load(rows + place[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def sum_of_pages(
     value_sum,  # of this KV head, by page
     sum_page,
@@ -154,25 +166,20 @@ def sum_of_pages(
 ):
     """A part's share of the sum of the values below `end`, [DP]: of whole pages by their sums, of the last one by its
     rows."""
-    d, i = tl.arange(0, DP), tl.arange(0, ROWS)
-    inside = (d < D)[None, :]
+    i, d = tl.arange(0, ROWS), tl.arange(0, DP)
     total = tl.zeros([ROWS, DP], tl.float32)
     whole = end // BLOCK
     share = tl.cdiv(whole, PARTS)
     last = tl.minimum((part + 1) * share, whole)
     for first in range(part * share, last, ROWS):
         page = page_of((first + i) * BLOCK, last * BLOCK, table, pages, BLOCK)
-        there = (first + i < last)[:, None] & inside
+        there = (first + i < last)[:, None] & (d < D)[None, :]
         total += tl.load(value_sum + (page * sum_page)[:, None] + d[None, :], mask=there, other=0.0)
     begin = whole * BLOCK
-    value += page_of(begin, end, table, pages, BLOCK) * value_page
+    rows = value + page_of(begin, end, table, pages, BLOCK) * value_page
     share = tl.cdiv(end - begin, PARTS)
     last = tl.minimum((part + 1) * share, end - begin)
-    for first in tl.range(part * share, last, ROWS, num_stages=STAGES):
-        there = (first + i < last)[:, None] & inside
-        row = (first + i).to(tl.int64) * value_stride
-        total += tl.load(value + row[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
-    return tl.sum(total, 0)
+    return tl.sum(add_rows(total, rows, value_stride, part * share, last, D, STAGES), 0)
 
 
 @triton.jit

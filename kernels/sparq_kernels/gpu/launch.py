@@ -38,6 +38,7 @@ from ..counting import CountArguments
 from ..encoding import EncodeArguments
 from ..layout import GROUP
 from ..reference import Results
+from ..slots import SlotArguments
 from ..value_sum import ExtendArguments
 from . import fused, split
 from .append import append as append_kernel
@@ -45,11 +46,13 @@ from .append import extend_sum as extend_sum_kernel
 from .encoding import ENCODE_BYTES, ENCODE_WARPS
 from .encoding import encode as encode_kernel
 from .rows import CHUNK, VARYING, count_masked
-from .shape import Scratch, Shape, shape_of
+from .shape import Scratch, Shape, rows_at_once, shape_of, stages_of
+from .slots import complete_pages, write_slots
 from .topk import MAX_KEYS
 
 VARIANTS = {"fused": fused, "split": split}  # the first that serves
 COUNT_TILE = 4096
+WRITE_WARPS = 4
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 OPTIONS = {"enable_fp_fusion": True}  # as it has always been: the default is going to change
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -371,7 +374,7 @@ def _budget(call: Arguments | CountArguments, cached: int) -> tuple[int, int, in
     return min(call.k, cached), min(call.k_divisor or 0, cached + 1), local
 
 
-_appends: dict[tuple[object, ...], Launch] = {}  # by layout; of `extend_sum`, too
+_appends: dict[tuple[object, ...], list[Launch]] = {}  # by layout, of all that writes to a cache
 
 
 def append(call: AppendArguments, layout: tuple[object, ...]) -> None:
@@ -391,8 +394,8 @@ def append(call: AppendArguments, layout: tuple[object, ...]) -> None:
         new_value,
         call.key if call.position is None else call.position,
     )
-    launch = _appends.get(layout)
-    if launch is None:
+    launches = _appends.get(layout)
+    if launches is None:
         coded = call.key_ranges is not None
         constants = {
             "HAS_POSITION": call.position is not None,
@@ -400,9 +403,10 @@ def append(call: AppendArguments, layout: tuple[object, ...]) -> None:
             "CODED": coded,
             "AT_ONCE": _encoded_at_once(call.key),
         }
-        warps = ENCODE_WARPS if coded else 1
-        launch = _held(layout, append_kernel, APPENDED, tensors, call.key, constants, warps)
-    _start(launch, call, tensors, call.offset)
+        rows = call.key.shape[0] * call.key.shape[1]
+        kernel = (append_kernel, rows, ENCODE_WARPS if coded else 1)
+        launches = _held(layout, APPENDED, tensors, call.key, constants, kernel)
+    _start(launches, call, tensors, call.offset)
 
 
 def encode(call: EncodeArguments) -> None:
@@ -444,10 +448,42 @@ def extend_sum(call: ExtendArguments, layout: tuple[object, ...]) -> None:
 
     Raises RuntimeError for memory that has been freed.
     """
-    launch = _appends.get(layout)
-    if launch is None:
-        launch = _held(layout, extend_sum_kernel, EXTENDED, call, call.value, {}, 1)
-    _start(launch, call, call, 0)
+    launches = _appends.get(layout)
+    if launches is None:
+        rows = call.value.shape[0] * call.value.shape[1]
+        launches = _held(layout, EXTENDED, call, call.value, {}, (extend_sum_kernel, rows, 1))
+    _start(launches, call, call, 0)
+
+
+def append_slots(call: SlotArguments, layout: tuple[object, ...]) -> None:
+    """For arguments that have been checked; `layout` as `check_slots` gives it.
+
+    Raises RuntimeError for memory that has been freed.
+    """
+    tokens, heads, head_dim = call.new_key.shape
+    if not tokens:
+        return
+    new_key = call.new_key if call.new_key.stride(2) == 1 else call.new_key.contiguous()
+    new_value = call.new_value if call.new_value.stride(2) == 1 else call.new_value.contiguous()
+    ranges = call.key if call.key_ranges is None else call.key_ranges
+    tensors = (call.key, call.value, call.key_components, call.value_sum, ranges, new_key, new_value, call.slots)
+    launches = _appends.get(layout)
+    if launches is None:
+        itemsize = call.key.element_size()
+        rows = rows_at_once(triton.next_power_of_2(head_dim), itemsize)
+        constants = {
+            "pages": call.key.shape[0],
+            "tokens": tokens,
+            "ROWS": rows,
+            "STAGES": stages_of(itemsize, torch.version.hip is not None),
+            "BLOCK": call.key.shape[2],
+            "CODED": call.key_ranges is not None,
+            "AT_ONCE": _encoded_at_once(call.key),
+        }
+        write = (write_slots, triton.cdiv(tokens, rows) * heads, WRITE_WARPS)
+        complete = (complete_pages, tokens * heads, ENCODE_WARPS)
+        launches = _held(layout, SLOTS, tensors, call.key, constants, write, complete)
+    _start(launches, call, tensors, 0)
 
 
 # What the kernels' pointers and strides are called, tensor by tensor of a call.
@@ -475,6 +511,16 @@ APPENDED = {
     "new_value": ("new_value_batch", "new_value_head"),
     "position": ("position_stride",),
 }
+SLOTS = {
+    "keys": ("keys_page", "keys_head", "keys_position"),
+    "values": ("values_page", "values_head", "values_position"),
+    "components": ("components_page", "components_head"),
+    "value_sum": ("sum_page", "sum_head"),
+    "ranges": ("ranges_page", "ranges_head"),
+    "new_key": ("new_key_token", "new_key_head"),
+    "new_value": ("new_value_token", "new_value_head"),
+    "slots": ("slots_stride",),
+}
 EXTENDED = {
     "value_sum": ("sum_batch", "sum_head"),
     "summed": ("summed_batch",),
@@ -494,26 +540,30 @@ def _strides(names: Mapping[str, tuple[str, ...]], tensors: Sequence[Tensor]) ->
 
 def _held(
     layout: tuple[object, ...],
-    kernel: Any,
     names: Mapping[str, tuple[str, ...]],
     tensors: Sequence[Tensor],
     storage: Tensor,
     constants: dict[str, int],
-    warps: int,
-) -> Launch:
-    """A launch for every row and head of a storage [B, Hkv, capacity, d], kept for calls of that layout."""
-    batch, heads, capacity, head_dim = storage.shape
+    *kernels: tuple[Any, int, int],
+) -> list[Launch]:
+    """Launches that write to a storage [B, Hkv, capacity, d], kept for calls of that layout; kernels: with programs and
+    warps."""
+    _, heads, capacity, head_dim = storage.shape
     sizes = {"capacity": capacity, "Hkv": heads, "D": head_dim, "DP": triton.next_power_of_2(head_dim), "offset": 0}
     values = _strides(names, tensors) | sizes
     pointers = {name: (place, _pointed_at(x)) for place, (name, x) in enumerate(zip(names, tensors, strict=True))}
     if len(_appends) >= MAX_HELD:
         _appends.clear()
-    launch = Launch(kernel, (batch * heads,), values | constants, pointers, storage.device, "offset", num_warps=warps)
-    _appends[layout] = launch
-    return launch
+    values |= constants
+    launches = [
+        Launch(kernel, (programs,), values, pointers, storage.device, "offset", num_warps=warps)
+        for kernel, programs, warps in kernels
+    ]
+    _appends[layout] = launches
+    return launches
 
 
-def _start(launch: Launch, call: Any, tensors: Sequence[Tensor], changed: int) -> None:
+def _start(launches: list[Launch], call: Any, tensors: Sequence[Tensor], changed: int) -> None:
     addresses = [x.data_ptr() for x in tensors]
     kind = kind_of(addresses, tensors)
     if kind is None or 0 in addresses:
@@ -523,10 +573,8 @@ def _start(launch: Launch, call: Any, tensors: Sequence[Tensor], changed: int) -
         return _as_bytes(tensors[place])
 
     device = tensors[0].device
-    if _is_current(device):
-        launch(addresses, kind, _stream(device), tensor, changed)
-    else:
-        with torch.cuda.device(device):
+    with contextlib.nullcontext() if _is_current(device) else torch.cuda.device(device):
+        for launch in launches:
             launch(addresses, kind, _stream(device), tensor, changed)
 
 

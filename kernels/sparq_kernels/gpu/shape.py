@@ -71,11 +71,11 @@ class Shape(NamedTuple):
     @property
     def rows(self) -> int:
         """Of K, and of V, that a program attends at once."""
-        return min(MAX_ROWS, max(16, ROW_BYTES // (self.DP * self.itemsize)))
+        return rows_at_once(self.DP, self.itemsize)
 
     @property
     def stages(self) -> int:
-        return STAGES if self.itemsize == 2 and not self.amd else 2
+        return stages_of(self.itemsize, self.amd)
 
     def tile(self, warps: int) -> int:
         """Positions that a program scores at once, or that share a range."""
@@ -87,6 +87,16 @@ class Shape(NamedTuple):
             return LANES.value
         fitting = min(TILE_BYTES // (self.RP * self.itemsize), MAX_LOGITS // self.GP)
         return min(self.BLOCK, CHUNK.value, max(LANES.value, fitting))
+
+
+def rows_at_once(padded_dim: int, itemsize: int) -> int:
+    """Of K or V, that a program reads in one go."""
+    return min(MAX_ROWS, max(16, ROW_BYTES // (padded_dim * itemsize)))
+
+
+def stages_of(itemsize: int, amd: bool) -> int:
+    """Of loops that read."""
+    return STAGES if itemsize == 2 and not amd else 2
 
 
 def shape_of(call: Arguments, cached: int, units: int) -> Shape:
