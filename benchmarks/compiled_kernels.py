@@ -33,7 +33,8 @@ from gpu_stages.cases import S1, S2, S3
 from sparq_kernels.append import AppendArguments, check_append
 from sparq_kernels.arguments import Arguments
 from sparq_kernels.encoding import EncodeArguments
-from sparq_kernels.layout import allocate_codes, allocate_components
+from sparq_kernels.layout import GROUP, allocate_codes, allocate_components
+from sparq_kernels.slots import SlotArguments, check_slots
 from sparq_kernels.value_sum import ExtendArguments, check_extending
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -57,6 +58,8 @@ STREAMS = {
     "codes": ("coded", "score_coded", "runs"),
     "keys": ("attention", "attend", "key"),
     "values": ("attention", "attend", "value"),
+    "sums of pages": ("attention", "sum_of_pages", "value_sum"),
+    "a page's values": ("attention", "add_rows", "rows"),
     "rows": ("encoding", "encode_group", "rows"),
 }
 
@@ -134,8 +137,9 @@ def empty_call(
     capacity: int | None = None,
     index: str = "full",
     mass: float | None = None,
+    page: int | None = None,
 ) -> Arguments:
-    """Arguments as the plugin's cache passes them, over memory that nothing ever touches."""
+    """Arguments as the plugin's cache passes them, over memory that nothing ever touches; page: as an engine does."""
     capacity = -(-cached // CAPACITY_STEP) * CAPACITY_STEP if capacity is None else capacity
 
     def rows() -> torch.Tensor:
@@ -143,13 +147,14 @@ def empty_call(
 
     stored = (batch, num_kv_heads, capacity, head_dim, dtype, "cpu")
     components, ranges = (allocate_components(*stored), None) if index == "full" else allocate_codes(*stored)
-    return Arguments(
+    call = Arguments(
         query=torch.empty((batch, query_length, num_heads, head_dim), dtype=dtype).transpose(1, 2),
         key=rows(),
         key_components=components,
         value=rows(),
         value_sum=torch.empty((batch, num_kv_heads, head_dim)),
         key_ranges=ranges,
+        block_table=None,
         length=torch.empty(batch, dtype=torch.int64),
         start=torch.empty(batch, dtype=torch.int64) if start else None,
         mask=torch.empty((batch, cached), dtype=torch.bool) if mask else None,
@@ -160,10 +165,31 @@ def empty_call(
         local=None,
         mass=mass,
         k_min=1,
+        dense_below=0,
         scale=None,
         softcap=softcap,
         mean_from=0.0 if mean_value else math.inf,
         return_positions=False,
+    )
+    return call if page is None else in_pages(call, page)
+
+
+def in_pages(call: Arguments, page: int) -> Arguments:
+    """The same with as many pages as its rows need."""
+    batch, heads, cached, head_dim = call.key.shape
+    each = -(-cached // page)
+
+    def pages(*shape: int, dtype: torch.dtype = call.key.dtype) -> torch.Tensor:
+        return torch.empty((batch * each, heads, *shape), dtype=dtype)
+
+    coded = call.key_ranges is not None
+    return call._replace(
+        key=pages(page, head_dim),
+        key_components=pages(1, head_dim, page // 2, dtype=torch.uint8) if coded else pages(1, head_dim, page),
+        value=pages(page, head_dim),
+        value_sum=pages(head_dim, dtype=torch.float32),
+        key_ranges=pages(page // GROUP, head_dim, 2) if coded else None,
+        block_table=torch.empty((batch, each), dtype=torch.int32),
     )
 
 
@@ -182,6 +208,22 @@ def empty_append(
     per_row = None if position is not None else call.length
     storage = (call.key, call.value, call.key_components, call.value_sum, call.key_ranges)
     return AppendArguments(*storage, call.query, call.query, per_row, position or 0)
+
+
+def empty_slots(
+    tokens: int = 1,
+    num_kv_heads: int = 8,
+    page: int = 256,
+    head_dim: int = 128,
+    dtype: torch.dtype = torch.float16,
+    *,
+    index: str = "full",
+) -> SlotArguments:
+    """Tokens for pages, slices of one projection as an engine has them; untouched memory like the above."""
+    call = empty_call(1, num_kv_heads, num_kv_heads, 16 * page, head_dim, dtype, index=index, page=page)
+    storage = (call.key, call.value, call.key_components, call.value_sum, call.key_ranges)
+    new_key, new_value = torch.empty((tokens, 2 * num_kv_heads, head_dim), dtype=dtype).chunk(2, 1)
+    return SlotArguments(*storage, new_key, new_value, torch.empty(tokens, dtype=torch.int64))
 
 
 class _Recorder:
@@ -217,7 +259,7 @@ def empty_encoding(
 
 def record(
     module: ModuleType,
-    call: Arguments | AppendArguments | EncodeArguments | ExtendArguments,
+    call: Arguments | AppendArguments | SlotArguments | EncodeArguments | ExtendArguments,
     target: str,
     **forced: Any,
 ) -> list[Launch]:
@@ -242,6 +284,8 @@ def record(
             module.run(module.plan(call, **forced), call)
         elif isinstance(call, AppendArguments):
             module.append(call, check_append(call))
+        elif isinstance(call, SlotArguments):
+            module.append_slots(call, check_slots(call))
         elif isinstance(call, EncodeArguments):
             module.encode(call)
         else:
@@ -402,9 +446,15 @@ def narrow_loads(specialised: Specialised) -> list[Load]:
 def streams_of(specialised: Specialised) -> set[str]:
     """What a kernel has to read in bulk."""
     names = specialised.kernel.arg_names
-    coded = "CODED" in names and specialised.constants[names.index("CODED"),]
+    coded, is_paged = (
+        name in names and specialised.constants[names.index(name),] for name in ("CODED", "PAGED")
+    )
     index, rows = {"codes" if coded else "components"}, {"keys", "values"}
-    return {"score": index, "gather": rows, "fused": index | rows}.get(specialised.kernel.__name__, set())
+    if is_paged:
+        rows |= {"sums of pages", "a page's values"}
+    completed = {"a page's values", "rows"} if coded else {"a page's values"}
+    read = {"score": index, "gather": rows, "fused": index | rows, "complete_pages": completed}
+    return read.get(specialised.kernel.__name__, set())
 
 
 def distinct(launches: list[Specialised]) -> dict[str, list[Specialised]]:

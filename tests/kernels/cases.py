@@ -260,8 +260,9 @@ def small_integers(shape: tuple[int, ...], generator: torch.Generator) -> Tensor
 
 def call_of(case: Case, **changes: Any) -> Arguments:
     """The operator's arguments, positions asked for."""
-    tensors = {name: getattr(case, name) for name in tensors_of(Arguments._fields) if name != "counts"}
-    options = {"r": 4, "k": 20, "k_min": 1, "mean_value": True, "return_positions": True, **case.options, **changes}
+    tensors = {name: getattr(case, name, None) for name in tensors_of(Arguments._fields)}
+    defaults = {"r": 4, "k": 20, "k_min": 1, "dense_below": 0, "mean_value": True, "return_positions": True}
+    options = {**defaults, **case.options, **changes}
     options["mean_from"] = mean_from(options.pop("mean_value"))
     return Arguments(**{**dict.fromkeys(Arguments._fields), **tensors, **options})
 

@@ -26,6 +26,7 @@ from compiled_kernels import (
     empty_call,
     empty_encoding,
     empty_extension,
+    empty_slots,
     pointer_conversions,
     record,
     specialise,
@@ -90,6 +91,16 @@ EVERYWHERE = {
     "distributed-groups-int4": ("distributed", {**LONG_GROUPS, **INT4}),
     "everything-int4": ("select", {**SELECT_GROUPS, **INT4, "start": True, "mask": True, "softcap": 30.0}),
 }
+# In pages as engines have them, of a dtype as theirs.
+PAGES = {"page": 256, "dtype": torch.bfloat16}
+PAGED = {
+    "fused-groups-pages": ("fused", {**FUSED_GROUPS, **PAGES}),
+    "select-pages": ("select", {**SELECT, **PAGES}),
+    "select-groups-pages": ("select", {**SELECT_GROUPS, **PAGES}),
+    "distributed-groups-pages": ("distributed", {**LONG_GROUPS, **PAGES}),
+    "select-groups-pages-int4": ("select", {**SELECT_GROUPS, **PAGES, **INT4}),
+    "distributed-groups-pages-int4": ("distributed", {**LONG_GROUPS, **PAGES, **INT4}),
+}
 # Not on AMD, where a tile of codes is less than 16 bytes for each thread of so large a program.
 FUSED_INT4 = {
     "fused-int4": ("fused", {**FUSED, **INT4}),
@@ -97,6 +108,14 @@ FUSED_INT4 = {
 }
 SM_90 = {
     **FUSED_INT4,
+    **PAGED,
+    "fused-pages": ("fused", {**FUSED, **PAGES}),
+    "fused-pages-int4": ("fused", {**FUSED, **PAGES, **INT4}),
+    "fused-groups-pages-int4": ("fused", {**FUSED_GROUPS, **PAGES, **INT4}),
+    "select-small-pages": ("select", {**SELECT, **PAGES, "page": 64}),
+    "select-groups-small-pages": ("select", {**SELECT_GROUPS, **PAGES, "page": 64}),
+    "select-groups-large-pages-int4": ("select", {**SELECT_GROUPS, **PAGES, **INT4, "page": 2048}),
+    "select-groups-pages-float32-80": ("select", {**SELECT_GROUPS, "page": 256, "dtype": torch.float32, "head_dim": 80}),
     "fused-everything-int4": ("fused", {**FUSED_GROUPS, **INT4, "start": True, "mask": True, "softcap": 30.0}),
     "fused-group-of-7-int4": ("fused", {**heads(80, 28, 4), **INT4, "cached": 4096}),
     "distributed-int4": ("distributed", {**LONG, **INT4}),
@@ -156,6 +175,7 @@ SM_90 = {
     },
 }
 GFX942 = {
+    **PAGED,
     "distributed": ("distributed", LONG),
     "fused-float32": ("fused", {**FUSED, "dtype": torch.float32}),
     "fused-groups-float32": ("fused", {**FUSED_GROUPS, "dtype": torch.float32}),
@@ -228,7 +248,7 @@ def unchanged_modules() -> Iterator[None]:
         del sys.modules[name]
 
 
-PLACE = "(block.to(tl.int64) * (block_stride // 4) + within // 4)"
+PLACE = "(stored * (block_stride // 4) + within // 4)"
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
@@ -237,8 +257,8 @@ PLACE = "(block.to(tl.int64) * (block_stride // 4) + within // 4)"
     [
         ("codes", "coded.py", f"tl.load(runs + {PLACE})", "(piece * T + tl.arange(0, T // 4) < end)[None, :]"),
         ("components", "scoring.py", "tl.load(runs + offset)", "(position + o < end)[None, :]"),
-        ("keys", "attention.py", "tl.load(key + row * key_stride + d[None, :])", "d[None, :] < last"),
-        ("values", "attention.py", "tl.load(value + row * value_stride + d[None, :])", "d[None, :] < last"),
+        ("keys", "attention.py", "tl.load(key + k_row[:, None] + d[None, :])", "d[None, :] < last"),
+        ("values", "attention.py", "tl.load(value + v_row[:, None] + d[None, :])", "d[None, :] < last"),
     ],
     ids=["codes", "components", "keys", "values"],
 )
@@ -333,6 +353,25 @@ def test_append_compiles(target: str, dtype: torch.dtype, head_dim: int, positio
 
 
 @pytest.mark.parametrize(("target", "dtype", "head_dim"), APPENDS)
+@pytest.mark.parametrize("index", ["full", "int4"])
+def test_append_slots_compiles(target: str, dtype: torch.dtype, head_dim: int, index: str) -> None:
+    """Rows and sums by the same two kernels for a token and for a prompt; whole pages are read 16 bytes at a time."""
+    launches = [
+        specialise(each, target)
+        for count in (1, 1000)
+        for each in record(launch, empty_slots(count, head_dim=head_dim, dtype=dtype, index=index), target)
+    ]
+    assert [each.kernel.__name__ for each in launches] == 2 * ["write_slots", "complete_pages"]
+    assert responsible_for_recompiling(launches) == {}
+    for each in launches[:2]:
+        used = compiled.resources(each)
+        assert used.spilled == 0
+        assert used.shared <= SHARED_LIMIT_CONSUMER
+        assert {load.stream for load in compiled.stream_loads(each)} == compiled.streams_of(each)
+        assert not compiled.narrow_loads(each)
+
+
+@pytest.mark.parametrize(("target", "dtype", "head_dim"), APPENDS)
 def test_encode_compiles(target: str, dtype: torch.dtype, head_dim: int) -> None:
     """Keys are read 16 bytes at a time; and the bits are PyTorch's: no product fused with a sum, division rounded."""
     call = empty_encoding(batch=2, head_dim=head_dim, dtype=dtype)
@@ -364,7 +403,11 @@ def responsible_for_recompiling(launches: list[Specialised]) -> dict[str, set[st
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize("options", [{}, {"mask": True, "start": True}, INT4], ids=["plain", "masked", "int4"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mask": True, "start": True}, INT4, {"page": 256}],
+    ids=["plain", "masked", "int4", "pages"],
+)
 @pytest.mark.parametrize(
     ("first", "shape"),
     [(3000, heads(80, 32, 32)), (5000, heads(1, 32, 8)), (20000, heads(1, 32, 8))],

@@ -16,9 +16,11 @@ from sparq_kernels import BLOCK, GROUP
 triton = pytest.importorskip("triton", reason="Triton has no build for this system")
 
 from sparq_kernels.append import AppendArguments, check_append  # noqa: E402
+from sparq_kernels.arguments import Arguments  # noqa: E402
 from sparq_kernels.counting import CountArguments  # noqa: E402
 from sparq_kernels.encoding import EncodeArguments, encode_groups  # noqa: E402
 from sparq_kernels.gpu import launch, split, topk  # noqa: E402
+from sparq_kernels.slots import append_slots_default, check_slots  # noqa: E402
 from sparq_kernels.value_sum import check_extending  # noqa: E402
 
 from tests.kernels.cases import (  # noqa: E402
@@ -31,10 +33,23 @@ from tests.kernels.cases import (  # noqa: E402
     index_of,
     make_case,
     new_token,
+    reference_call,
     rows_of,
     run_reference,
     small_integers,
     storage_of,
+)
+from tests.kernels.pages import (  # noqa: E402
+    PAGED_CASES,
+    as_rows,
+    check_any_order,
+    cloned,
+    empty_pages,
+    paged,
+    same_bytes,
+    shared_prefix,
+    slot_call,
+    tokens,
 )
 from tests.kernels.test_value_sum import LENGTHS, arguments, check  # noqa: E402
 
@@ -71,11 +86,14 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.torch, "empty", poisoned)
 
 
-def run_kernels(case: Case, way: str, counts: torch.Tensor | None = None, **changes: Any) -> sparq_kernels.DecodeOutput:
-    call = call_of(case, counts=counts)
+def run_call(call: Arguments, way: str, **changes: Any) -> sparq_kernels.DecodeOutput:
     plan = launch.plan(call, **{**WAYS[way], **changes})
-    assert way == "distributed" or case.key.shape[2] <= plan.sizes.width
+    assert way == "distributed" or call.capacity <= plan.sizes.width
     return sparq_kernels.DecodeOutput(*launch.run(plan, call))
+
+
+def run_kernels(case: Case, way: str, counts: torch.Tensor | None = None, **changes: Any) -> sparq_kernels.DecodeOutput:
+    return run_call(call_of(case, counts=counts), way, **changes)
 
 
 def run_and_check(case: Case, way: str, **changes: Any) -> sparq_kernels.DecodeOutput:
@@ -467,6 +485,181 @@ def test_append_codes_a_group_that_is_whole(dtype: torch.dtype, position: int | 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_extend_sum(dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
     check(arguments(lengths, dtype=dtype), lambda call: launch.extend_sum(call, check_extending(call)))
+
+
+# --- Pages ------------------------------------------------------------------------------------------------------------
+
+
+def run_pages(call: Arguments, way: str) -> sparq_kernels.DecodeOutput:
+    """Pages have room for more than there is: programs hold all of it, or a quarter."""
+    room = triton.next_power_of_2(call.capacity)
+    return run_call(call, way, width=max(128, room // 4) if way == "distributed" else max(1024, room))
+
+
+def check_pages(case: Case, page: int, index: str, way: str, seed: int = 0) -> None:
+    """Against the same cache in a row, positions and all; room for more positions does not count."""
+    call = call_of(case)
+    in_pages, in_a_row = run_pages(paged(call, page, index, seed), way), run_pages(call, way)
+    assert in_pages.positions is not None
+    most = in_a_row.positions.shape[-1]
+    assert (in_pages.positions[..., most:] == -1).all()
+    check_same(case, in_pages._replace(positions=in_pages.positions[..., :most]), in_a_row)
+
+
+# Ways, pages and indices take turns.
+TURNS = [(64, "full"), (256, "int4"), (128, "full"), (512, "int4"), (256, "full")]
+PAGED_WAYS = [
+    (name, *turn, way) for name, turn, way in zip(PAGED_CASES, itertools.cycle(TURNS), itertools.cycle(WAYS))
+]
+
+
+@pytest.mark.parametrize(("name", "page", "index", "way"), PAGED_WAYS)
+def test_pages_give_what_a_row_gives(name: str, page: int, index: str, way: str) -> None:
+    check_pages(make_case(**PAGED_CASES[name], index=index), page, index, way)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group", "page", "index", "way"),
+    [
+        (dtype, group, *turn, way)
+        for (dtype, group), turn, way in zip(
+            itertools.product(DTYPES, [1, 4, 12]), itertools.cycle(TURNS), itertools.cycle([*WAYS, "fused", "select"])
+        )
+    ],
+    ids=str,
+)
+def test_pages_in_dtypes_and_groups(dtype: torch.dtype, group: int, page: int, index: str, way: str) -> None:
+    """Ragged, across a page's end for one of two queries; a row that ends with a page, and one that has none."""
+    options: dict[str, Any] = {"r": 21, "k": 45, "mass": 0.7, "seed": group, "query_length": 2, "index": index}
+    check_pages(make_case(3, group, 1, 513, 64, dtype, lengths=[513, 256, 0], **options), page, index, way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pages_equal_the_reference(way: str) -> None:
+    """The mean value too, to which many pages and the rows of the last one add up."""
+    case = make_case(2, 4, 2, 700, 16, lengths=[700, 640], query_length=3, r=4, k=6)
+    call = paged(call_of(case), 64, "full")
+    check_same(case, run_pages(call, way), reference_call(call))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_may_share_pages(way: str) -> None:
+    shared, call = shared_prefix(256)
+    ours, theirs = run_pages(shared, way), run_call(call, way)
+    most = theirs.positions.shape[-1]
+    assert torch.equal(ours.positions[..., :most], theirs.positions)
+    torch.testing.assert_close(ours.output, theirs.output)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_of_a_draft_may_be_rows(way: str) -> None:
+    call = paged(call_of(make_case(query_length=3, cached=514, r=6, k=30, index="int4")), 256, "int4")
+    together, alone = run_pages(call, way), run_pages(as_rows(call), way)
+    for ours, theirs in zip(alone, together, strict=True):
+        torch.testing.assert_close(ours[:, :, 0], theirs[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("index", ["full", "int4"])
+def test_a_table_leads_nowhere_outside(index: str, way: str) -> None:
+    """Wrong pages of a row that needs them are clamped, as wrong lengths are."""
+    call = paged(call_of(make_case(2, 2, 1, 600, 16, lengths=[600, 520], r=4, k=20)), 256, index)
+    assert call.block_table is not None
+    call.block_table[0, :3] = torch.tensor([-(2**31), 2**31 - 1, -1])
+    nearest = call._replace(block_table=call.block_table.clamp(0, call.key.shape[0] - 1))
+    for name in ("key", "value", "key_components", "value_sum", "key_ranges"):
+        if (tensor := getattr(call, name)) is not None and tensor.is_floating_point():
+            tensor.nan_to_num_(nan=0.5)
+    for ours, theirs in zip(run_pages(call, way), run_pages(nearest, way), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("way", ["select", "distributed"])
+def test_a_kernel_of_its_own_merges_pages_on_amd(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = paged(call_of(make_case(2, 4, 1, 480, 32, torch.float16, lengths=[480, 301], r=8, k=45)), 64, "full")
+    expected = run_pages(call, way)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for a, b in zip(run_pages(call, way), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("place", "mass"), [("row", 0.5), ("mask", None), ("mask", 0.5), ("pages", None)])
+def test_dense_below_decides_for_each_query(place: str, mass: float | None, way: str) -> None:
+    """Of two queries of a draft one may be sparse, and the other not."""
+    holes, dense_below = (0.3, 250) if place == "mask" else (0.0, 299)
+    lengths = {"lengths": [500, 299, 300, 0], "query_length": 2}
+    case = make_case(4, 2, 1, 500, 16, **lengths, holes=holes, r=6, k=30, mass=mass, dense_below=dense_below)
+    call = call_of(case)
+    if place == "pages":
+        call = paged(call, 64, "full")
+    result = run_pages(call, way)
+    check_same(case, result, reference_call(call))
+    assert (result.read[0] < 100).all() and (result.read[1, :, 0] > 150).all()
+
+
+def write_with_kernels(cached: sparq_kernels.Cached, *new: torch.Tensor) -> None:
+    call = slot_call(cached, *new)
+    launch.append_slots(call, check_slots(call))
+
+
+@pytest.mark.parametrize(("page", "index"), [(64, "full"), (256, "int4")])
+def test_slots_do_not_depend_on_how_tokens_came(page: int, index: str) -> None:
+    check_any_order(write_with_kernels, page, index, at_a_time=7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index", ["full", "int4"])
+def test_slots(index: str, dtype: torch.dtype) -> None:
+    """As plain PyTorch writes them, in any order; those outside the storage write nothing."""
+    ours = empty_pages(2, 3, 512, 20, dtype, index)
+    if index == "int4":  # what is coded must be there
+        sparq_kernels.append_slots(ours, *tokens(1024, 3, 20, dtype, seed=1), torch.arange(1024))
+        ours.key.view(-1, 20)[:300:7, 3] = torch.inf
+    theirs = cloned(ours)
+    generator = torch.Generator().manual_seed(0)
+    slots = torch.cat([torch.tensor([255, 511, 1023]), torch.randperm(1024, generator=generator)[:200]]).unique()
+    slots = slots[torch.randperm(len(slots), generator=generator)]
+    outside = torch.tensor([-1, 1024, 1279, -257, 1 << 40, -(1 << 40)])
+    new = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tokens(len(slots) + len(outside), 3, 20, dtype)]
+    assert new[0].stride(2) != 1
+    write_with_kernels(ours, *new, torch.cat([slots, outside]))
+    append_slots_default(slot_call(theirs, *(x[: len(slots)] for x in new), slots))
+    torch.testing.assert_close(ours.value_sum, theirs.value_sum, rtol=1e-5, atol=1e-5, equal_nan=True)
+    same_bytes(ours._replace(value_sum=None), theirs._replace(value_sum=None))
+
+
+def test_slots_of_no_tokens() -> None:
+    cached = empty_pages(2, 2, 256, 12, torch.float32, "int4")
+    before = cloned(cached)
+    write_with_kernels(cached, *tokens(0, 2, 12), torch.empty(0, dtype=torch.int64))
+    same_bytes(cached, before)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_rows_in_any_pages(data: st.DataObject) -> None:
+    page, index = data.draw(st.sampled_from([(64, "full"), (128, "full"), (256, "full"), (256, "int4")]))
+    lengths = data.draw(st.lists(st.integers(0, 400), min_size=1, max_size=2))
+    k = data.draw(st.integers(1, 90))
+    case = make_case(
+        len(lengths),
+        2 * data.draw(st.integers(1, 5)),
+        2,
+        max(*lengths, 1),
+        data.draw(st.integers(8, 40)),
+        query_length=data.draw(st.sampled_from([1, 1, 3])),
+        lengths=lengths,
+        index=index,
+        r=data.draw(st.integers(1, 8)),
+        k=k,
+        k_divisor=data.draw(st.none() | st.integers(2, 9)),
+        local=data.draw(st.none() | st.integers(0, k)),
+        mass=data.draw(st.none() | st.floats(0.1, 0.99)),
+        dense_below=data.draw(st.sampled_from([0, 50, 300])),
+        softcap=data.draw(st.none() | st.just(3.0)),
+    )
+    check_pages(case, page, index, data.draw(st.sampled_from(list(WAYS))), data.draw(st.integers(0, 9)))
 
 
 @st.composite

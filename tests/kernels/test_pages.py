@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -10,83 +9,27 @@ import sparq_kernels
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparq_kernels import BLOCK, GROUP, Budget, Cached, Visible, append_slots
-from sparq_kernels.arguments import Arguments
-from sparq_kernels.slots import SlotArguments, append_slots_default
+from sparq_kernels import BLOCK, Budget, Cached, Visible, append_slots
+from sparq_kernels.slots import append_slots_default
 from torch import Tensor
 
-from tests.kernels.cases import CASES, TOLERANCE, call_of, check_same, decode_call, make_case, reference_call
+from tests.kernels.cases import TOLERANCE, call_of, check_same, decode_call, make_case, reference_call
+from tests.kernels.pages import (
+    COMBINATIONS,
+    PAGED_CASES,
+    as_rows,
+    check_any_order,
+    cloned,
+    empty_pages,
+    paged,
+    same_bytes,
+    shared_prefix,
+    slot_call,
+    summed_by_pages,
+    tokens,
+)
 
-PAGES = [64, 128, 256, 512, 1024, 2048]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-PAGED_CASES = {name: case for name, case in CASES.items() if not {"starts", "holes"} & set(case)}
-
-
-def served(page: int, index: str) -> bool:
-    return index == "full" or page >= GROUP
-
-
-COMBINATIONS = [(page, index) for page, index in itertools.product(PAGES, ("full", "int4")) if served(page, index)]
-
-
-def empty_pages(
-    count: int, heads: int, page: int, head_dim: int, dtype: torch.dtype, index: str, device: str = "cpu"
-) -> Cached:
-    """Pages of nothing but poison, all of one page in a row, as an engine allocates them."""
-    precise = torch.float64 if dtype == torch.float64 else torch.float32
-    key, value = (torch.full((count, heads, page, head_dim), torch.nan, dtype=dtype, device=device) for _ in range(2))
-    sums = torch.full((count, heads, head_dim), torch.nan, dtype=precise, device=device)
-    if index == "full":
-        components = torch.full((count, heads, 1, head_dim, page), torch.nan, dtype=dtype, device=device)
-        return Cached(key, components, value, sums)
-    codes = torch.full((count, heads, 1, head_dim, page // 2), 255, dtype=torch.uint8, device=device)
-    ranges = torch.full((count, heads, page // GROUP, head_dim, 2), torch.nan, dtype=dtype, device=device)
-    return Cached(key, codes, value, sums, ranges)
-
-
-def new_table(lengths: list[int], page: int, seed: int) -> tuple[Tensor, int]:
-    """A page for every part of every row, in any order, and entries behind them that must not be looked up; and how
-    many pages there are."""
-    generator = torch.Generator().manual_seed(seed)
-    needed = [-(-n // page) for n in lengths]
-    count = sum(needed) + 3
-    free = torch.randperm(count, generator=generator).tolist()
-    table = torch.full((len(lengths), max(needed) + 2), -(2**31), dtype=torch.int32)
-    table[:, -1] = 2**31 - 1
-    for row, n in enumerate(needed):
-        table[row, :n] = torch.tensor([free.pop() for _ in range(n)], dtype=torch.int32)
-    return table, count
-
-
-def slots_of(table: Tensor, row: int, begin: int, end: int, page: int) -> Tensor:
-    """Where positions [begin, end) of a row lie."""
-    s = torch.arange(begin, end)
-    return table[row].long()[s // page] * page + s % page
-
-
-def paged(call: Arguments, page: int, index: str, seed: int = 0) -> Arguments:
-    """The same call with its cache in pages, filled in parts as an engine does."""
-    lengths, heads, head_dim = call.length.tolist(), call.key.shape[1], call.key.shape[3]
-    table, count = new_table(lengths, page, seed)
-    cached = empty_pages(count, heads, page, head_dim, call.key.dtype, index)
-    for row, n in enumerate(lengths):
-        parts = [0, *sorted({n // 3, n // 2, max(n - 1, 0)}), n]
-        for begin, end in itertools.pairwise(parts):
-            new = (x[row, :, begin:end].transpose(0, 1) for x in (call.key, call.value))
-            append_slots(cached, *new, slots_of(table, row, begin, end, page))
-    return call._replace(**cached._replace(block_table=table)._asdict())
-
-
-def summed_by_pages(call: Arguments, page: int) -> Arguments:
-    """The call with its sum of V added up in the order that pages are: whole ones, and the rows behind them."""
-    sums = torch.zeros_like(call.value_sum)
-    for row, n in enumerate(call.length.tolist()):
-        for begin in range(0, n, page):
-            part = torch.zeros_like(sums[row])
-            for s in range(begin, min(begin + page, n)):
-                part += call.value[row, :, s].to(part.dtype)
-            sums[row] += part
-    return call._replace(value_sum=sums)
 
 
 def assert_equal(actual: sparq_kernels.DecodeOutput, expected: sparq_kernels.DecodeOutput) -> None:
@@ -150,16 +93,7 @@ def test_any_rows_in_any_pages(data: st.DataObject) -> None:
 
 
 def test_rows_that_share_pages() -> None:
-    """A prefix that is stored once, as engines do with a system prompt."""
-    page = 256
-    case = make_case(2, lengths=[700, 600], cached=700, r=6, k=30, index="int4")
-    case.key[1, :, :512], case.value[1, :, :512] = case.key[0, :, :512], case.value[0, :, :512]
-    codes = sparq_kernels.Cached(case.key, case.key_components, case.value, None, case.key_ranges)
-    sparq_kernels.encode(codes, 0, 700)
-    call = summed_by_pages(call_of(case), page)
-    in_pages = paged(call, page, "int4")
-    assert in_pages.block_table is not None
-    in_pages.block_table[1, :2] = in_pages.block_table[0, :2]
+    in_pages, call = shared_prefix(256)
     assert_equal(decode_call(in_pages), decode_call(call))
 
 
@@ -167,14 +101,7 @@ def test_tokens_of_a_draft_may_be_rows() -> None:
     """Three tokens of one row, each with its own length and the same pages, choose as three queries of it do."""
     case = make_case(query_length=3, cached=700, r=6, k=30, index="int4")
     in_pages = paged(call_of(case), 256, "int4")
-    assert in_pages.block_table is not None
-    together = decode_call(in_pages)
-    alone = in_pages._replace(
-        query=in_pages.query.transpose(0, 2),
-        block_table=in_pages.block_table.expand(3, -1),
-        length=torch.tensor([698, 699, 700]),
-    )
-    result = decode_call(alone)
+    together, result = decode_call(in_pages), decode_call(as_rows(in_pages))
     assert torch.equal(result.positions[:, :, 0], together.positions[0].transpose(0, 1))  # type: ignore[index]
     assert torch.equal(result.output[:, :, 0], together.output[0].transpose(0, 1))
 
@@ -198,39 +125,9 @@ def test_dense_below_decides_for_each_query(index: str, mass: float | None) -> N
 # --- Writing ----------------------------------------------------------------------------------------------------------
 
 
-def tokens(count: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
-    """Keys and values [T, Hkv, d] as an engine hands them over: slices of one projection."""
-    generator = torch.Generator().manual_seed(seed)
-    both = torch.randn(count, 2 * heads * head_dim, generator=generator).to(dtype)
-    return [x.unflatten(1, (heads, head_dim)) for x in both.chunk(2, 1)]
-
-
-def same_bytes(ours: Cached, theirs: Cached) -> None:
-    for name, a, b in zip(Cached._fields, ours, theirs, strict=True):
-        if a is not None:
-            assert torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)), name
-
-
-def cloned(cached: Cached) -> Cached:
-    return Cached(*(None if x is None else x.clone() for x in cached))  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(("page", "index"), COMBINATIONS)
 def test_pages_do_not_depend_on_how_tokens_came(page: int, index: str) -> None:
-    count = page + page // 2 + 3
-    new = tokens(count, 2, 12)
-    table = torch.tensor([[2, 0]])
-    slots = slots_of(table, 0, 0, count, page)
-    at_once, one_by_one, again = (empty_pages(3, 2, page, 12, torch.float32, index) for _ in range(3))
-    append_slots(at_once, *new, slots)
-    assert at_once.key[1].isnan().all() and at_once.value_sum[0].isnan().all()  # type: ignore[index]
-    for t in range(count):
-        append_slots(one_by_one, *(x[t : t + 1] for x in new), slots[t : t + 1])
-    same_bytes(at_once, one_by_one)
-    append_slots(again, *tokens(count, 2, 12, seed=1), slots)  # rejected, and written once more
-    append_slots(again, *(x[:5] for x in new), slots[:5])
-    append_slots(again, *(x[5:] for x in new), slots[5:])
-    same_bytes(at_once, again)
+    check_any_order(append_slots, page, index)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -244,13 +141,9 @@ def test_kernel_and_plain_pytorch_write_the_same(index: str, dtype: torch.dtype)
         append_slots(ours, *tokens(1024, 3, 40, dtype, seed=1), torch.arange(1024))
     theirs = cloned(ours)
     append_slots(ours, *new, slots)
-    append_slots_default(SlotArguments(*ours_in_order(theirs), *new, slots))
+    append_slots_default(slot_call(theirs, *new, slots))
     torch.testing.assert_close(ours.value_sum, theirs.value_sum, rtol=1e-5, atol=1e-5, equal_nan=True)
     same_bytes(ours._replace(value_sum=None), theirs._replace(value_sum=None))
-
-
-def ours_in_order(cached: Cached) -> tuple[Any, ...]:
-    return cached.key, cached.value, cached.key_components, cached.value_sum, cached.key_ranges
 
 
 def test_nothing_but_negative_slots_writes_nothing() -> None:
@@ -263,11 +156,7 @@ def test_nothing_but_negative_slots_writes_nothing() -> None:
 
 @pytest.mark.slow
 def test_opcheck_and_compilation() -> None:
-    def arguments() -> SlotArguments:
-        cached = empty_pages(2, 2, 256, 12, torch.float32, "int4")
-        return SlotArguments(*ours_in_order(cached), *tokens(3, 2, 12), torch.tensor([5, 255, -1]))
-
-    call = arguments()
+    call = slot_call(empty_pages(2, 2, 256, 12, torch.float32, "int4"), *tokens(3, 2, 12), torch.tensor([5, 255, -1]))
     for x in (call.key, call.value, call.value_sum, call.key_ranges):
         x.zero_()  # type: ignore[union-attr]
     torch.library.opcheck(torch.ops.sparq_kernels.append_slots.default, call)
@@ -343,7 +232,7 @@ def test_mistakes_in_writing_are_named_before_anything_is_written(
 ) -> None:
     cached = empty_pages(2, 2, 256, 12, torch.float32, "int4")
     before = cloned(cached)
-    call = SlotArguments(*ours_in_order(cached), *tokens(3, 2, 12), torch.tensor([0, 1, 2]))._replace(**changes)
+    call = slot_call(cached, *tokens(3, 2, 12), torch.tensor([0, 1, 2]))._replace(**changes)
     pages = Cached(call.key, call.key_components, call.value, call.value_sum, call.key_ranges)
     with pytest.raises(error, match=message):
         append_slots(pages, call.new_key, call.new_value, call.slots)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..layout import BLOCK
-from .encoding import GROUP_SIZE, encode_group
+from .encoding import BLOCK_SIZE, GROUP_SIZE, encode_group
 from .rows import VARYING
-
-BLOCK_SIZE = tl.constexpr(BLOCK)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -77,6 +74,7 @@ def append(
                     ranges + b * ranges_batch + h * ranges_head,
                     D,
                     AT_ONCE,
+                    BLOCK_SIZE,
                 )
         else:
             block = components + (s // BLOCK_SIZE) * components_block

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import BUDGET, CHUNK, COUNT, END, INFO_SIZE, LATER_END, VARYING
+from .rows import BUDGET, CHUNK, COUNT, END, INFO_SIZE, LATER_END, VARYING, page_of
 from .scoring import LOG2E, LOWEST_LOGIT, load_group, soften
 from .selection import normalisers
 
@@ -15,10 +15,14 @@ MERGED = tl.constexpr(4096)  # values that a program merges at once
 @triton.jit
 def attend(
     q,  # [GP, DP]
-    key,  # this KV head's rows [S, D]
+    key,  # this KV head's rows [S, D] or, where it has a table, pages of rows
     key_stride,
+    key_page,
     value,
     value_stride,
+    value_page,
+    table,
+    pages,
     logits,
     logits_stride,
     positions,
@@ -36,6 +40,8 @@ def attend(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     DOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
@@ -60,13 +66,17 @@ def attend(
         s = tl.where(used, s, spare)
         if HAS_MASK:  # wrong counts may have promised more positions than were chosen, and left the last ones unwritten
             s = tl.minimum(tl.maximum(s, 0), end - 1)
-        row = s.to(tl.int64)[:, None]
-        if D == DP:
-            k = tl.load(key + row * key_stride + d[None, :])
-            v = tl.load(value + row * value_stride + d[None, :])
+        if PAGED:
+            page, within = page_of(s, end, table, pages, BLOCK), (s % BLOCK).to(tl.int64)
+            k_row, v_row = page * key_page + within * key_stride, page * value_page + within * value_stride
         else:
-            k = tl.load(key + row * key_stride + d[None, :], mask=(d < D)[None, :], other=0.0)
-            v = tl.load(value + row * value_stride + d[None, :], mask=(d < D)[None, :], other=0.0)
+            k_row, v_row = s.to(tl.int64) * key_stride, s.to(tl.int64) * value_stride
+        if D == DP:
+            k = tl.load(key + k_row[:, None] + d[None, :])
+            v = tl.load(value + v_row[:, None] + d[None, :])
+        else:
+            k = tl.load(key + k_row[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
+            v = tl.load(value + v_row[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
         if GP == 1:
             x = tl.sum(q * k.to(tl.float32), 1)
             x = tl.where(used, soften(x * scale, softcap, HAS_SOFTCAP), float("-inf"))
@@ -101,19 +111,18 @@ def attend(
 
 
 @triton.jit
-def mean_value(
+def sum_of_row(
     value_sum,
     value,
     value_stride,
     mask,
     end,
     later_end,
-    count,
     D: tl.constexpr,
     DP: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """Mean of the values that a query sees, [DP]: the sum counts those of later queries too."""
+    """Sum of the values that a query sees, [DP]: that of the row counts those of later queries too."""
     d = tl.arange(0, DP)
     total = tl.load(value_sum + d, mask=d < D, other=0.0)
     for j in range(0, later_end - end):
@@ -122,7 +131,55 @@ def mean_value(
         if HAS_MASK:
             seen = seen & (tl.load(mask + s + d * 0) != 0)
         total -= tl.load(value + s * value_stride + d, mask=seen, other=0.0).to(tl.float32)
-    return total / tl.maximum(count, 1).to(tl.float32)
+    return total
+
+
+@triton.jit
+def add_rows(total, rows, stride, first, last, D: tl.constexpr, STAGES: tl.constexpr):
+    """`total` [X, DP], each of X rows of it with its share of the rows [first, last) added."""
+    ROWS: tl.constexpr = total.shape[0]
+    i, d = tl.arange(0, ROWS), tl.arange(0, total.shape[1])
+    for row in tl.range(first, last, ROWS, num_stages=STAGES):
+        there = (row + i < last)[:, None] & (d < D)[None, :]
+        place = (row + i).to(tl.int64) * stride
+        total += tl.load(rows + place[:, None] + d[None, :], mask=there, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def sum_of_pages(
+    value_sum,  # of this KV head, by page
+    sum_page,
+    value,
+    value_stride,
+    value_page,
+    table,
+    pages,
+    end,
+    part,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A part's share of the sum of the values below `end`, [DP]: of whole pages by their sums, of the last one by its
+    rows."""
+    i, d = tl.arange(0, ROWS), tl.arange(0, DP)
+    total = tl.zeros([ROWS, DP], tl.float32)
+    whole = end // BLOCK
+    share = tl.cdiv(whole, PARTS)
+    last = tl.minimum((part + 1) * share, whole)
+    for first in range(part * share, last, ROWS):
+        page = page_of((first + i) * BLOCK, last * BLOCK, table, pages, BLOCK)
+        there = (first + i < last)[:, None] & (d < D)[None, :]
+        total += tl.load(value_sum + (page * sum_page)[:, None] + d[None, :], mask=there, other=0.0)
+    begin = whole * BLOCK
+    rows = value + page_of(begin, end, table, pages, BLOCK) * value_page
+    share = tl.cdiv(end - begin, PARTS)
+    last = tl.minimum((part + 1) * share, end - begin)
+    return tl.sum(add_rows(total, rows, value_stride, part * share, last, D, STAGES), 0)
 
 
 @triton.jit
@@ -130,7 +187,7 @@ def store_results(
     y,  # [X, DP], X queries of a group
     alpha,  # [X]
     lse,  # [X], base 2
-    mean,  # [DP]
+    total,  # [DP], of the values that it sees
     count,
     budget,
     output,
@@ -148,6 +205,7 @@ def store_results(
     everything = budget >= count
     alpha = tl.where(everything, 1.0, alpha)
     if MEAN_VALUE:
+        mean = total / tl.maximum(count, 1).to(tl.float32)
         blended = alpha[:, None] * y + (1 - alpha[:, None]) * mean[None, :]
         y = tl.where((everything | (alpha < mean_from))[:, None], y, blended)
     y = tl.where(count > 0, y, 0.0)
@@ -165,6 +223,17 @@ def share_of(budget, PARTS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def sum_parts(partial_sum, DP: tl.constexpr, PARTS: tl.constexpr):
+    """What all parts of a row have summed, [DP]; read as `merge_parts` reads."""
+    AT_ONCE: tl.constexpr = max(1, min(PARTS, MERGED // DP))
+    d, some = tl.arange(0, DP), tl.arange(0, AT_ONCE)
+    total = tl.zeros([AT_ONCE, DP], tl.float32)
+    for first in range(0, PARTS, AT_ONCE):
+        total += tl.load(partial_sum + (first + some)[:, None] * DP + d[None, :], cache_modifier=".cg")
+    return tl.sum(total, 0)
+
+
+@triton.jit
 def merge_parts(
     n,
     value,
@@ -179,6 +248,7 @@ def merge_parts(
     info,
     partial,
     partial_y,
+    partial_sum,
     output,
     alpha_out,
     lse_out,
@@ -191,6 +261,7 @@ def merge_parts(
     DP: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
+    PAGED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     MEAN_VALUE: tl.constexpr,
 ):
@@ -200,18 +271,20 @@ def merge_parts(
     budget, count = tl.load(row + BUDGET), tl.load(row + COUNT)
     active = tl.cdiv(budget, tl.maximum(share_of(budget, PARTS, ROWS), 1))
     first_result = (b * Hkv + h) * G * Q + i
-    mean = mean_value(
-        value_sum + b * sum_batch + h * sum_head,
-        value + b * value_batch + h * value_head,
-        value_position,
-        mask + b * mask_stride,
-        tl.load(row + END),
-        tl.load(row + LATER_END),
-        count,
-        D,
-        DP,
-        HAS_MASK,
-    )
+    if PAGED:
+        values = sum_parts(partial_sum + n * (PARTS * DP), DP, PARTS)
+    else:
+        values = sum_of_row(
+            value_sum + b * sum_batch + h * sum_head,
+            value + b * value_batch + h * value_head,
+            value_position,
+            mask + b * mask_stride,
+            tl.load(row + END),
+            tl.load(row + LATER_END),
+            D,
+            DP,
+            HAS_MASK,
+        )
     partial += n * (PARTS * G * 3)
     partial_y += n * (PARTS * G * DP)
     # All heads at once, and of as many parts as registers hold. Read past the first-level cache, which other programs'
@@ -242,7 +315,7 @@ def merge_parts(
         y / z[:, None],
         alpha,
         M + tl.log2(z),
-        mean,
+        values,
         count,
         budget,
         output + first_result * D,
@@ -274,6 +347,8 @@ def gather(
     value_sum,
     sum_batch,
     sum_head,
+    table,
+    table_stride,
     mask,
     mask_stride,
     logits,
@@ -283,6 +358,7 @@ def gather(
     positions,
     partial,  # float32 [N, PARTS, G, 3]: maximum, sum, alpha
     partial_y,  # float32 [N, PARTS, G, DP]
+    partial_sum,  # float32 [N, PARTS, DP], of pages of values
     output,  # [B, Hkv, G, Q, D]
     alpha_out,  # float32 [B, Hkv, G, Q]
     lse_out,  # the same
@@ -290,6 +366,7 @@ def gather(
     Hkv,
     Q,
     k_max,
+    pages,
     logits_chunks,
     scale,
     softcap,
@@ -303,6 +380,8 @@ def gather(
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
     DOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MEAN_VALUE: tl.constexpr,
@@ -319,6 +398,9 @@ def gather(
     b, i, h = n // (Hkv * Q), n // Hkv % Q, n % Hkv
     row = info + n * INFO_SIZE
     budget = tl.load(row + BUDGET)
+    stored = b * 0 if PAGED else b  # pages are of all rows
+    values = value + stored * value_batch + h * value_head
+    table += b * table_stride
     share = share_of(budget, PARTS, ROWS)
     first = part * share
     if first < budget:
@@ -326,10 +408,14 @@ def gather(
         q = load_group(query + b * query_batch + h * (G * query_head) + i * query_position, query_head, G, D, GP, DP)
         highest, total, alpha, y = attend(
             q,
-            key + b * key_batch + h * key_head,
+            key + stored * key_batch + h * key_head,
             key_position,
-            value + b * value_batch + h * value_head,
+            key_batch,
+            values,
             value_position,
+            value_batch,
+            table,
+            pages,
             logits + n * G * (logits_chunks * CHUNK),
             logits_chunks * CHUNK,
             positions + n * k_max,
@@ -347,6 +433,8 @@ def gather(
             ROWS,
             STAGES,
             DOT,
+            BLOCK,
+            PAGED,
             HAS_MASK,
             HAS_SOFTCAP,
         )
@@ -357,6 +445,25 @@ def gather(
         tl.store(at + 2, alpha, mask=g < G)
         at_y = partial_y + ((n * PARTS + part) * G + g)[:, None] * DP + d[None, :]
         tl.store(at_y, y, mask=(g < G)[:, None])
+    if PAGED and MEAN_VALUE:
+        summed = sum_of_pages(
+            value_sum + h * sum_head,
+            sum_batch,
+            values,
+            value_position,
+            value_batch,
+            table,
+            pages,
+            tl.where(budget < tl.load(row + COUNT), tl.load(row + END), 0),
+            part,
+            D,
+            DP,
+            ROWS,
+            PARTS,
+            STAGES,
+            BLOCK,
+        )
+        tl.store(partial_sum + (n * PARTS + part) * DP + tl.arange(0, DP), summed)
     if LAST_MERGES:
         tl.debug_barrier()  # all of this program's stores, before it says that it is done
         finished = tl.atomic_add(ticket + n, 1, sem="acq_rel", scope="gpu")
@@ -375,6 +482,7 @@ def gather(
                 info,
                 partial,
                 partial_y,
+                partial_sum,
                 output,
                 alpha_out,
                 lse_out,
@@ -387,6 +495,7 @@ def gather(
                 DP,
                 ROWS,
                 PARTS,
+                PAGED,
                 HAS_MASK,
                 MEAN_VALUE,
             )
@@ -406,6 +515,7 @@ def merge(
     info,
     partial,
     partial_y,
+    partial_sum,
     output,
     alpha_out,
     lse_out,
@@ -418,6 +528,7 @@ def merge(
     DP: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
+    PAGED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     MEAN_VALUE: tl.constexpr,
 ):
@@ -436,6 +547,7 @@ def merge(
         info,
         partial,
         partial_y,
+        partial_sum,
         output,
         alpha_out,
         lse_out,
@@ -448,6 +560,7 @@ def merge(
         DP,
         ROWS,
         PARTS,
+        PAGED,
         HAS_MASK,
         MEAN_VALUE,
     )

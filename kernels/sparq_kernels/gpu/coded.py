@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 
 from ..layout import LEVELS
-from .encoding import BLOCK_GROUPS, GROUP_SIZE, RUN, RUN_STRIDE
-from .rows import is_valid
+from .encoding import GROUP_SIZE, RUN
+from .rows import is_valid, page_of
 from .scoring import LANES, LOWEST_LOGIT, choose_components, combine, include, soften
 
 MIDDLE = tl.constexpr(LEVELS / 2)  # of the codes
@@ -58,9 +58,14 @@ def keep_logits(
 
 
 @triton.jit
-def load_range(range_of, group, j, D: tl.constexpr, R: tl.constexpr):
-    """Least value and step of each chosen component in a group of positions."""
-    range_of += group * (2 * D)
+def load_range(
+    range_of, page_stride, page, group, j, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, PAGED: tl.constexpr
+):
+    """Least value and step of each chosen component in a group of positions, and in the page that has it."""
+    if PAGED:
+        range_of += page * page_stride + group % (BLOCK // GROUP_SIZE) * (2 * D)
+    else:
+        range_of += group * (2 * D)
     low = tl.load(range_of, mask=j < R, other=0.0).to(tl.float32)
     return low, tl.load(range_of + 1, mask=j < R, other=0.0).to(tl.float32)
 
@@ -70,13 +75,17 @@ def score_coded(
     q,  # [GP, DP]
     query,
     head_stride,
-    key,  # this KV head's rows [S, D]
+    key,  # this KV head's rows [S, D] or, where it has a table, pages of rows
     key_stride,
-    codes,  # this KV head's [blocks, D, BLOCK / 2]
+    key_page,
+    codes,  # this KV head's [blocks, D, BLOCK / 2], or pages
     block_stride,
-    ranges,  # this KV head's [groups, D, 2]
+    ranges,  # this KV head's [groups, D, 2], or pages
+    ranges_page,
     logits,
     logits_stride,
+    table,
+    pages,
     mask,
     begin,
     end,
@@ -93,10 +102,15 @@ def score_coded(
     STAGES: tl.constexpr,
     DOT: tl.constexpr,
     CODE_DOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """As `scoring.score_tiles`, of tiles that are groups of positions; those from `end` // GROUP on are not coded."""
+    """As `scoring.score_tiles`, of tiles that are groups of positions; those from `end` // GROUP on are not coded.
+
+    A group's ranges are loaded one turn ahead, and so its page is looked up two turns ahead.
+    """
     component, tau = choose_components(q, D, R, RP, DP)
     GN: tl.constexpr = 1 if G == 1 else max(8, triton.next_power_of_2(G))
     PARTS: tl.constexpr = 2 if GN <= SPLIT_GROUP else 1
@@ -104,6 +118,7 @@ def score_coded(
     P: tl.constexpr = max(LANES, min(GROUP_SIZE, PRODUCT // N))  # positions at once
     T: tl.constexpr = P // 2  # bytes of these
     PIECES: tl.constexpr = GROUP_SIZE // P
+    BLOCK_GROUPS: tl.constexpr = BLOCK // GROUP_SIZE
     g, j, n = tl.arange(0, GP), tl.arange(0, RP), tl.arange(0, N)
     part = n // GN
     factor = tl.gather(scale / tau, tl.arange(0, GN), 0)
@@ -116,17 +131,23 @@ def score_coded(
 
     whole = tl.minimum(last, end // GROUP_SIZE)
     runs = codes.to(tl.pointer_type(tl.int32), bitcast=True)
-    runs += component[:, None] * (RUN_STRIDE // 4) + tl.arange(0, T // 4)[None, :]
+    runs += component[:, None] * (BLOCK // 8) + tl.arange(0, T // 4)[None, :]
     o = tl.arange(0, P)
     o = o // T * RUN + (o % T & -4) + (o & 1) * 2 + (o >> 1 & 1)  # positions as the codes come out
     range_of = ranges + component * 2
-    low, step = load_range(range_of, first, j, D, R)
+    page, next_page = whole, whole
+    if PAGED:
+        page = page_of(first * GROUP_SIZE, end, table, pages, BLOCK)
+        next_page = page_of((first * PIECES + 1) // PIECES * GROUP_SIZE, end, table, pages, BLOCK)
+    low, step = load_range(range_of, ranges_page, page, first, j, D, R, BLOCK, PAGED)
     for piece in tl.range(first * PIECES, whole * PIECES, num_stages=STAGES):
         group = piece // PIECES
         place, block = (piece - group * PIECES) * T, group // BLOCK_GROUPS
         within = tl.multiple_of((group - block * BLOCK_GROUPS) * RUN + place, T)
-        packed = tl.load(runs + (block.to(tl.int64) * (block_stride // 4) + within // 4))
-        next_low, next_step = load_range(range_of, tl.minimum((piece + 1) // PIECES, whole - 1), j, D, R)
+        stored = page if PAGED else block.to(tl.int64)
+        packed = tl.load(runs + (stored * (block_stride // 4) + within // 4))
+        next_group = tl.minimum((piece + 1) // PIECES, whole - 1)
+        next_low, next_step = load_range(range_of, ranges_page, next_page, next_group, j, D, R, BLOCK, PAGED)
         w = q_c.to(tl.float32) * step[:, None]
         upper = w.to(tl.bfloat16).to(tl.float32)
         lower = (w - upper).to(tl.bfloat16).to(tl.float32)
@@ -160,11 +181,18 @@ def score_coded(
             HAS_SOFTCAP,
         )
         low, step = next_low, next_step
+        if PAGED:
+            page = next_page
+            next_page = page_of((piece + 2) // PIECES * GROUP_SIZE, end, table, pages, BLOCK)
 
+    begin_rest = tl.maximum(whole, first) * GROUP_SIZE
     rest = tl.minimum(end, last * GROUP_SIZE)  # nothing, where another program has the last group
     o = tl.arange(0, LANES)
     rows = key + component[:, None]
-    for position in range(tl.maximum(whole, first) * GROUP_SIZE, rest, LANES):
+    if PAGED:  # all in one page, told by positions in the row
+        rows += page_of(begin_rest, rest, table, pages, BLOCK) * key_page
+        rows -= (begin_rest - begin_rest % BLOCK).to(tl.int64) * key_stride
+    for position in range(begin_rest, rest, LANES):
         s = position + o
         there = (j < R)[:, None] & (s < end)[None, :]
         k_c = tl.load(rows + s[None, :].to(tl.int64) * key_stride, mask=there, other=0.0)

@@ -10,8 +10,7 @@ from .rows import VARYING
 
 GROUP_SIZE = tl.constexpr(GROUP)
 RUN = tl.constexpr(GROUP // 2)  # bytes of a component's codes
-RUN_STRIDE = tl.constexpr(BLOCK // 2)  # bytes from a component to the next
-BLOCK_GROUPS = tl.constexpr(BLOCK // GROUP)
+BLOCK_SIZE = tl.constexpr(BLOCK)
 HIGHEST_CODE = tl.constexpr(float(LEVELS))
 # Added to a float32 that is at least 0 and below 2^22 it leaves the nearest integer in the last bits, ties to even.
 ROUNDER = tl.constexpr(1.5 * 2**23)
@@ -40,9 +39,11 @@ def encode_group(
     ranges,  # this KV head's [groups, D, 2]
     D: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Codes and ranges as `layout.find_codes` and `layout.find_ranges` make them, bit for bit."""
     s, j = tl.arange(0, GROUP_SIZE), tl.arange(0, RUN)
+    BLOCK_GROUPS: tl.constexpr = BLOCK // GROUP_SIZE
     codes += group // BLOCK_GROUPS * block_stride + group % BLOCK_GROUPS * RUN
     ranges += group * (2 * D)
     for first in range(0, D, AT_ONCE):
@@ -67,7 +68,7 @@ def encode_group(
         code = (code + ROUNDER).to(tl.int32, bitcast=True) & 15
         lower, upper = tl.split(tl.permute(tl.reshape(code, [2, RUN, AT_ONCE]), (1, 2, 0)))
         packed = (lower | (upper << 4)).to(tl.uint8)
-        tl.store(codes + c[None, :] * RUN_STRIDE + j[:, None], packed, mask=inside[None, :])
+        tl.store(codes + c[None, :] * (BLOCK // 2) + j[:, None], packed, mask=inside[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -103,4 +104,5 @@ def encode(
         ranges + b * ranges_batch + h * ranges_head,
         D,
         AT_ONCE,
+        BLOCK_SIZE,
     )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .attention import attend, mean_value, store_results
+from .attention import attend, store_results, sum_of_pages, sum_of_row
 from .index import approximate
 from .rows import CHUNK, VARYING, bounds, row_info
 from .scoring import load_group
@@ -77,6 +77,8 @@ def fused(
     value_sum,
     sum_batch,
     sum_head,
+    table,
+    table_stride,
     length,
     length_stride,
     start,
@@ -98,6 +100,8 @@ def fused(
     local,
     k_max,
     k_min,
+    dense_below,
+    pages,
     logits_chunks,
     mass,
     scale,
@@ -116,6 +120,8 @@ def fused(
     DOT: tl.constexpr,
     CODED: tl.constexpr,
     CODE_DOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGED: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -126,14 +132,19 @@ def fused(
     n = tl.program_id(0).to(tl.int64)
     b, i, h = n // (Hkv * Q), n // Hkv % Q, n % Hkv
     begin, end, later_end = bounds(b, i, length, length_stride, start, start_stride, Q, S, HAS_START)
-    count, budget, window = row_info(n // Hkv, counts, begin, end, k, k_divisor, local, HAS_MASK)
+    count, budget, least, window = row_info(
+        n // Hkv, counts, begin, end, k, k_divisor, local, k_min, dense_below, HAS_MASK
+    )
     logits_stride = logits_chunks * CHUNK
     logits += n * G * logits_stride
     positions += n * k_max
     mask += b * mask_stride
+    table += b * table_stride
     group = query + b * query_batch + h * (G * query_head) + i * query_position
-    key += b * key_batch + h * key_head
-    value += b * value_batch + h * value_head
+    stored = b * 0 if PAGED else b  # pages are of all rows
+    key += stored * key_batch + h * key_head
+    value += stored * value_batch + h * value_head
+    value_sum += stored * sum_batch + h * sum_head
     q = load_group(group, query_head, G, D, GP, DP)
     highest, total = approximate(
         q,
@@ -141,11 +152,15 @@ def fused(
         query_head,
         key,
         key_position,
-        components + b * components_batch + h * components_head,
-        components_block,
-        ranges + b * ranges_batch + h * ranges_head,
+        key_batch,
+        components + stored * components_batch + h * components_head,
+        components_batch if PAGED else components_block,
+        ranges + stored * ranges_batch + h * ranges_head,
+        ranges_batch,
         logits,
         logits_stride,
+        table,
+        pages,
         mask,
         begin,
         end,
@@ -164,6 +179,8 @@ def fused(
         DOT,
         CODED,
         CODE_DOT,
+        BLOCK,
+        PAGED,
         HAS_MASK,
         HAS_SOFTCAP,
     )
@@ -175,15 +192,19 @@ def fused(
         logits, logits_stride, s, begin, end, window, mask, M, inverse, G, GP, WIDTH, HAS_MASK
     )
     if HAS_MASS:
-        budget = budget_by_mass(key_bits, in_window, budget, count, mass, k_min, 0, 0, G, False)
+        budget = budget_by_mass(key_bits, in_window, budget, least, mass, 0, 0, G, False)
     store_top(key_bits, s, budget, positions)
     tl.debug_barrier()
     highest, total, alpha, y = attend(
         q,
         key,
         key_position,
+        key_batch,
         value,
         value_position,
+        value_batch,
+        table,
+        pages,
         logits,
         logits_stride,
         positions,
@@ -201,27 +222,37 @@ def fused(
         ROWS,
         STAGES,
         DOT,
+        BLOCK,
+        PAGED,
         HAS_MASK,
         HAS_SOFTCAP,
     )
-    mean = mean_value(
-        value_sum + b * sum_batch + h * sum_head,
-        value,
-        value_position,
-        mask,
-        end,
-        later_end,
-        count,
-        D,
-        DP,
-        HAS_MASK,
-    )
+    if PAGED:
+        values = sum_of_pages(
+            value_sum,
+            sum_batch,
+            value,
+            value_position,
+            value_batch,
+            table,
+            pages,
+            tl.where(budget < count, end, 0),
+            0,
+            D,
+            DP,
+            ROWS,
+            1,
+            STAGES,
+            BLOCK,
+        )
+    else:
+        values = sum_of_row(value_sum, value, value_position, mask, end, later_end, D, DP, HAS_MASK)
     first_result = (b * Hkv + h) * G * Q + i
     store_results(
         y / total[:, None],
         alpha,
         highest + tl.log2(total),
-        mean,
+        values,
         count,
         budget,
         output + first_result * D,

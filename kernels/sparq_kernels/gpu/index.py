@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .coded import score_coded
-from .rows import BEGIN, BUDGET, CHUNK, COUNT, END, INFO_SIZE, LATER_END, VARYING, WINDOW, bounds, row_info
+from .rows import BEGIN, BUDGET, CHUNK, COUNT, END, INFO_SIZE, LATER_END, LEAST, VARYING, WINDOW, bounds, row_info
 from .scoring import load_group, score_tiles
 
 
@@ -17,11 +17,15 @@ def approximate(
     head_stride,
     key,
     key_stride,
+    key_page,
     components,
     block_stride,
     ranges,
+    ranges_page,
     logits,
     logits_stride,
+    table,
+    pages,
     mask,
     begin,
     end,
@@ -40,6 +44,8 @@ def approximate(
     DOT: tl.constexpr,
     CODED: tl.constexpr,
     CODE_DOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
@@ -51,11 +57,15 @@ def approximate(
             head_stride,
             key,
             key_stride,
+            key_page,
             components,
             block_stride,
             ranges,
+            ranges_page,
             logits,
             logits_stride,
+            table,
+            pages,
             mask,
             begin,
             end,
@@ -72,6 +82,8 @@ def approximate(
             STAGES,
             DOT,
             CODE_DOT,
+            BLOCK,
+            PAGED,
             HAS_MASK,
             HAS_SOFTCAP,
         )
@@ -84,6 +96,8 @@ def approximate(
             block_stride,
             logits,
             logits_stride,
+            table,
+            pages,
             mask,
             begin,
             end,
@@ -100,6 +114,8 @@ def approximate(
             TILE,
             STAGES,
             DOT,
+            BLOCK,
+            PAGED,
             HAS_MASK,
             HAS_SOFTCAP,
         )
@@ -123,6 +139,8 @@ def score(
     ranges,
     ranges_batch,
     ranges_head,
+    table,
+    table_stride,
     length,
     length_stride,
     start,
@@ -140,6 +158,9 @@ def score(
     k,
     k_divisor,
     local,
+    k_min,
+    dense_below,
+    pages,
     logits_chunks,
     scale,
     softcap,
@@ -155,6 +176,8 @@ def score(
     DOT: tl.constexpr,
     CODED: tl.constexpr,
     CODE_DOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGED: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -166,13 +189,16 @@ def score(
     b, i, h = (bi // Q).to(tl.int64), (bi % Q).to(tl.int64), (n % Hkv).to(tl.int64)
     begin, end, later_end = bounds(b, i, length, length_stride, start, start_stride, Q, S, HAS_START)
     if split == 0:
-        count, budget, window = row_info(bi, counts, begin, end, k, k_divisor, local, HAS_MASK)
+        count, budget, least, window = row_info(
+            bi, counts, begin, end, k, k_divisor, local, k_min, dense_below, HAS_MASK
+        )
         base = info + n * INFO_SIZE
         tl.store(base + BEGIN, begin)
         tl.store(base + END, end)
         tl.store(base + LATER_END, later_end)
         tl.store(base + COUNT, count)
         tl.store(base + BUDGET, budget)
+        tl.store(base + LEAST, least)
         tl.store(base + WINDOW, window)
         tl.store(ticket + n, 0)
     group = query + b * query_batch + h * (G * query_head) + i * query_position
@@ -184,17 +210,22 @@ def score(
     total = tl.zeros([GP], tl.float32)
     if first < last:
         q = load_group(group, query_head, G, D, GP, DP)
+        stored = b * 0 if PAGED else b  # pages are of all rows
         highest, total = approximate(
             q,
             group,
             query_head,
-            key + b * key_batch + h * key_head,
+            key + stored * key_batch + h * key_head,
             key_position,
-            components + b * components_batch + h * components_head,
-            components_block,
-            ranges + b * ranges_batch + h * ranges_head,
+            key_batch,
+            components + stored * components_batch + h * components_head,
+            components_batch if PAGED else components_block,
+            ranges + stored * ranges_batch + h * ranges_head,
+            ranges_batch,
             logits + n.to(tl.int64) * (G * logits_chunks * CHUNK),
             logits_chunks * CHUNK,
+            table + b * table_stride,
+            pages,
             mask + b * mask_stride,
             begin,
             end,
@@ -213,6 +244,8 @@ def score(
             DOT,
             CODED,
             CODE_DOT,
+            BLOCK,
+            PAGED,
             HAS_MASK,
             HAS_SOFTCAP,
         )

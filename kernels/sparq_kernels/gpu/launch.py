@@ -38,6 +38,7 @@ from ..counting import CountArguments
 from ..encoding import EncodeArguments
 from ..layout import GROUP
 from ..reference import Results
+from ..slots import SlotArguments
 from ..value_sum import ExtendArguments
 from . import fused, split
 from .append import append as append_kernel
@@ -45,11 +46,13 @@ from .append import extend_sum as extend_sum_kernel
 from .encoding import ENCODE_BYTES, ENCODE_WARPS
 from .encoding import encode as encode_kernel
 from .rows import CHUNK, VARYING, count_masked
-from .shape import Scratch, Shape, shape_of
+from .shape import Scratch, Shape, rows_at_once, shape_of, stages_of
+from .slots import complete_pages, write_slots
 from .topk import MAX_KEYS
 
 VARIANTS = {"fused": fused, "split": split}  # the first that serves
 COUNT_TILE = 4096
+WRITE_WARPS = 4
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 OPTIONS = {"enable_fp_fusion": True}  # as it has always been: the default is going to change
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -182,7 +185,7 @@ def plan(call: Arguments, variant: str | None = None, **forced: Any) -> Plan:
     variant: of `VARIANTS`, and forced: its `Sizes`, where they are chosen already.
     Raises ValueError for more positions than the selection can count, or for codes that cannot be read as words.
     """
-    cached = call.key.shape[2]
+    cached = call.capacity
     if cached > MAX_KEYS:
         raise ValueError(f"key must hold at most {MAX_KEYS} positions on a GPU, got {cached}")
     # A cache grows with every token. Its plan is that of the chunk's end, but for one number.
@@ -190,7 +193,8 @@ def plan(call: Arguments, variant: str | None = None, **forced: Any) -> Plan:
     if variant is not None:
         return _plan(call, end, variant, forced)._replace(cached=cached)
     described = [None if x is None else (x.stride(), x.dtype) for x in tensors_of(call)]
-    layout = (end, call.query.shape, call.key.shape[1], call.query.device, *described, *options_of(call))
+    storage = call.key.shape[:2] if call.block_table is None else call.key.shape[:3]
+    layout = (end, call.query.shape, storage, call.query.device, *described, *options_of(call))
     found = _plans.get(layout)
     if found is None:
         if len(_plans) >= MAX_HELD:
@@ -206,13 +210,14 @@ def _plan(call: Arguments, cached: int, variant: str | None, forced: Mapping[str
     query = call.query
     shape = shape_of(call, cached, multiprocessors(query.device))
     if shape.coded:
-        _check_words(call.key_components)
+        _check_words(call)
     kind = next(kind for kind in VARIANTS.values() if kind.serves(shape)) if variant is None else VARIANTS[variant]
     sizes = kind.sizes(shape)._replace(**forced)
     tensors = _given(call)
     values = _strides(DECODED, tensors) | {
         "Hkv": shape.num_kv_heads,
         "S": cached,
+        "pages": call.key.shape[0],
         **dict(zip(("k", "k_divisor", "local"), _budget(call, cached), strict=True)),
         "logits_chunks": shape.chunks,
         "scale": float(call.softmax_scale),
@@ -220,7 +225,8 @@ def _plan(call: Arguments, cached: int, variant: str | None, forced: Mapping[str
         "mean_from": float(call.mean_from),
         "mass": float(call.mass or 0.0),
         "k_min": min(call.k_min, cached),
-        **{name: getattr(shape, name) for name in ("Q", "k_max", "G", "D", "R", "GP", "DP", "RP")},
+        "dense_below": min(call.dense_below, cached + 1),
+        **{name: getattr(shape, name) for name in ("Q", "k_max", "G", "D", "R", "GP", "DP", "RP", "BLOCK", "PAGED")},
         "ROWS": shape.rows,
         "STAGES": shape.stages,
         "COUNT_TILE": COUNT_TILE,
@@ -275,7 +281,8 @@ def _stream(device: torch.device) -> int:
 
 
 def run(plan: Plan, call: Arguments) -> Results:
-    """Results as `reference.decode_reference` gives them.  Values of `length` and `start` out of range are clamped.
+    """Results as `reference.decode_reference` gives them.  Values of `length`, `start` and `block_table` out of
+    range are clamped.
 
     Raises RuntimeError for memory that has been freed, ValueError for codes that cannot be read as words.
     """
@@ -303,7 +310,7 @@ def _run(plan: Plan, call: Arguments) -> Results:
     if kind is None or 0 in addresses:
         check_memory(call, tensors_of)
         if plan.shape.coded:
-            _check_words(call.key_components)
+            _check_words(call)
     addresses += [first + offset for offset, _, _ in plan.scratch]
 
     def tensor(place: int) -> Tensor:
@@ -321,9 +328,11 @@ def _run(plan: Plan, call: Arguments) -> Results:
     return output, alpha, by_head.to(torch.int64, memory_format=torch.contiguous_format), lse, read
 
 
-def _check_words(codes: Tensor) -> None:
+def _check_words(call: Arguments) -> None:
     """Raise where codes cannot be read as words of 32 bits."""
-    if codes.data_ptr() % 4 or any(stride % 4 for stride in codes.stride()[:3]):
+    codes = call.key_components
+    strides = codes.stride()[: 3 if call.block_table is None else 2]  # a page is one block
+    if codes.data_ptr() % 4 or any(stride % 4 for stride in strides):
         raise ValueError("key_components must lie at multiples of 4 bytes on a GPU")
 
 
@@ -365,7 +374,7 @@ def _budget(call: Arguments | CountArguments, cached: int) -> tuple[int, int, in
     return min(call.k, cached), min(call.k_divisor or 0, cached + 1), local
 
 
-_appends: dict[tuple[object, ...], Launch] = {}  # by layout; of `extend_sum`, too
+_appends: dict[tuple[object, ...], list[Launch]] = {}  # by layout, of all that writes to a cache
 
 
 def append(call: AppendArguments, layout: tuple[object, ...]) -> None:
@@ -385,8 +394,8 @@ def append(call: AppendArguments, layout: tuple[object, ...]) -> None:
         new_value,
         call.key if call.position is None else call.position,
     )
-    launch = _appends.get(layout)
-    if launch is None:
+    launches = _appends.get(layout)
+    if launches is None:
         coded = call.key_ranges is not None
         constants = {
             "HAS_POSITION": call.position is not None,
@@ -394,9 +403,10 @@ def append(call: AppendArguments, layout: tuple[object, ...]) -> None:
             "CODED": coded,
             "AT_ONCE": _encoded_at_once(call.key),
         }
-        warps = ENCODE_WARPS if coded else 1
-        launch = _held(layout, append_kernel, APPENDED, tensors, call.key, constants, warps)
-    _start(launch, call, tensors, call.offset)
+        rows = call.key.shape[0] * call.key.shape[1]
+        kernel = (append_kernel, rows, ENCODE_WARPS if coded else 1)
+        launches = _held(layout, APPENDED, tensors, call.key, constants, kernel)
+    _start(launches, call, tensors, call.offset)
 
 
 def encode(call: EncodeArguments) -> None:
@@ -438,10 +448,42 @@ def extend_sum(call: ExtendArguments, layout: tuple[object, ...]) -> None:
 
     Raises RuntimeError for memory that has been freed.
     """
-    launch = _appends.get(layout)
-    if launch is None:
-        launch = _held(layout, extend_sum_kernel, EXTENDED, call, call.value, {}, 1)
-    _start(launch, call, call, 0)
+    launches = _appends.get(layout)
+    if launches is None:
+        rows = call.value.shape[0] * call.value.shape[1]
+        launches = _held(layout, EXTENDED, call, call.value, {}, (extend_sum_kernel, rows, 1))
+    _start(launches, call, call, 0)
+
+
+def append_slots(call: SlotArguments, layout: tuple[object, ...]) -> None:
+    """For arguments that have been checked; `layout` as `check_slots` gives it.
+
+    Raises RuntimeError for memory that has been freed.
+    """
+    tokens, heads, head_dim = call.new_key.shape
+    if not tokens:
+        return
+    new_key = call.new_key if call.new_key.stride(2) == 1 else call.new_key.contiguous()
+    new_value = call.new_value if call.new_value.stride(2) == 1 else call.new_value.contiguous()
+    ranges = call.key if call.key_ranges is None else call.key_ranges
+    tensors = (call.key, call.value, call.key_components, call.value_sum, ranges, new_key, new_value, call.slots)
+    launches = _appends.get(layout)
+    if launches is None:
+        itemsize = call.key.element_size()
+        rows = rows_at_once(triton.next_power_of_2(head_dim), itemsize)
+        constants = {
+            "pages": call.key.shape[0],
+            "tokens": tokens,
+            "ROWS": rows,
+            "STAGES": stages_of(itemsize, torch.version.hip is not None),
+            "BLOCK": call.key.shape[2],
+            "CODED": call.key_ranges is not None,
+            "AT_ONCE": _encoded_at_once(call.key),
+        }
+        write = (write_slots, triton.cdiv(tokens, rows) * heads, WRITE_WARPS)
+        complete = (complete_pages, tokens * heads, ENCODE_WARPS)
+        launches = _held(layout, SLOTS, tensors, call.key, constants, write, complete)
+    _start(launches, call, tensors, 0)
 
 
 # What the kernels' pointers and strides are called, tensor by tensor of a call.
@@ -452,6 +494,7 @@ DECODED = {
     "value": ("value_batch", "value_head", "value_position"),
     "value_sum": ("sum_batch", "sum_head"),
     "ranges": ("ranges_batch", "ranges_head"),
+    "table": ("table_stride",),
     "length": ("length_stride",),
     "start": ("start_stride",),
     "mask": ("mask_stride",),
@@ -467,6 +510,16 @@ APPENDED = {
     "new_key": ("new_key_batch", "new_key_head"),
     "new_value": ("new_value_batch", "new_value_head"),
     "position": ("position_stride",),
+}
+SLOTS = {
+    "keys": ("keys_page", "keys_head", "keys_position"),
+    "values": ("values_page", "values_head", "values_position"),
+    "components": ("components_page", "components_head"),
+    "value_sum": ("sum_page", "sum_head"),
+    "ranges": ("ranges_page", "ranges_head"),
+    "new_key": ("new_key_token", "new_key_head"),
+    "new_value": ("new_value_token", "new_value_head"),
+    "slots": ("slots_stride",),
 }
 EXTENDED = {
     "value_sum": ("sum_batch", "sum_head"),
@@ -487,26 +540,30 @@ def _strides(names: Mapping[str, tuple[str, ...]], tensors: Sequence[Tensor]) ->
 
 def _held(
     layout: tuple[object, ...],
-    kernel: Any,
     names: Mapping[str, tuple[str, ...]],
     tensors: Sequence[Tensor],
     storage: Tensor,
     constants: dict[str, int],
-    warps: int,
-) -> Launch:
-    """A launch for every row and head of a storage [B, Hkv, capacity, d], kept for calls of that layout."""
-    batch, heads, capacity, head_dim = storage.shape
+    *kernels: tuple[Any, int, int],
+) -> list[Launch]:
+    """Launches that write to a storage [B, Hkv, capacity, d], kept for calls of that layout; kernels: with programs and
+    warps."""
+    _, heads, capacity, head_dim = storage.shape
     sizes = {"capacity": capacity, "Hkv": heads, "D": head_dim, "DP": triton.next_power_of_2(head_dim), "offset": 0}
     values = _strides(names, tensors) | sizes
     pointers = {name: (place, _pointed_at(x)) for place, (name, x) in enumerate(zip(names, tensors, strict=True))}
     if len(_appends) >= MAX_HELD:
         _appends.clear()
-    launch = Launch(kernel, (batch * heads,), values | constants, pointers, storage.device, "offset", num_warps=warps)
-    _appends[layout] = launch
-    return launch
+    values |= constants
+    launches = [
+        Launch(kernel, (programs,), values, pointers, storage.device, "offset", num_warps=warps)
+        for kernel, programs, warps in kernels
+    ]
+    _appends[layout] = launches
+    return launches
 
 
-def _start(launch: Launch, call: Any, tensors: Sequence[Tensor], changed: int) -> None:
+def _start(launches: list[Launch], call: Any, tensors: Sequence[Tensor], changed: int) -> None:
     addresses = [x.data_ptr() for x in tensors]
     kind = kind_of(addresses, tensors)
     if kind is None or 0 in addresses:
@@ -516,10 +573,8 @@ def _start(launch: Launch, call: Any, tensors: Sequence[Tensor], changed: int) -
         return _as_bytes(tensors[place])
 
     device = tensors[0].device
-    if _is_current(device):
-        launch(addresses, kind, _stream(device), tensor, changed)
-    else:
-        with torch.cuda.device(device):
+    with contextlib.nullcontext() if _is_current(device) else torch.cuda.device(device):
+        for launch in launches:
             launch(addresses, kind, _stream(device), tensor, changed)
 
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INFO = 9  # int32 values that `score` leaves for the kernels behind it, per KV head
-BEGIN, END, LATER_END, COUNT, BUDGET, WINDOW = (tl.constexpr(i) for i in range(6))
-ABOVE, CANDIDATES, PREFIX = (tl.constexpr(i) for i in range(6, 9))  # of the distributed selection
+INFO = 10  # int32 values that `score` leaves for the kernels behind it, per KV head
+BEGIN, END, LATER_END, COUNT, BUDGET, LEAST, WINDOW = (tl.constexpr(i) for i in range(7))
+ABOVE, CANDIDATES, PREFIX = (tl.constexpr(i) for i in range(7, 10))  # of the distributed selection
 INFO_SIZE = tl.constexpr(INFO)
 # Arguments of kernels that change from token to token, or between the layouts of one model's rows: compiling for their
 # divisors would compile in the middle of generation.
-VARYING = ["length_stride", "start_stride", "mask_stride", "position_stride", "offset", "capacity"]
-VARYING += ["Q", "S", "k", "k_divisor", "local", "k_max", "k_min", "parts", "logits_chunks"]
-VARYING += ["first", "groups"]
+VARYING = ["table_stride", "length_stride", "start_stride", "mask_stride", "position_stride", "offset", "capacity"]
+VARYING += ["Q", "S", "k", "k_divisor", "local", "k_max", "k_min", "dense_below", "parts", "logits_chunks"]
+VARYING += ["first", "groups", "pages", "slots_stride", "tokens"]
 CHUNK = tl.constexpr(256)  # logits and keys are stored in multiples of this many positions
 
 
@@ -32,6 +32,14 @@ def bounds(b, i, length, length_stride, start, start_stride, Q, S, HAS_START: tl
     if HAS_START:
         begin = tl.minimum(tl.maximum(tl.load(start + b * start_stride), 0), end).to(tl.int32)
     return begin, end, later_end
+
+
+@triton.jit
+def page_of(s, end, table, pages, BLOCK: tl.constexpr):
+    """The page in which position `s` of a row lies, int64, the shape of `s`; of positions from `end` on any page: what
+    the row's table has behind its last one is never looked up.  Clamped, as bounds are."""
+    page = tl.load(table + s // BLOCK, mask=s < end, other=0)
+    return tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
 
 
 @triton.jit
@@ -94,8 +102,9 @@ def count_masked(
 
 
 @triton.jit
-def row_info(bi, counts, begin, end, k, k_divisor, local, HAS_MASK: tl.constexpr):
-    """Valid positions, budget, and the first position of the window, for query `bi` = b * Q + i."""
+def row_info(bi, counts, begin, end, k, k_divisor, local, k_min, dense_below, HAS_MASK: tl.constexpr):
+    """Valid positions, budget, the fewest that are attended whatever their mass, and the first position of the window,
+    for query `bi` = b * Q + i."""
     if HAS_MASK:
         # Clamped: whoever calls may have counted something else, and no value of a tensor may lead outside the cache.
         count = tl.minimum(tl.maximum(tl.load(counts + 2 * bi), 0), end - begin)
@@ -105,4 +114,7 @@ def row_info(bi, counts, begin, end, k, k_divisor, local, HAS_MASK: tl.constexpr
         count = end - begin
         budget, window = budget_of(count, k, k_divisor, local)
         first = end - window
-    return count, budget, first
+    # A query that attends everything needs no window: that of `counts` knows nothing of `dense_below`.
+    budget = tl.where(count < dense_below, count, budget)
+    least = tl.where(count < dense_below, count, tl.minimum(k_min, count))
+    return count, budget, least, first

@@ -5,12 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..layout import BLOCK
-from .rows import is_valid
+from .rows import is_valid, page_of
 from .topk import NAN_BITS, NEVER
 
 LOG2E = tl.constexpr(1.4426950408889634)
-BLOCK_SIZE = tl.constexpr(BLOCK)
 LOWEST_LOGIT = tl.constexpr(-3.0e38)  # stands for -inf where differences are formed
 COMPARED = tl.constexpr(16384)  # pairs of components at once
 COMPONENTS_AT_ONCE = tl.constexpr(8)  # of a single query: loads in flight
@@ -83,10 +81,12 @@ def score_tiles(
     q,  # [GP, DP]
     query,
     head_stride,
-    components,  # this KV head's [blocks, D, BLOCK]
+    components,  # this KV head's [blocks, D, BLOCK]: of its row or, where it has a table, of all rows
     block_stride,
     logits,  # this KV head's [G, logits_stride] float32, written from tile `first` to `last`
     logits_stride,
+    table,
+    pages,
     mask,
     begin,
     end,
@@ -103,41 +103,52 @@ def score_tiles(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     DOT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
     """Base-2 logits of the tiles, and their maximum and sum of exponentials [GP].
 
     Maximum and sum are kept apart for each lane and brought together behind the loop: within it, nothing goes from
-    thread to thread but the operands of the matrix product.
+    thread to thread but the operands of the matrix product.  A tile's pages are looked up one tile ahead, so that no
+    load of components waits for that.
     """
     component, tau = choose_components(q, D, R, RP, DP)
     factor = scale / tau
-    g, j, o = tl.arange(0, GP), tl.arange(0, RP), tl.arange(0, TILE)
+    g, j = tl.arange(0, GP), tl.arange(0, RP)
     if GP == 1:
-        # One query: a thread has the same positions of all components, so that their sum stays in it.
+        # One query: a thread has the same positions of all components, so that their sum stays in it. A tile may be
+        # several pages, each a row of it.
+        RUN: tl.constexpr = min(TILE, BLOCK)
         factor = tl.sum(factor, 0)
         q_c = tl.load(query + component, mask=j < R, other=0.0).to(tl.float32)
-        some = tl.arange(0, COMPONENTS_AT_ONCE)
+        some, o = tl.arange(0, COMPONENTS_AT_ONCE), tl.arange(0, RUN)
+        each = tl.arange(0, TILE // RUN) * RUN
         highest = tl.full([TILE // LANE_LOGITS], LOWEST_LOGIT, tl.float32)
         total = tl.zeros([TILE // LANE_LOGITS], tl.float32)
+        if PAGED:
+            page = page_of(first * TILE + each, end, table, pages, BLOCK)
         for tile in range(first, last):
             position = tile * TILE
-            within = tl.multiple_of(position % BLOCK_SIZE, TILE)  # older Tritons do not see it
-            runs = components + (position // BLOCK_SIZE).to(tl.int64) * block_stride + within + o
-            x = tl.zeros([TILE], tl.float32)
+            within = tl.multiple_of(position % BLOCK, RUN)  # older Tritons do not see it
+            block = page if PAGED else (position // BLOCK + each * 0).to(tl.int64)
+            runs = components + (block * block_stride + within)[:, None] + o[None, :]
+            x = tl.zeros([TILE // RUN, RUN], tl.float32)
             for next_j in range(0, RP, COMPONENTS_AT_ONCE):
-                those = tl.gather(component, next_j + some, 0) * BLOCK_SIZE
+                those = tl.gather(component, next_j + some, 0) * BLOCK
                 # Never masked by position: storage is padded to whole blocks, and a mask would make these 2-byte loads.
-                k_c = tl.load(runs[None, :] + those[:, None]).to(tl.float32)
+                k_c = tl.load(runs[:, None, :] + those[None, :, None]).to(tl.float32)
                 if RP > R:  # padded ones read the first component, which may be infinite
-                    k_c = tl.where((next_j + some < R)[:, None], k_c, 0.0)
-                x += tl.sum(tl.gather(q_c, next_j + some, 0)[:, None] * k_c, 0)
+                    k_c = tl.where((next_j + some < R)[None, :, None], k_c, 0.0)
+                x += tl.sum(tl.gather(q_c, next_j + some, 0)[None, :, None] * k_c, 1)
             x = soften(x * factor, softcap, HAS_SOFTCAP)
-            s = position + o
+            s = (position + each)[:, None] + o[None, :]
             x = tl.where(is_valid(s, begin, end, mask, HAS_MASK), x, float("-inf"))
             tl.store(logits + s, x, mask=s < logits_stride)  # a tile may be wider than what storage is rounded up to
             highest, total = include(tl.reshape(x, [TILE // LANE_LOGITS, LANE_LOGITS]), 1, highest, total)
+            if PAGED:
+                page = page_of(position + TILE + each, end, table, pages, BLOCK)
         highest, total = combine(highest[:, None], total[:, None])
     else:
         # Positions are the rows of the product: its padding is in the columns, and half of that is dropped.
@@ -147,14 +158,17 @@ def score_tiles(
         factor = tl.gather(factor, tl.arange(0, GN), 0)
         # The same numbers, but held as the loads want them: otherwise the pointers are rearranged again for every tile.
         component = tl.gather(component, j, 0)
-        runs = components + component[:, None] * BLOCK_SIZE + o[None, :]
-        n = tl.arange(0, GN)
+        n, o = tl.arange(0, GN), tl.arange(0, TILE)
+        runs = components + component[:, None] * BLOCK + o[None, :]
         highest = tl.full([LANES, GN], LOWEST_LOGIT, tl.float32)
         total = tl.zeros([LANES, GN], tl.float32)
+        if PAGED:
+            page = page_of(first * TILE, end, table, pages, BLOCK)
         for tile in tl.range(first, last, num_stages=STAGES):
             position = tile * TILE
-            within = tl.multiple_of(position % BLOCK_SIZE, TILE)
-            offset = (position // BLOCK_SIZE).to(tl.int64) * block_stride + within
+            within = tl.multiple_of(position % BLOCK, TILE)
+            block = page if PAGED else (position // BLOCK).to(tl.int64)
+            offset = block * block_stride + within
             k_c = tl.load(runs + offset) if R == RP else tl.load(runs + offset, mask=(j < R)[:, None], other=0.0)
             x = tl.dot(tl.trans(k_c.to(DOT)), q_c.to(DOT), input_precision="ieee")
             if GN < GP:
@@ -164,6 +178,8 @@ def score_tiles(
             x = tl.where(is_valid(s, begin, end, mask, HAS_MASK)[:, None], x, float("-inf"))
             tl.store(logits + n[None, :] * logits_stride + s[:, None], x, mask=(n < G)[None, :])
             highest, total = include(tl.reshape(x, [TILE // LANES, LANES, GN]), 0, highest, total)
+            if PAGED:
+                page = page_of(position + TILE, end, table, pages, BLOCK)
         highest, total = combine(highest, total)
         if GN < GP:  # what is in the padding matters to nobody
             highest, total = tl.gather(highest, g % GN, 0), tl.gather(total, g % GN, 0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import ABOVE, BEGIN, BUDGET, CANDIDATES, CHUNK, COUNT, END, INFO_SIZE, PREFIX, VARYING, WINDOW, is_valid
+from .rows import ABOVE, BEGIN, BUDGET, CANDIDATES, CHUNK, END, INFO_SIZE, LEAST, PREFIX, VARYING, WINDOW, is_valid
 from .topk import ALWAYS, NEVER, needed_for, split_by, threshold, top
 
 BINS = 256
@@ -78,9 +78,9 @@ def keys_of(
 
 
 @triton.jit
-def budget_by_mass(key, in_window, budget, count, mass, k_min, rest, number, G: tl.constexpr, HAS_REST: tl.constexpr):
+def budget_by_mass(key, in_window, budget, least, mass, rest, number, G: tl.constexpr, HAS_REST: tl.constexpr):
     """How many of the keys hold the share `mass` of the scores' sum, with those in the window, which have `in_window`
-    of it; at least k_min, at most the budget.  key, rest, number: as in `topk.needed_for`."""
+    of it; at least `least`, at most the budget.  key, rest, number: as in `topk.needed_for`."""
     always = (key == ALWAYS).to(tl.int32)
     if HAS_REST:
         o = tl.arange(0, key.shape[0])
@@ -89,7 +89,7 @@ def budget_by_mass(key, in_window, budget, count, mass, k_min, rest, number, G: 
             always += (more == ALWAYS).to(tl.int32)
     window = tl.sum(always, 0)
     needed = window + needed_for(key, mass * G - in_window, rest, number, HAS_REST)
-    return tl.minimum(tl.maximum(needed, tl.minimum(k_min, count)), budget)
+    return tl.minimum(tl.maximum(needed, least), budget)
 
 
 @triton.jit
@@ -111,7 +111,6 @@ def select(
     k_max,
     logits_chunks,
     mass,
-    k_min,
     G: tl.constexpr,
     GP: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -142,7 +141,7 @@ def select(
     )
     budget = tl.load(row + BUDGET)
     if HAS_MASS:
-        budget = budget_by_mass(key, in_window, budget, tl.load(row + COUNT), mass, k_min, 0, 0, G, False)
+        budget = budget_by_mass(key, in_window, budget, tl.load(row + LEAST), mass, 0, 0, G, False)
         tl.store(row + BUDGET, budget)
     store_top(key, s, budget, positions + n * k_max)
 
@@ -319,7 +318,6 @@ def trim(
     parts,
     k_max,
     mass,
-    k_min,
     G: tl.constexpr,
     HELD: tl.constexpr,
     PARTS_AT_ONCE: tl.constexpr,
@@ -337,7 +335,7 @@ def trim(
     found_keys += n * k_max
     positions += n * k_max
     held = tl.load(found_keys + o, mask=o < number, other=NEVER)
-    budget = budget_by_mass(held, in_window, number, tl.load(row + COUNT), mass, k_min, found_keys, number, G, True)
+    budget = budget_by_mass(held, in_window, number, tl.load(row + LEAST), mass, found_keys, number, G, True)
     tl.store(row + BUDGET, budget)
     zero = tl.zeros([], tl.int32)
     least = threshold(held, budget, zero, zero, zero - 1, found_keys, number, True)

@@ -36,6 +36,8 @@ class Shape(NamedTuple):
     D: int
     R: int
     cached: int  # positions, of a cache that is full to a chunk's end
+    BLOCK: int  # positions of a block of the index: of a page, where there are pages
+    PAGED: bool
     k_max: int
     itemsize: int
     amd: bool
@@ -69,11 +71,11 @@ class Shape(NamedTuple):
     @property
     def rows(self) -> int:
         """Of K, and of V, that a program attends at once."""
-        return min(MAX_ROWS, max(16, ROW_BYTES // (self.DP * self.itemsize)))
+        return rows_at_once(self.DP, self.itemsize)
 
     @property
     def stages(self) -> int:
-        return STAGES if self.itemsize == 2 and not self.amd else 2
+        return stages_of(self.itemsize, self.amd)
 
     def tile(self, warps: int) -> int:
         """Positions that a program scores at once, or that share a range."""
@@ -83,7 +85,18 @@ class Shape(NamedTuple):
             return min(BLOCK, LOAD_BYTES // self.itemsize * 32 * warps)
         if self.itemsize == 4:  # multiplied without matrix instructions, from registers
             return LANES.value
-        return min(CHUNK.value, max(LANES.value, min(TILE_BYTES // (self.RP * self.itemsize), MAX_LOGITS // self.GP)))
+        fitting = min(TILE_BYTES // (self.RP * self.itemsize), MAX_LOGITS // self.GP)
+        return min(self.BLOCK, CHUNK.value, max(LANES.value, fitting))
+
+
+def rows_at_once(padded_dim: int, itemsize: int) -> int:
+    """Of K or V, that a program reads in one go."""
+    return min(MAX_ROWS, max(16, ROW_BYTES // (padded_dim * itemsize)))
+
+
+def stages_of(itemsize: int, amd: bool) -> int:
+    """Of loops that read."""
+    return STAGES if itemsize == 2 and not amd else 2
 
 
 def shape_of(call: Arguments, cached: int, units: int) -> Shape:
@@ -97,6 +110,8 @@ def shape_of(call: Arguments, cached: int, units: int) -> Shape:
         D=head_dim,
         R=call.r,
         cached=cached,
+        BLOCK=BLOCK if call.block_table is None else call.key.shape[2],
+        PAGED=call.block_table is not None,
         k_max=max_positions(cached, call.budget),
         itemsize=call.query.element_size(),
         amd=torch.version.hip is not None,

@@ -76,6 +76,7 @@ def scratch(shape: Shape, sizes: Sizes) -> Scratch:
         "ticket": (i32, N),
         "partial": (f32, N * sizes.parts * G * 3),
         "partial_y": (f32, N * sizes.parts * G * shape.DP),
+        "partial_sum": (f32, N * sizes.parts * shape.DP if shape.PAGED else 1),
     }
     if sizes.distributed:
         parts = _row_parts(shape, sizes)
