@@ -10,6 +10,7 @@ from sparq_kernels import Cached, Visible
 from torch import Tensor
 
 from sparq import sinks
+from sparq.config import SparqConfig
 from sparq.vllm.batch import Decodes
 from sparq.vllm.knobs import budget_of, config_of
 from sparq.vllm.pages import pages_of
@@ -34,6 +35,7 @@ class SparqDecoding:
         self.config = config_of(get_current_vllm_config())
         self.budget = budget_of(self.config, self.head_size, self.device)  # type: ignore[attr-defined]
         self._pages: tuple[Any, Cached] | None = None
+        _made[:] = [self.config.index]
 
     def is_ours(self, kv_cache: Tensor) -> bool:
         """Whether its pages have more than K and V; layers with a sliding window may have plain ones."""
@@ -113,12 +115,18 @@ def page_sizes(index: str) -> list[int]:
     return [size for size in (64, 128, 256, 512, 1024, 2048) if index == "full" or size >= sparq_kernels.GROUP]
 
 
+_made: list[str] = []  # the index of the engine that was made last in this process
+
+
 def current_index() -> str:
-    """The index of the engine that is being made; SparQ's default where none is."""
+    """The index of the engine that is being made. vLLM asks backends for pages when layers have been made, and does not
+    say of which engine: it is the one whose layers were made last."""
     from vllm.config import get_current_vllm_config_or_none
 
     vllm_config = get_current_vllm_config_or_none()
-    return "int4" if vllm_config is None else config_of(vllm_config).index
+    if vllm_config is not None:
+        return config_of(vllm_config).index
+    return _made[-1] if _made else SparqConfig().index
 
 
 def with_index(spec: Any, interleaved: bool) -> Any:
@@ -132,6 +140,9 @@ def with_index(spec: Any, interleaved: bool) -> Any:
     if spec.state_content_bytes is not None or type(spec) is not FullAttentionSpec:
         return spec
     index = current_index()
-    # The smallest page that such a block can be split into, for its sums take the largest share.
-    page = max(size for size in page_sizes(index) if spec.block_size % size == 0)
+    # vLLM splits larger blocks into the largest pages there are.
+    sizes = page_sizes(index)
+    if not any(spec.block_size % size == 0 for size in sizes):
+        raise ValueError(f"block_size must be one of {sizes} for SparQ's index {index!r}, got {spec.block_size}")
+    page = max(size for size in sizes if spec.block_size % size == 0)
     return dataclasses.replace(spec, state_content_bytes=content_bytes(page, spec.head_size, spec.dtype, index))

@@ -122,14 +122,6 @@ def test_eight_requests_at_once(llama: Path) -> None:
     assert served.tokens == by_transformers(llama, SPARSE, asked) and served.report["decoded_tokens"] == 8 * (NEW - 1)
 
 
-def test_drafts(llama: Path, sparse: list[list[int]]) -> None:
-    """Each token of a draft chooses for itself: the tokens are the same, drafted or not."""
-    speculation = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    served = serve(llama, SPARSE, speculative_config=speculation)
-    assert served.tokens == sparse
-    assert served.report["decoded_tokens"] > 3 * (NEW - 1)  # those that were rejected too
-
-
 def test_preemption(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too few pages for all requests: one is put aside and computed again, densely, so only where k covers the context
     its tokens must be the same."""
@@ -216,9 +208,19 @@ def test_wrong_knobs_are_refused_at_the_start(llama: Path, knobs: dict[str, Any]
     ("changes", "message"),
     [
         ({"kv_cache_dtype": "fp8", "dtype": "bfloat16"}, "does not serve a KV cache in fp8"),
-        ({"block_size": 96}, "96"),
+        ({"block_size": 96}, "block_size must be one of .256, 512, 1024, 2048. for SparQ's index .int4., got 96"),
     ],
 )
 def test_what_is_not_served_is_refused_in_words(llama: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(Exception, match=message):
         engine(llama, SPARSE, **changes)
+
+
+def test_drafts(llama: Path, sparse: list[list[int]]) -> None:
+    """Each token of a draft chooses for itself: the tokens are the same, drafted or not.
+
+    The last test: drafts bring Numba along, and after that vLLM makes no other engine in this process."""
+    speculation = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    served = serve(llama, SPARSE, speculative_config=speculation)
+    assert served.tokens == sparse
+    assert served.report["decoded_tokens"] > 3 * (NEW - 1)  # those that were rejected too
