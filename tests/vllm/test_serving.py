@@ -147,6 +147,31 @@ def test_other_models(folder: Path, kind: str) -> None:
     assert served.tokens == by_transformers(model, SPARSE, prompts()) and was_sparse(served)
 
 
+def test_real_weights(smollm2: Path) -> None:
+    """SmolLM2-135M-Instruct with the defaults, but for the length from which they are sparse."""
+    import demo_text
+    import transformers
+
+    asked = [transformers.AutoTokenizer.from_pretrained(smollm2)(demo_text.document())["input_ids"][:1500]]
+    served = serve(smollm2, {"min_length": 0}, asked, max_model_len=2048, skip_tokenizer_init=False)
+    assert served.tokens == by_transformers(smollm2, {"min_length": 0}, asked) and was_sparse(served)
+
+
+def test_tensor_parallel(llama: Path, sparse: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, each with half of the heads."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    llm = engine(llama, SPARSE, tensor_parallel_size=2, worker_extension_cls="sparq.vllm.report.WorkerExtension")
+    try:
+        tokens = generate(llm, prompts()).tokens
+        reports = llm.collective_rpc("sparq_report")
+    finally:
+        close(llm)
+    assert tokens == sparse and len(reports) == 2
+    for found in reports:
+        assert found["sparse_token_layers"] == found["token_layers"] == 2 * 3 * (NEW - 1)
+        assert found["positions_read"] < found["positions_cached"]
+
+
 @pytest.mark.parametrize("hybrid", [True, False])
 def test_layers_with_a_window_stay_dense_and_others_do_not(folder: Path, hybrid: bool) -> None:
     model, off = make_model("gemma3", folder), {"disable_hybrid_kv_cache_manager": not hybrid}
