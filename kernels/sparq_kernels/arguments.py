@@ -119,7 +119,9 @@ def check_devices(call: Any, tensors_of: Part, leading: str) -> None:
 def check_arguments(call: Arguments) -> None:
     """Raise for a shape, dtype, device, stride or option that an implementation could not survive."""
     check_tensors(call)
-    query, key, key_components, value, value_sum, key_ranges, block_table, length, start, mask, counts = tensors_of(call)
+    query, key, key_components, value, value_sum, key_ranges, block_table, length, start, mask, counts = tensors_of(
+        call
+    )
     r, k, k_divisor, local, mass, k_min, dense_below, scale, softcap, mean_from, _ = options_of(call)
     batch, num_heads, query_length, head_dim = query.shape
     num_kv_heads, cached = key.shape[1], call.capacity

@@ -218,7 +218,11 @@ SLOT_MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"key": ZEROS(2, 256, 12)}, ValueError, r"key must be \[P, Hkv, N, d\]"),
     ({"slots": ZEROS(1, 3, dtype=torch.int64)}, ValueError, r"slots must be \[T\], got \[1, 3\]"),
     ({"slots": ZEROS(3, dtype=torch.int32)}, TypeError, "slots must be int64, got torch.int32"),
-    ({"slots": torch.tensor([0, 1, 512])}, ValueError, r"slots must be below 512, which the pages have, got \[0, 1, 512\]"),
+    (
+        {"slots": torch.tensor([0, 1, 512])},
+        ValueError,
+        r"slots must be below 512, which the pages have, got \[0, 1, 512\]",
+    ),
     ({"slots": ZEROS(2, dtype=torch.int64)}, ValueError, r"new_key must be \[2, 2, 12\], got \[3, 2, 12\]"),
     ({"new_value": ZEROS(3, 2, 11)}, ValueError, r"new_value must be \[3, 2, 12\]"),
     ({"new_value": ZEROS(3, 2, 12).half()}, TypeError, "new_value must have key's dtype torch.float32"),

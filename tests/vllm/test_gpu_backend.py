@@ -3,6 +3,7 @@ operator in place of the GPU's and a plain one in place of FlashAttention."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,11 +121,19 @@ def test_a_graph_goes_on_reading_the_same_memory() -> None:
 
 
 def plain_attention(
-    self: Any, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, metadata: Any, output: Tensor, *_: Any
+    self: Any,
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    metadata: Any,
+    output: Tensor,
+    *_: Any,
 ) -> Tensor:
     """In place of FlashAttention: dense, request by request, from rows [pages, Hkv, N, 2 d]."""
     starts = metadata.query_start_loc.tolist()
-    for i, (begin, end) in enumerate(zip(starts, starts[1:])):
+    for i, (begin, end) in enumerate(itertools.pairwise(starts)):
         n = int(metadata.seq_lens[i])
         rows = kv_cache[metadata.block_table[i, : -(-n // PAGE)].long()].transpose(0, 1).flatten(1, 2)[:, :n]
         k, v = (x.repeat_interleave(HEADS // KV_HEADS, 0) for x in rows.split(DIM, -1))

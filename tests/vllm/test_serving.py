@@ -48,7 +48,10 @@ def sparse(llama: Path) -> list[list[int]]:
 
 def was_sparse(served: Served) -> bool:
     found = served.report
-    return 0 < found["sparse_token_layers"] == found["token_layers"] and found["positions_read"] < found["positions_cached"]
+    return (
+        0 < found["sparse_token_layers"] == found["token_layers"]
+        and found["positions_read"] < found["positions_cached"]
+    )
 
 
 def test_vllms_own_attention_has_nothing_of_ours(dense: Served) -> None:
