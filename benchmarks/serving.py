@@ -196,9 +196,8 @@ def measure(args: argparse.Namespace, folder: Path, dtype: str) -> list[Row]:
         engine.close()
     wrong = None if tokens[0] == tokens[1] else "not the same tokens where k covers the context"
     knobs = KNOBS | {"ratio": args.ratio}
-    engines = {
-        way: Engine(str(folder), way, dtype, knobs, longest, max(1, -(-room * requests // longest))) for way in WAYS
-    }
+    full = max(1, -(-room * requests // longest))  # requests of the longest context that would take as much room
+    engines = {way: Engine(str(folder), way, dtype, knobs, longest, requests, full) for way in WAYS}
     rows = []
     for engine in engines.values():
         engine.ask("skip_prompts")
