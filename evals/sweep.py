@@ -38,7 +38,6 @@ EVALS = Path(__file__).parent
 RATIOS = (4, 8, 16)
 OTHERS = ("oracle", "rocket", "window", "h2o", "quest")
 NAMES = ("sparq", "paper", *OTHERS)
-H2O_UP_TO = 2048  # tokens of a chat model's prompts, of which it holds all attention weights
 PREFILL_BYTES = 4 << 30  # of K and V kept for the other methods
 METRICS = {  # beginning of a task's name: its measure
     "chat_pass_key": "right",
@@ -120,14 +119,14 @@ def grid(tokens: int, head_dim: int) -> list[Way]:
 
 
 def chat_grid(tokens: int, head_dim: int, is_full: bool = True) -> list[Way]:
-    """SparQ, and where `is_full` the others too, at three ratios, and at ratio 8 with a dense first layer. The others
-    elsewhere, and H2O, which has to read every prompt anew, at ratio 8 alone.
+    """SparQ, and where `is_full` the paper's too, at three ratios, and at ratio 8 with a dense first layer. The others
+    at ratio 8 alone, H2O, which has to read every prompt anew, only where `is_full`.
     """
     ways = [DENSE, Way("defaults", 8, {"method": "sparq"})]
     for name in NAMES:
-        if name == "h2o" and tokens > H2O_UP_TO:
+        if name == "h2o" and not is_full:
             continue
-        is_whole = name == "sparq" or (is_full and name != "h2o")
+        is_whole = name == "sparq" or (is_full and name == "paper")
         ways += [way(name, ratio, tokens, head_dim) for ratio in (RATIOS if is_whole else (8,))]
         if is_whole:
             ways.append(way(name, 8, tokens, head_dim, dense_layers=1))
@@ -275,7 +274,7 @@ class Planned:
     documents: int
     decoded: int = 32  # tokens of each context: more than a question has
     batch: int = 10
-    is_full: bool = True  # all ratios of all methods; else of SparQ alone, and the others at 8
+    is_full: bool = True  # of the paper's SparQ, too, all ratios, and H2O
 
 
 CHAT_PLAN = {

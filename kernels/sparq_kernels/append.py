@@ -48,7 +48,9 @@ def append(cached: Cached, new_key: Tensor, new_value: Tensor, position: int | T
     """
     if not isinstance(cached, Cached):
         raise wrong_group("cached", cached, Cached)
-    key, key_components, value, value_sum, key_ranges = cached
+    if cached.block_table is not None:
+        raise ValueError("cached must have no block_table: append_slots writes into pages")
+    key, key_components, value, value_sum, key_ranges, _ = cached
     is_per_row = isinstance(position, Tensor)
     _append_op(
         key,

@@ -86,8 +86,8 @@ def test_the_chat_plan_compares_like_with_like(tmp_path):
         ways = {(way.name, way.ratio): way.arguments for way in job.ways}
         is_full = sweep.CHAT_PLAN[job.task].is_full
         for name in sweep.NAMES:
-            is_whole = name == "sparq" or (is_full and name != "h2o")
-            wanted = sweep.RATIOS if is_whole else () if name == "h2o" and job.tokens > 2048 else (8,)
+            is_whole = name == "sparq" or (is_full and name == "paper")
+            wanted = sweep.RATIOS if is_whole else () if name == "h2o" and not is_full else (8,)
             assert [ratio for way, ratio in ways if way == name] == list(wanted)
             if is_whole:
                 assert ways[f"{name}, dense_layers=1", 8] == ways[name, 8] | {"dense_layers": 1}

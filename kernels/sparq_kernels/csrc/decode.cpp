@@ -47,7 +47,7 @@ static_assert(GROUP == TILE && TILE == 2 * CHUNK, "a tile is coded, or scored fr
 constexpr int64_t UNITS = TILE / UNIT;
 constexpr int64_t LINE = 64;         // bytes
 constexpr int RUNS = W == 16 ? 8 : 4;  // components added at a time; as many are fetched ahead, which fits the L1 cache
-constexpr int64_t ROWS_AHEAD = 8;    // the same for rows of K
+constexpr int64_t ROWS_AHEAD = 24;    // the same for rows of K
 constexpr float FAINTEST = 0x1p-100f;  // scores below count as 0: the same for a position whatever its unit's reference
 constexpr float EXCLUDED = -1;       // score of a position that does not compete; scores are at least 0
 
@@ -456,7 +456,8 @@ class Decoder {
     }
 
     // In place: x becomes 2^(x - reference), for U times N values that share a reference and a sum.
-    template <int64_t N, int U>
+    // NAN_FREE: that there is no NaN among them is known.
+    template <int64_t N, int U, bool NAN_FREE>
     static SPARQ_INLINE void exponentiate(float* x, float* reference, float* sum) {
         Floats highest[U], poison[U], total[U];
         SPARQ_UNROLL for (int u = 0; u < U; u++) {
@@ -465,7 +466,7 @@ class Decoder {
             for (int64_t i = 0; i < N; i += W) {
                 Floats value = load(x + u * N + i);
                 highest[u] = max(value, highest[u]);
-                poison[u] += value;
+                if constexpr (!NAN_FREE) poison[u] += value;
             }
         }
         Floats top = round_to_int(horizontal_maxima(highest));
@@ -480,7 +481,8 @@ class Decoder {
                 }
             }
         };
-        bool tame = !any(absolute(top) >= 0x1p21f) && !std::isnan(horizontal_sum(horizontal_sums(poison)));
+        bool tame = !any(absolute(top) >= 0x1p21f);
+        if constexpr (!NAN_FREE) tame = tame && !std::isnan(horizontal_sum(horizontal_sums(poison)));
         if (tame) raise([](Floats value, float shared) { return exp2_scaled_fast(value, shared); });
         else raise([](Floats value, float shared) { return exp2_scaled(value, shared); });
         store_first<U>(sum, horizontal_sums(total));
@@ -506,7 +508,7 @@ class Decoder {
                     store_pair<T>(x + p, load(pair), load(pair + G * W));
                 }
             }
-            finish_tile(x, keep, s, g + i, index);
+            finish_tile<false>(x, keep, s, g + i, index);
         }
     }
 
@@ -549,7 +551,10 @@ class Decoder {
         for (int64_t i = 0; i < G; i++) {
             int64_t left = 2 * count;  // runs that are still to be fetched, shared out among the queries
             for (int64_t c = left + left * i / G; c < left + left * (i + 1) / G; c++) ahead.fetch(c);
-            finish_tile(x[i], keep, s, g + i, index);
+            // Codes and ranges are finite, so only the query can bring a NaN.
+            if (std::isfinite(of[i].base) && std::isfinite(of[i].unit))
+                finish_tile<true>(x[i], keep, s, g + i, index);
+            else finish_tile<false>(x[i], keep, s, g + i, index);
         }
     }
 
@@ -576,17 +581,19 @@ class Decoder {
                 for (int64_t i = 0; i < together; i++)
                     std::copy_n(logits + i * CHUNK, some, tile_weights(s, g + i, index) + first % TILE + begin);
             }
-            for (int64_t i = 0; i < together; i++) finish_tile(tile_weights(s, g + i, index), keep, s, g + i, index);
+            for (int64_t i = 0; i < together; i++) 
+                finish_tile<false>(tile_weights(s, g + i, index), keep, s, g + i, index);
         }
     }
 
     float* tile_weights(Scratch& s, int64_t g, int64_t tile) const { return s.weights + (g * tiles + tile) * TILE; }
 
     // In place: a tile's logits become weights, with a reference and a sum for each unit.
+    template <bool NAN_FREE>
     void finish_tile(float* x, const int32_t* keep, Scratch& s, int64_t g, int64_t tile) const {
         if (capped || keep) finish_logits(x, keep);
         int64_t unit = g * units + tile * UNITS;
-        exponentiate<UNIT, UNITS>(x, s.reference + unit, s.sum + unit);
+        exponentiate<UNIT, UNITS, NAN_FREE>(x, s.reference + unit, s.sum + unit);
     }
 
     void skip_tile(Scratch& s, int64_t tile) const {
@@ -872,7 +879,7 @@ class Decoder {
                 for (int64_t i = 0; i < count; i += W)
                     store(w + i, tanh(load(w + i)) * static_cast<float>(a.softcap * LOG2E));
             std::fill(w + count, w + CHUNK, -INFINITE);
-            exponentiate<CHUNK, 1>(w, s.partial_max + chunk * group + g, s.partial_sum + chunk * group + g);
+            exponentiate<CHUNK, 1, false>(w, s.partial_max + chunk * group + g, s.partial_sum + chunk * group + g);
         }
         for (int64_t g = 0; g < group; g += 4) {
             const float* w = weights + g * CHUNK;
