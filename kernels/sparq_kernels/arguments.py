@@ -119,7 +119,8 @@ def check_devices(call: Any, tensors_of: Part, leading: str) -> None:
 def check_arguments(call: Arguments) -> None:
     """Raise for a shape, dtype, device, stride or option that an implementation could not survive."""
     check_tensors(call)
-    query, key, key_components, value, value_sum, key_ranges, block_table, length, start, mask, counts = tensors_of(call)
+    query, key, key_components, value, value_sum, key_ranges, block_table, *visible = tensors_of(call)
+    length, start, mask, counts = visible
     r, k, k_divisor, local, mass, k_min, dense_below, scale, softcap, mean_from, _ = options_of(call)
     batch, num_heads, query_length, head_dim = query.shape
     num_kv_heads, cached = key.shape[1], call.capacity
@@ -130,11 +131,11 @@ def check_arguments(call: Arguments) -> None:
         raise ValueError(f"query must have a head_dim of 1 to {MAX_HEAD_DIM}, got {head_dim}")
     if cached > MAX_CACHED:
         raise ValueError(f"key must hold at most {MAX_CACHED:,} positions, got {cached:,}")
-    if batch < 1 or cached < 1:
+    rows = batch if block_table is None else key.shape[0]
+    if min(batch, rows, cached) < 1:
         raise ValueError(f"key must hold at least one row and one position, got {list(key.shape)}")
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"query heads ({num_heads}) must be a multiple of key heads ({num_kv_heads})")
-    rows = batch if block_table is None else key.shape[0]
     if key.shape[0] != rows or key.shape[3] != head_dim:
         raise ValueError(f"key must be [{rows}, Hkv, S, {head_dim}] to match query, got {list(key.shape)}")
     if value.shape != key.shape:

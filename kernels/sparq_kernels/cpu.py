@@ -145,8 +145,8 @@ def plan(call: Arguments) -> Plan:
 
 
 def run(plan: Plan, call: Arguments) -> Results | None:
-    """Results as `reference.decode_reference` gives them; None when a value of `length`, `start` or `block_table` is out
-    of range."""
+    """Results as `reference.decode_reference` gives them; None when a value of `length`, `start` or `block_table` is
+    out of range."""
     library = kernel()
     assert library is not None, "callers ask kernel() first"
     output = torch.empty(plan.output_shape, dtype=call.query.dtype)

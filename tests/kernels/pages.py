@@ -155,5 +155,3 @@ def slot_call(cached: Cached, new_key: Tensor, new_value: Tensor, slots: Tensor)
 
 def ours_in_order(cached: Cached) -> tuple[Any, ...]:
     return cached.key, cached.value, cached.key_components, cached.value_sum, cached.key_ranges
-
-
