@@ -446,9 +446,7 @@ def narrow_loads(specialised: Specialised) -> list[Load]:
 def streams_of(specialised: Specialised) -> set[str]:
     """What a kernel has to read in bulk."""
     names = specialised.kernel.arg_names
-    coded, is_paged = (
-        name in names and specialised.constants[names.index(name),] for name in ("CODED", "PAGED")
-    )
+    coded, is_paged = (name in names and specialised.constants[names.index(name),] for name in ("CODED", "PAGED"))
     index, rows = {"codes" if coded else "components"}, {"keys", "values"}
     if is_paged:
         rows |= {"sums of pages", "a page's values"}

@@ -115,7 +115,10 @@ SM_90 = {
     "select-small-pages": ("select", {**SELECT, **PAGES, "page": 64}),
     "select-groups-small-pages": ("select", {**SELECT_GROUPS, **PAGES, "page": 64}),
     "select-groups-large-pages-int4": ("select", {**SELECT_GROUPS, **PAGES, **INT4, "page": 2048}),
-    "select-groups-pages-float32-80": ("select", {**SELECT_GROUPS, "page": 256, "dtype": torch.float32, "head_dim": 80}),
+    "select-groups-pages-float32-80": (
+        "select",
+        {**SELECT_GROUPS, "page": 256, "dtype": torch.float32, "head_dim": 80},
+    ),
     "fused-everything-int4": ("fused", {**FUSED_GROUPS, **INT4, "start": True, "mask": True, "softcap": 30.0}),
     "fused-group-of-7-int4": ("fused", {**heads(80, 28, 4), **INT4, "cached": 4096}),
     "distributed-int4": ("distributed", {**LONG, **INT4}),

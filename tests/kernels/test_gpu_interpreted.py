@@ -508,9 +508,7 @@ def check_pages(case: Case, page: int, index: str, way: str, seed: int = 0) -> N
 
 # Ways, pages and indices take turns.
 TURNS = [(64, "full"), (256, "int4"), (128, "full"), (512, "int4"), (256, "full")]
-PAGED_WAYS = [
-    (name, *turn, way) for name, turn, way in zip(PAGED_CASES, itertools.cycle(TURNS), itertools.cycle(WAYS))
-]
+PAGED_WAYS = [(name, *turn, way) for name, turn, way in zip(PAGED_CASES, itertools.cycle(TURNS), itertools.cycle(WAYS))]
 
 
 @pytest.mark.parametrize(("name", "page", "index", "way"), PAGED_WAYS)

@@ -50,8 +50,8 @@ def approximate(
     HAS_SOFTCAP: tl.constexpr,
 ):
     """Logits, maximum and sum of exponentials as of `scoring.score_tiles` and `coded.score_coded`."""
-    # Triton shares the stages of a loop among loads that wait for each other. A tile that waits for its page is to be as
-    # far ahead as one that need not.
+    # Triton shares the stages of a loop among loads that wait for each other. A tile that waits for its page is to be
+    # as far ahead as one that need not.
     AHEAD: tl.constexpr = 2 * STAGES - 1 if PAGED else STAGES
     if CODED:
         highest, total = score_coded(
