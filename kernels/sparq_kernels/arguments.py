@@ -260,6 +260,44 @@ def check_memory(call: Any, tensors_of: Part) -> None:
             raise ValueError(f"{name} must lie at a multiple of its element's {size} bytes, got address {address:#x}")
 
 
+def check_writable(call: Any, written: Iterable[str]) -> None:
+    """Raise for a tensor that PyTorch would not let be written: it would find that when others were written already.
+    Not of the layout, so of every call."""
+    in_inference_mode = torch.is_inference_mode_enabled()
+    for name in written:
+        tensor = getattr(call, name)
+        if tensor is not None and (tensor.requires_grad or (not in_inference_mode and tensor.is_inference())):
+            _check_writable(name, tensor)
+
+
+def _check_writable(name: str, tensor: Tensor) -> None:
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{name} was made in inference mode and cannot be written outside of it")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        owner = tensor if tensor._base is None else tensor._base
+        if owner.is_leaf:
+            raise RuntimeError(f"{name} is a leaf that requires a gradient and cannot be written")
+
+
+def check_apart(call: Any, written: Iterable[str]) -> None:
+    """Raise for a tensor that is to be written and has two elements at one address."""
+    for name in written:
+        tensor = getattr(call, name)
+        if tensor is not None and _overlaps_itself(tensor):
+            raise ValueError(f"{name} is written, so its elements must not share memory; got strides {tensor.stride()}")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may lie at one address: every axis must step over all that the finer ones span."""
+    span = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= span:
+                return True
+            span += stride * (size - 1)
+    return False
+
+
 def check_rows(call: Arguments) -> None:
     """Raise for values no row can have.  On the CPU only: elsewhere reading them would stall the device, and
     implementations clamp instead."""

@@ -228,6 +228,8 @@ SLOT_MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"new_value": ZEROS(3, 2, 11)}, ValueError, r"new_value must be \[3, 2, 12\]"),
     ({"new_value": ZEROS(3, 2, 12).half()}, TypeError, "new_value must have key's dtype torch.float32"),
     ({"value_sum": ZEROS(2, 2, 12).half()}, TypeError, "value_sum must be float32"),
+    ({"value": ZEROS(1, 2, 256, 12).expand(2, -1, -1, -1)}, ValueError, "value is written, so its elements must not"),
+    ({"value_sum": ZEROS(2, 2, 12).requires_grad_()}, RuntimeError, "value_sum is a leaf that requires a gradient"),
     ({"key_ranges": None}, ValueError, r"key_components must be \[2, 2, at least 1, 12, 256\]"),
 ]
 
