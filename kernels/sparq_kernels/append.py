@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import DTYPES, check_devices, check_memory, check_once, check_required, layout_of
+from .arguments import (
+    DTYPES,
+    check_apart,
+    check_devices,
+    check_memory,
+    check_once,
+    check_required,
+    check_writable,
+    layout_of,
+)
 from .backends import triton_kernels
 from .declaration import define, parts_of, required_tensors
 from .encoding import EncodeArguments, encode_cpu, encode_default
@@ -121,24 +130,10 @@ def check_append(call: AppendArguments) -> tuple[object, ...]:
     """
     layout = layout_of(tensors_of(call))
     check_once(layout, _check_layout, call)
-    # What follows is not of the layout, and PyTorch would find it when some of the tensors were written already.
-    in_inference_mode = torch.is_inference_mode_enabled()
-    for name in WRITTEN:
-        tensor = getattr(call, name)
-        if tensor is not None and (tensor.requires_grad or (not in_inference_mode and tensor.is_inference())):
-            _check_writable(name, tensor)
+    check_writable(call, WRITTEN)
     if call.position is None and not 0 <= call.offset < call.key.shape[2]:
         raise ValueError(f"position must be in [0, {call.key.shape[2]}), got {call.offset}")
     return layout
-
-
-def _check_writable(name: str, tensor: Tensor) -> None:
-    if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(f"{name} was made in inference mode and cannot be written outside of it")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        owner = tensor if tensor._base is None else tensor._base
-        if owner.is_leaf:
-            raise RuntimeError(f"{name} is a leaf that requires a gradient and cannot be written")
 
 
 def _check_tensors(call: AppendArguments) -> None:
@@ -178,21 +173,7 @@ def _check_layout(call: AppendArguments) -> None:
             raise ValueError(f"position must be [{batch}], got {list(call.position.shape)}")
         if call.position.dtype != torch.int64:
             raise TypeError(f"position must be int64, got {call.position.dtype}")
-    for name in WRITTEN:
-        tensor = getattr(call, name)
-        if tensor is not None and _overlaps_itself(tensor):
-            raise ValueError(f"{name} is written, so its elements must not share memory; got strides {tensor.stride()}")
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may lie at one address: every axis must step over all that the finer ones span."""
-    span = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= span:
-                return True
-            span += stride * (size - 1)
-    return False
+    check_apart(call, WRITTEN)
 
 
 _append_op = define(

@@ -119,9 +119,8 @@ def check_devices(call: Any, tensors_of: Part, leading: str) -> None:
 def check_arguments(call: Arguments) -> None:
     """Raise for a shape, dtype, device, stride or option that an implementation could not survive."""
     check_tensors(call)
-    query, key, key_components, value, value_sum, key_ranges, block_table, length, start, mask, counts = tensors_of(
-        call
-    )
+    query, key, key_components, value, value_sum, key_ranges, block_table, *visible = tensors_of(call)
+    length, start, mask, counts = visible
     r, k, k_divisor, local, mass, k_min, dense_below, scale, softcap, mean_from, _ = options_of(call)
     batch, num_heads, query_length, head_dim = query.shape
     num_kv_heads, cached = key.shape[1], call.capacity
@@ -132,11 +131,11 @@ def check_arguments(call: Arguments) -> None:
         raise ValueError(f"query must have a head_dim of 1 to {MAX_HEAD_DIM}, got {head_dim}")
     if cached > MAX_CACHED:
         raise ValueError(f"key must hold at most {MAX_CACHED:,} positions, got {cached:,}")
-    if batch < 1 or cached < 1:
+    rows = batch if block_table is None else key.shape[0]
+    if min(batch, rows, cached) < 1:
         raise ValueError(f"key must hold at least one row and one position, got {list(key.shape)}")
     if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"query heads ({num_heads}) must be a multiple of key heads ({num_kv_heads})")
-    rows = batch if block_table is None else key.shape[0]
     if key.shape[0] != rows or key.shape[3] != head_dim:
         raise ValueError(f"key must be [{rows}, Hkv, S, {head_dim}] to match query, got {list(key.shape)}")
     if value.shape != key.shape:
@@ -259,6 +258,44 @@ def check_memory(call: Any, tensors_of: Part) -> None:
             raise RuntimeError(f"{name} {list(tensor.shape)} has no memory: its storage has been freed")
         if address % size:
             raise ValueError(f"{name} must lie at a multiple of its element's {size} bytes, got address {address:#x}")
+
+
+def check_writable(call: Any, written: Iterable[str]) -> None:
+    """Raise for a tensor that PyTorch would not let be written: it would find that when others were written already.
+    Not of the layout, so of every call."""
+    in_inference_mode = torch.is_inference_mode_enabled()
+    for name in written:
+        tensor = getattr(call, name)
+        if tensor is not None and (tensor.requires_grad or (not in_inference_mode and tensor.is_inference())):
+            _check_writable(name, tensor)
+
+
+def _check_writable(name: str, tensor: Tensor) -> None:
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{name} was made in inference mode and cannot be written outside of it")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        owner = tensor if tensor._base is None else tensor._base
+        if owner.is_leaf:
+            raise RuntimeError(f"{name} is a leaf that requires a gradient and cannot be written")
+
+
+def check_apart(call: Any, written: Iterable[str]) -> None:
+    """Raise for a tensor that is to be written and has two elements at one address."""
+    for name in written:
+        tensor = getattr(call, name)
+        if tensor is not None and _overlaps_itself(tensor):
+            raise ValueError(f"{name} is written, so its elements must not share memory; got strides {tensor.stride()}")
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may lie at one address: every axis must step over all that the finer ones span."""
+    span = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= span:
+                return True
+            span += stride * (size - 1)
+    return False
 
 
 def check_rows(call: Arguments) -> None:

@@ -24,11 +24,10 @@ class Cached(NamedTuple):
         the index is not coded.
     block_table: int32 [B, pages], last axis contiguous: storage is in pages of N positions, which rows may share, and
         position s of row b lies at s % N of page block_table[b, s // N].  The tensors above then have a page where they
-        have a row, and N for S and BLOCK: key and value [P, Hkv, N, d], key_components [P, Hkv, 1, d, N], codes
-        [P, Hkv, 1, d, N / 2], value_sum [P, Hkv, d], key_ranges [P, Hkv, N / GROUP, d, 2].  N: 64, 128, ... 2048, with
-        codes 256 and more.
-        A row's last page need not be full: its sum is not read.  Entries behind it may be anything.  `append_slots`
-        writes.
+        have a row, and N for S and BLOCK: key and value [P, Hkv, N, d], key_components [P, Hkv, 1, d, N] (codes:
+        N / 2), value_sum [P, Hkv, d], key_ranges [P, Hkv, N / GROUP, d, 2].  N: 64, 128, ... 2048, with codes 256 and
+        more.  A row's last page need not be full: its sum is not read.  Entries behind it may be anything.
+        `append_slots` writes.
 
     key, value, key_components (unless they are codes) and key_ranges share a dtype: float32, bfloat16, float16 (float32
     arithmetic) or float64.

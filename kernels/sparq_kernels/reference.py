@@ -32,10 +32,10 @@ def decode_reference(
 
     float64 inputs are computed in float64, everything else in float32.  `positions` is [B, Hkv, Q, 0] unless asked for.
     """
-    assert cached.value_sum is not None
     length, start, mask, _ = visible
     if cached.block_table is not None:
         cached = in_a_row(cached, length)
+    assert cached.value_sum is not None
     results = []
     for i in range(query.shape[2]):
         later = query.shape[2] - 1 - i  # new tokens that this query does not see

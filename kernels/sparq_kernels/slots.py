@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .arguments import DTYPES, check_devices, check_memory, check_once, check_required, layout_of
+from .arguments import (
+    DTYPES,
+    check_apart,
+    check_devices,
+    check_memory,
+    check_once,
+    check_required,
+    check_writable,
+    layout_of,
+)
 from .backends import triton_kernels
 from .declaration import define, parts_of, required_tensors
 from .encoding import encode_groups
@@ -44,8 +53,9 @@ def append_slots(cached: Cached, new_key: Tensor, new_value: Tensor, slots: Tens
     A token in the last slot of a page has the page's sum of V made anew of its rows, one in the last slot of a group of
     GROUP the group's codes.  So a page is a function of the keys and values in it, however they came: in one call or
     one by one, again after a draft was rejected, or for several rows that share it.
-    Raises ValueError for a wrong shape, stride or slot, TypeError for a wrong dtype, before anything is written.  Slots
-    on a GPU are not looked at: one outside the storage writes nothing.
+    Raises ValueError for a wrong shape, stride or slot, TypeError for a wrong dtype, RuntimeError for memory that
+    cannot be written, before anything is written.  Slots on a GPU are not looked at: one outside the storage writes
+    nothing.
     """
     if not isinstance(cached, Cached):
         raise wrong_group("cached", cached, Cached)
@@ -106,6 +116,7 @@ def check_slots(call: SlotArguments) -> tuple[object, ...]:
     """Raise for what an implementation could not survive.  Returns the layout."""
     layout = layout_of(tensors_of(call))
     check_once(layout, _check_layout, call)
+    check_writable(call, WRITTEN)
     return layout
 
 
@@ -147,6 +158,7 @@ def _check_layout(call: SlotArguments) -> None:
         tensor = getattr(call, name)
         if tensor.stride(-1) != 1 and head_dim > 1:
             raise ValueError(f"{name} must be contiguous in its last axis, got strides {tensor.stride()}")
+    check_apart(call, WRITTEN)
 
 
 _append_slots_op = define(

@@ -17,6 +17,7 @@ OP = torch.ops.sparq_kernels.append
 
 def call_of(batch: int, position: Tensor | None, offset: int, index: str = "full") -> AppendArguments:
     storage = storage_of(batch, 2, 20, 12, index=index)._asdict()
+    del storage["block_table"]
     new_key, new_value = new_token(batch, 2, 12)
     return AppendArguments(**storage, new_key=new_key, new_value=new_value, position=position, offset=offset)
 
@@ -109,10 +110,16 @@ def test_mistakes_are_named_and_change_nothing(changes: dict, error: type[Except
         torch.testing.assert_close(x, old, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("wrong", [(1, 2, 3), tuple(storage_of(1, 2, 20, 12)), None], ids=["3", "5", "None"])
+@pytest.mark.parametrize("wrong", [(1, 2, 3), tuple(storage_of(1, 2, 20, 12)), None], ids=["3", "6", "None"])
 def test_what_is_not_cached_is_named(wrong: Any) -> None:
-    with pytest.raises(TypeError, match=r"cached must be a sparq_kernels\.Cached, got (a tuple of [35]|NoneType)"):
+    with pytest.raises(TypeError, match=r"cached must be a sparq_kernels\.Cached, got (a tuple of [36]|NoneType)"):
         append(wrong, *new_token(1, 2, 12), position=3)
+
+
+def test_pages_are_not_appended_to() -> None:
+    cached = storage_of(1, 2, 20, 12)._replace(block_table=torch.zeros(1, 1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="cached must have no block_table: append_slots writes into pages"):
+        append(cached, *new_token(1, 2, 12), position=3)
 
 
 @pytest.mark.parametrize("name", [name for name in tensors_of(AppendArguments._fields) if name != "key"])

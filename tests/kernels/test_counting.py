@@ -93,7 +93,7 @@ def test_what_is_no_group_is_named() -> None:
     visible, budget = Visible(torch.tensor([30]), mask=torch.ones(1, 30, dtype=torch.bool)), Budget(1, 8)
     with pytest.raises(TypeError, match=r"visible must be a sparq_kernels\.Visible, got Tensor"):
         count_valid(visible.mask, budget)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"budget must be a sparq_kernels\.Budget, got a tuple of 6"):
+    with pytest.raises(TypeError, match=r"budget must be a sparq_kernels\.Budget, got a tuple of 7"):
         count_valid(visible, tuple(budget))  # type: ignore[arg-type]
 
 

@@ -10,11 +10,13 @@ from sparq_kernels import declaration
 
 SCHEMAS = {
     "decode": "(Tensor query, Tensor key, Tensor key_components, Tensor value, Tensor value_sum, Tensor? key_ranges, "
-    "Tensor length, Tensor? start, Tensor? mask, Tensor? counts, SymInt r, SymInt k, SymInt? k_divisor, SymInt? local, "
-    "float? mass, SymInt k_min, float? scale, float? softcap, float mean_from, bool return_positions) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? block_table, Tensor length, Tensor? start, Tensor? mask, Tensor? counts, SymInt r, SymInt k, "
+    "SymInt? k_divisor, SymInt? local, float? mass, SymInt k_min, SymInt dense_below, float? scale, float? softcap, "
+    "float mean_from, bool return_positions) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "append": "(Tensor(a!) key, Tensor(b!) value, Tensor(c!) key_components, Tensor(d!)? value_sum, "
     "Tensor(e!)? key_ranges, Tensor new_key, Tensor new_value, Tensor? position, SymInt offset) -> ()",
+    "append_slots": "(Tensor(a!) key, Tensor(b!) value, Tensor(c!) key_components, Tensor(d!) value_sum, "
+    "Tensor(e!)? key_ranges, Tensor new_key, Tensor new_value, Tensor slots) -> ()",
     "count_valid": "(Tensor mask, Tensor length, Tensor? start, SymInt queries, SymInt k, SymInt? k_divisor, "
     "SymInt? local) -> Tensor",
     "encode": "(Tensor key, Tensor(a!) key_components, Tensor(b!) key_ranges, SymInt begin, SymInt end) -> ()",

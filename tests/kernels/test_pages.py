@@ -183,6 +183,7 @@ DECODE_MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"block_table": ZEROS(1, 8, dtype=torch.int32)[:, ::2]}, ValueError, "block_table must be contiguous"),
     ({"block_table": torch.full((1, 4), 9, dtype=torch.int32)}, ValueError, r"block_table must name pages of 0 to 5"),
     ({"block_table": torch.full((1, 4), -1, dtype=torch.int32)}, ValueError, r"got \[-1, -1, -1\] in row 0"),
+    ({"key": ZEROS(0, 2, 256, 16)}, ValueError, "key must hold at least one row and one position"),
     ({"length": torch.tensor([1281])}, ValueError, r"length must be 0 to the 1280 cached positions, got \[1281\]"),
     ({"start": torch.tensor([0])}, ValueError, "start must be None with a block_table"),
     ({"mask": torch.ones(1, 1280, dtype=torch.bool)}, ValueError, "mask must be None with a block_table"),
@@ -227,6 +228,8 @@ SLOT_MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"new_value": ZEROS(3, 2, 11)}, ValueError, r"new_value must be \[3, 2, 12\]"),
     ({"new_value": ZEROS(3, 2, 12).half()}, TypeError, "new_value must have key's dtype torch.float32"),
     ({"value_sum": ZEROS(2, 2, 12).half()}, TypeError, "value_sum must be float32"),
+    ({"value": ZEROS(1, 2, 256, 12).expand(2, -1, -1, -1)}, ValueError, "value is written, so its elements must not"),
+    ({"value_sum": ZEROS(2, 2, 12).requires_grad_()}, RuntimeError, "value_sum is a leaf that requires a gradient"),
     ({"key_ranges": None}, ValueError, r"key_components must be \[2, 2, at least 1, 12, 256\]"),
 ]
 

@@ -60,7 +60,10 @@ def attend(
         q = tl.gather(tl.sum(q.to(tl.float32), 0), d, 0)[None, :]
     # Slots behind the last read a row that is valid: other rows may hold NaN, and 0 * NaN is NaN.
     spare = tl.load(positions + first, mask=first < last, other=0)
-    for slot in tl.range(first, last, ROWS, num_stages=STAGES):
+    # Rows wait for positions, and with a table for their pages, too: a product's operands then need a stage more to be
+    # as far ahead.
+    AHEAD: tl.constexpr = STAGES + 1 if PAGED and GP > 1 else STAGES
+    for slot in tl.range(first, last, ROWS, num_stages=AHEAD):
         used = slot + i < last
         s = tl.load(positions + slot + i, mask=used, other=0)
         s = tl.where(used, s, spare)

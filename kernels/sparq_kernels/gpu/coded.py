@@ -59,11 +59,22 @@ def keep_logits(
 
 @triton.jit
 def load_range(
-    range_of, page_stride, page, group, j, D: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, PAGED: tl.constexpr
+    range_of,
+    ranges_page,
+    group,
+    end,
+    table,
+    pages,
+    j,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGED: tl.constexpr,
 ):
-    """Least value and step of each chosen component in a group of positions, and in the page that has it."""
+    """Least value and step of each chosen component in a group of positions."""
     if PAGED:
-        range_of += page * page_stride + group % (BLOCK // GROUP_SIZE) * (2 * D)
+        page = page_of(group * GROUP_SIZE, end, table, pages, BLOCK)
+        range_of += page * ranges_page + group % (BLOCK // GROUP_SIZE) * (2 * D)
     else:
         range_of += group * (2 * D)
     low = tl.load(range_of, mask=j < R, other=0.0).to(tl.float32)
@@ -107,10 +118,7 @@ def score_coded(
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """As `scoring.score_tiles`, of tiles that are groups of positions; those from `end` // GROUP on are not coded.
-
-    A group's ranges are loaded one turn ahead, and so its page is looked up two turns ahead.
-    """
+    """As `scoring.score_tiles`, of tiles that are groups of positions; those from `end` // GROUP on are not coded."""
     component, tau = choose_components(q, D, R, RP, DP)
     GN: tl.constexpr = 1 if G == 1 else max(8, triton.next_power_of_2(G))
     PARTS: tl.constexpr = 2 if GN <= SPLIT_GROUP else 1
@@ -135,19 +143,15 @@ def score_coded(
     o = tl.arange(0, P)
     o = o // T * RUN + (o % T & -4) + (o & 1) * 2 + (o >> 1 & 1)  # positions as the codes come out
     range_of = ranges + component * 2
-    page, next_page = whole, whole
-    if PAGED:
-        page = page_of(first * GROUP_SIZE, end, table, pages, BLOCK)
-        next_page = page_of((first * PIECES + 1) // PIECES * GROUP_SIZE, end, table, pages, BLOCK)
-    low, step = load_range(range_of, ranges_page, page, first, j, D, R, BLOCK, PAGED)
+    low, step = load_range(range_of, ranges_page, first, end, table, pages, j, D, R, BLOCK, PAGED)
     for piece in tl.range(first * PIECES, whole * PIECES, num_stages=STAGES):
         group = piece // PIECES
         place, block = (piece - group * PIECES) * T, group // BLOCK_GROUPS
         within = tl.multiple_of((group - block * BLOCK_GROUPS) * RUN + place, T)
-        stored = page if PAGED else block.to(tl.int64)
+        stored = page_of(group * GROUP_SIZE, end, table, pages, BLOCK) if PAGED else block.to(tl.int64)
         packed = tl.load(runs + (stored * (block_stride // 4) + within // 4))
-        next_group = tl.minimum((piece + 1) // PIECES, whole - 1)
-        next_low, next_step = load_range(range_of, ranges_page, next_page, next_group, j, D, R, BLOCK, PAGED)
+        following = tl.minimum((piece + 1) // PIECES, whole - 1)
+        next_low, next_step = load_range(range_of, ranges_page, following, end, table, pages, j, D, R, BLOCK, PAGED)
         w = q_c.to(tl.float32) * step[:, None]
         upper = w.to(tl.bfloat16).to(tl.float32)
         lower = (w - upper).to(tl.bfloat16).to(tl.float32)
@@ -181,9 +185,6 @@ def score_coded(
             HAS_SOFTCAP,
         )
         low, step = next_low, next_step
-        if PAGED:
-            page = next_page
-            next_page = page_of((piece + 2) // PIECES * GROUP_SIZE, end, table, pages, BLOCK)
 
     begin_rest = tl.maximum(whole, first) * GROUP_SIZE
     rest = tl.minimum(end, last * GROUP_SIZE)  # nothing, where another program has the last group

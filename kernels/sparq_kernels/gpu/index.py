@@ -50,6 +50,9 @@ def approximate(
     HAS_SOFTCAP: tl.constexpr,
 ):
     """Logits, maximum and sum of exponentials as of `scoring.score_tiles` and `coded.score_coded`."""
+    # Triton shares the stages of a loop among loads that wait for each other. A tile that waits for its page is to be
+    # as far ahead as one that need not.
+    AHEAD: tl.constexpr = 2 * STAGES - 1 if PAGED else STAGES
     if CODED:
         highest, total = score_coded(
             q,
@@ -79,7 +82,7 @@ def approximate(
             GP,
             DP,
             RP,
-            STAGES,
+            AHEAD,
             DOT,
             CODE_DOT,
             BLOCK,
@@ -112,7 +115,7 @@ def approximate(
             DP,
             RP,
             TILE,
-            STAGES,
+            AHEAD,
             DOT,
             BLOCK,
             PAGED,

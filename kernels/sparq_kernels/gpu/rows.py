@@ -105,16 +105,14 @@ def count_masked(
 def row_info(bi, counts, begin, end, k, k_divisor, local, k_min, dense_below, HAS_MASK: tl.constexpr):
     """Valid positions, budget, the fewest that are attended whatever their mass, and the first position of the window,
     for query `bi` = b * Q + i."""
+    count = end - begin
     if HAS_MASK:
         # Clamped: whoever calls may have counted something else, and no value of a tensor may lead outside the cache.
-        count = tl.minimum(tl.maximum(tl.load(counts + 2 * bi), 0), end - begin)
+        count = tl.minimum(tl.maximum(tl.load(counts + 2 * bi), 0), count)
+    is_dense = count < dense_below
+    budget, window = budget_of(count, tl.where(is_dense, count, k), k_divisor, local)
+    least = tl.where(is_dense, count, tl.minimum(k_min, count))
+    first = end - window
+    if HAS_MASK:  # counted without `dense_below`: who attends everything needs no window
         first = tl.load(counts + 2 * bi + 1)
-        budget, _ = budget_of(count, k, k_divisor, local)
-    else:
-        count = end - begin
-        budget, window = budget_of(count, k, k_divisor, local)
-        first = end - window
-    # A query that attends everything needs no window: that of `counts` knows nothing of `dense_below`.
-    budget = tl.where(count < dense_below, count, budget)
-    least = tl.where(count < dense_below, count, tl.minimum(k_min, count))
     return count, budget, least, first

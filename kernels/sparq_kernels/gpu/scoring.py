@@ -111,15 +111,14 @@ def score_tiles(
     """Base-2 logits of the tiles, and their maximum and sum of exponentials [GP].
 
     Maximum and sum are kept apart for each lane and brought together behind the loop: within it, nothing goes from
-    thread to thread but the operands of the matrix product.  A tile's pages are looked up one tile ahead, so that no
-    load of components waits for that.
+    thread to thread but the operands of the matrix product.
     """
     component, tau = choose_components(q, D, R, RP, DP)
     factor = scale / tau
     g, j = tl.arange(0, GP), tl.arange(0, RP)
     if GP == 1:
         # One query: a thread has the same positions of all components, so that their sum stays in it. A tile may be
-        # several pages, each a row of it.
+        # several pages, each a row of it; pages come behind components, so that warps share those and not these.
         RUN: tl.constexpr = min(TILE, BLOCK)
         factor = tl.sum(factor, 0)
         q_c = tl.load(query + component, mask=j < R, other=0.0).to(tl.float32)
@@ -127,7 +126,7 @@ def score_tiles(
         each = tl.arange(0, TILE // RUN) * RUN
         highest = tl.full([TILE // LANE_LOGITS], LOWEST_LOGIT, tl.float32)
         total = tl.zeros([TILE // LANE_LOGITS], tl.float32)
-        if PAGED:
+        if PAGED:  # looked up one tile ahead
             page = page_of(first * TILE + each, end, table, pages, BLOCK)
         for tile in range(first, last):
             position = tile * TILE
@@ -138,10 +137,10 @@ def score_tiles(
             for next_j in range(0, RP, COMPONENTS_AT_ONCE):
                 those = tl.gather(component, next_j + some, 0) * BLOCK
                 # Never masked by position: storage is padded to whole blocks, and a mask would make these 2-byte loads.
-                k_c = tl.load(runs[:, None, :] + those[None, :, None]).to(tl.float32)
+                k_c = tl.load(runs[None, :, :] + those[:, None, None]).to(tl.float32)
                 if RP > R:  # padded ones read the first component, which may be infinite
-                    k_c = tl.where((next_j + some < R)[None, :, None], k_c, 0.0)
-                x += tl.sum(tl.gather(q_c, next_j + some, 0)[None, :, None] * k_c, 1)
+                    k_c = tl.where((next_j + some < R)[:, None, None], k_c, 0.0)
+                x += tl.sum(tl.gather(q_c, next_j + some, 0)[:, None, None] * k_c, 0)
             x = soften(x * factor, softcap, HAS_SOFTCAP)
             s = (position + each)[:, None] + o[None, :]
             x = tl.where(is_valid(s, begin, end, mask, HAS_MASK), x, float("-inf"))
@@ -162,12 +161,10 @@ def score_tiles(
         runs = components + component[:, None] * BLOCK + o[None, :]
         highest = tl.full([LANES, GN], LOWEST_LOGIT, tl.float32)
         total = tl.zeros([LANES, GN], tl.float32)
-        if PAGED:
-            page = page_of(first * TILE, end, table, pages, BLOCK)
         for tile in tl.range(first, last, num_stages=STAGES):
             position = tile * TILE
             within = tl.multiple_of(position % BLOCK, TILE)
-            block = page if PAGED else (position // BLOCK).to(tl.int64)
+            block = page_of(position, end, table, pages, BLOCK) if PAGED else (position // BLOCK).to(tl.int64)
             offset = block * block_stride + within
             k_c = tl.load(runs + offset) if R == RP else tl.load(runs + offset, mask=(j < R)[:, None], other=0.0)
             x = tl.dot(tl.trans(k_c.to(DOT)), q_c.to(DOT), input_precision="ieee")
@@ -178,8 +175,6 @@ def score_tiles(
             x = tl.where(is_valid(s, begin, end, mask, HAS_MASK)[:, None], x, float("-inf"))
             tl.store(logits + n[None, :] * logits_stride + s[:, None], x, mask=(n < G)[None, :])
             highest, total = include(tl.reshape(x, [TILE // LANES, LANES, GN]), 0, highest, total)
-            if PAGED:
-                page = page_of(position + TILE, end, table, pages, BLOCK)
         highest, total = combine(highest, total)
         if GN < GP:  # what is in the padding matters to nobody
             highest, total = tl.gather(highest, g % GN, 0), tl.gather(total, g % GN, 0)

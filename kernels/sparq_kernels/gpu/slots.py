@@ -104,13 +104,13 @@ def complete_pages(
             d = tl.arange(0, DP)
             tl.store(value_sum + page * sum_page + h * sum_head + d, tl.sum(total, 0), mask=d < D)
         if CODED:
+            last = keys + page * keys_page + h * keys_head + s * keys_position
             if s % GROUP_SIZE == GROUP_SIZE - 1:
-                rows = keys + page * keys_page + h * keys_head + (s - (GROUP_SIZE - 1)) * keys_position
                 encode_group(
                     s // GROUP_SIZE,
-                    rows,
+                    last - (GROUP_SIZE - 1) * keys_position,
                     keys_position,
-                    rows + (GROUP_SIZE - 1) * keys_position,
+                    last,
                     components + page * components_page + h * components_head,
                     0,
                     ranges + page * ranges_page + h * ranges_head,
