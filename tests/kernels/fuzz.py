@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 MEMORY = 12 << 30  # bytes of address space: what asks for more is refused by the system, and no machine is exhausted
 SECONDS = 900  # for one batch, sanitizers included
+TARGETS = ("decode", "append", "append_slots")  # of fuzzing.RECIPES
 
 
 def run_batch(command: list[str], note: Path, environment: dict[str, str] | None = None) -> str | None:
@@ -81,7 +82,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sanitize", action="store_true", help="with the sanitizers' build of the CPU kernel")
     parser.add_argument("--recipe", help="check this one, in this process")
-    parser.add_argument("--batch", choices=["decode", "append"], help=argparse.SUPPRESS)
+    parser.add_argument("--batch", choices=TARGETS, help=argparse.SUPPRESS)
     parser.add_argument("--note", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
 
@@ -111,7 +112,7 @@ def main() -> int:
             from tests.kernels.sanitize import instrumented
 
             environment |= instrumented(Path(directory))
-        for target in ("decode", "append"):
+        for target in TARGETS:
             started, done = time.perf_counter(), 0
             while done < args.cases:
                 cases, seed = min(args.per_process, args.cases - done), args.seed + done

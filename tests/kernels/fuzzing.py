@@ -22,6 +22,10 @@ from sparq_kernels.append import tensors_of as appended_tensors_of
 from sparq_kernels.arguments import MAX_QUERY_LENGTH, Arguments, tensors_of
 from sparq_kernels.layout import num_blocks
 from sparq_kernels.operator import DecodeOutput
+from sparq_kernels.reference import in_a_row
+from sparq_kernels.slots import WRITTEN as SLOTS_WRITTEN
+from sparq_kernels.slots import SlotArguments, append_slots_default
+from sparq_kernels.slots import tensors_of as slots_tensors_of
 from torch import Tensor
 
 from tests.kernels.cases import (
@@ -35,6 +39,7 @@ from tests.kernels.cases import (
     small_integers,
     storage_of,
 )
+from tests.kernels.pages import COMBINATIONS, empty_pages, paged, slot_call, tokens
 
 REFUSALS = (ValueError, TypeError, RuntimeError, MemoryError, OverflowError)
 QUERIES = range(1, MAX_QUERY_LENGTH + 1)  # new tokens per row that the operator serves
@@ -199,6 +204,7 @@ class Decode:
     queries: int  # new tokens per row
     giant: int | None  # cached positions that share one piece of memory
     poison: tuple[tuple[str, int, int, float], ...]  # (tensor, row, KV head, value)
+    page: int | None = None  # positions of a page, where the cache is in pages
 
     def check(self) -> None:
         torch.set_num_threads(self.threads)
@@ -220,6 +226,8 @@ class Decode:
         call = call_of(case, **dict(self.options))
         if call.mask is not None and self.seed % 2:
             call = with_counts(call)
+        if self.page is not None:
+            call = paged(call, self.page, self.index, self.seed)
         clean = run_decode(call, self.public)
         check_result(call, clean)
 
@@ -289,7 +297,7 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def valid_of(call: Arguments) -> Tensor:
-    s = torch.arange(call.key.shape[2])
+    s = torch.arange(call.capacity)
     valid = s < call.length[:, None]
     if call.start is not None:
         valid = valid & (s >= call.start[:, None])
@@ -305,8 +313,9 @@ def check_positions(call: Arguments, result: DecodeOutput, b: int, h: int) -> No
         later = call.query.shape[2] - 1 - i
         valid = valid_of(call._replace(length=call.length - later))[b]
         n = int(valid.sum())
-        budget = min(n, max(call.k, n // call.k_divisor if call.k_divisor else 0))
-        least = budget if call.mass is None else min(n, max(call.k_min, min(call.local or 0, budget)))
+        dense = n < call.dense_below
+        budget = n if dense else min(n, max(call.k, n // call.k_divisor if call.k_divisor else 0))
+        least = min(n, max(call.k_min, min(call.local or 0, budget))) if call.mass is not None and not dense else budget
         assert least <= len(chosen) <= budget and len(chosen) == result.read[b, h, i]
         assert valid[chosen].all()
 
@@ -330,13 +339,16 @@ def check_result(call: Arguments, result: DecodeOutput) -> None:
             if x is not None
         },
     )
+    if plain.block_table is not None:
+        plain = plain._replace(**in_a_row(plain.cached, plain.length)._asdict())
     valid = valid_of(call)
     sound = [plain.query, *(x.masked_fill(~valid[:, None, :, None], 0) for x in (plain.key, plain.value))]
-    if call.key_ranges is None:
-        rows_read = plain.key_components.transpose(-1, -2).flatten(2, 3)[:, :, : call.key.shape[2]]
+    if plain.key_ranges is None:
+        rows_read = plain.key_components.transpose(-1, -2).flatten(2, 3)[:, :, : plain.key.shape[2]]
         sound.append(rows_read.masked_fill(~valid[:, None, :, None], 0))
-    elif groups := call.key.shape[2] // GROUP:
-        sound.append(call.key_ranges[:, :, :groups])
+    elif groups := plain.key.shape[2] // GROUP:
+        is_coded = torch.arange(groups) < plain.length[:, None] // GROUP
+        sound.append(plain.key_ranges[:, :, :groups].masked_fill(~is_coded[:, None, :, None, None], 0))
     sound.append(plain.value_sum.masked_fill(~valid.any(-1)[:, None, None], 0))
     # infinite or larger than what float32 holds when multiplied: results are then a matter of rounding
     if not all(x.isfinite().all() and x.abs().max() < 1e3 for x in sound) or abs(call.softmax_scale) > 1e3:
@@ -350,7 +362,7 @@ def check_result(call: Arguments, result: DecodeOutput) -> None:
     expected = reference_call(plain)
     tolerance = TOLERANCE[call.query.dtype]
     # Two sets of positions may be equally good up to rounding: then the group's scores sum up to the same.
-    summed, right = (x.view(*call.key.shape[:2], -1).sum(-1) for x in (result.alpha, expected.alpha))
+    summed, right = (x.view(*plain.key.shape[:2], -1).sum(-1) for x in (result.alpha, expected.alpha))
     torch.testing.assert_close(summed, right, rtol=1e-4, atol=1e-5)
     if not call.return_positions or result.positions is None:
         return  # which positions stand behind the output is not known: ties within rounding may go either way
@@ -400,10 +412,11 @@ def decodes(draw: st.DrawFn) -> Decode:
         "k_min": draw(st.integers(1, k)),
         "scale": draw(st.none() | st.floats(0.01, 2.0)),
         "softcap": draw(st.none() | st.floats(0.5, 50.0)),
+        "dense_below": draw(st.sampled_from([0, 0, cached // 2, cached + 1])),
         "mean_value": draw(st.booleans() | st.floats(0, 1)),
         "return_positions": draw(st.booleans()),
     }
-    index = draw(st.sampled_from(["full", "int4"]))
+    page, index = draw(st.just((None, "full")) | st.just((None, "int4")) | st.sampled_from(COMBINATIONS))
     poisoned = st.tuples(
         st.sampled_from(["query", "key", "value", "key_components" if index == "full" else "key_ranges", "value_sum"]),
         st.integers(0, 2),
@@ -418,8 +431,8 @@ def decodes(draw: st.DrawFn) -> Decode:
         head_dim,
         draw(st.sampled_from([*DTYPES])),
         draw(st.none() | rows),
-        draw(st.none() | rows),
-        draw(st.sampled_from([0.0, 0.0, 0.2, 0.9, 1.0])),
+        draw(st.none() | rows) if page is None else None,
+        draw(st.sampled_from([0.0, 0.0, 0.2, 0.9, 1.0])) if page is None else 0.0,
         tuple(options.items()),
         draw(st.sampled_from([*DRAWS])),
         index,
@@ -429,11 +442,12 @@ def decodes(draw: st.DrawFn) -> Decode:
         draw(changes_of(Arguments._fields, tensors_of(Arguments._fields))),
         draw(st.sampled_from([1, 1, 1, 0, 2, 3, 16, 17])),
         draw(st.sampled_from([None] * 19 + [1 << 31, 1 << 33, 1 << 40, 1 << 55])) if draw(st.booleans()) else None,
-        draw(st.lists(poisoned, max_size=2).map(tuple)),
+        draw(st.lists(poisoned, max_size=2).map(tuple)) if page is None else (),
+        page,
     )
 
 
-# --- Append -----------------------------------------------------------------------------------------------------------
+# --- Append, to rows and to pages -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -464,32 +478,44 @@ class Append:
             position,
             offset,  # type: ignore[arg-type]
         )
-        for call in (
-            right._replace(
-                **{name: x.clone() for name, x in right._asdict().items() if name in WRITTEN and x is not None}
-            ),
-            changed(right, self.changes),
-        ):
-            before = contents(call)
-            try:
-                if self.public:
-                    where = call.offset if call.position is None else call.position
-                    append_call(call)
-                    if isinstance(where, int):
-                        call = call._replace(position=None, offset=where)
-                    else:
-                        call = call._replace(offset=0)
-                else:
-                    torch.ops.sparq_kernels.append(*call)
-            except REFUSALS:
-                assert call is not right, "a right call was refused"
-                for name, old in before.items():
-                    assert same_bits(getattr(call, name).resolve_neg(), old), f"refused, yet {name} has changed"
-            else:
-                check_appended(call, before)
+        check_writing(right, WRITTEN, self.changes, self.write, check_appended)
+
+    def write(self, call: AppendArguments) -> AppendArguments:
+        """What was called, as the operator has it."""
+        if not self.public:
+            torch.ops.sparq_kernels.append(*call)
+            return call
+        where = call.offset if call.position is None else call.position
+        append_call(call)
+        if isinstance(where, int):
+            return call._replace(position=None, offset=where)
+        return call._replace(offset=0)
 
 
-def contents(call: AppendArguments) -> dict[str, Tensor]:
+def check_writing(
+    right: Any,
+    written: Sequence[str],
+    changes: Sequence[Change],
+    write: Callable[[Any], Any],
+    check: Callable[[Any, dict[str, Tensor]], None],
+) -> None:
+    """A right call, on copies of what it writes, and one with changes.  check: gets the call and what was before it."""
+    copies = {name: x.clone() for name, x in right._asdict().items() if name in written and x is not None}
+    for call in (right._replace(**copies), changed(right, changes)):
+        before = contents(call)
+        try:
+            call = write(call)
+        except REFUSALS:
+            assert call is not right, "a right call was refused"
+            for name, old in before.items():
+                assert same_bits(getattr(call, name).resolve_neg(), old), f"refused, yet {name} has changed"
+        else:
+            check_kinds(call)
+            if call.key.device.type != "meta":
+                check(call, before)
+
+
+def contents(call: Any) -> dict[str, Tensor]:
     """Copies of what can be looked at."""
     return {name: x.detach().resolve_neg().clone() for name, x in call._asdict().items() if can_be_read(x)}
 
@@ -500,12 +526,13 @@ def can_be_read(x: Any) -> bool:
     return x._is_zerotensor() or not x.numel() or not is_freed(x)
 
 
-def check_appended(call: AppendArguments, before: dict[str, Tensor]) -> None:
-    tensors = [x for x in appended_tensors_of(call) if x is not None]
+def check_kinds(call: Any) -> None:
+    tensors = [x for x in appended_tensors_of(call) if x is not None]  # which come first in either
     assert all(isinstance(x, Tensor) for x in tensors), "took something that is no tensor"
     assert len({x.device for x in tensors}) == 1, f"took tensors on several devices: {[x.device for x in tensors]}"
-    if call.key.device.type == "meta":
-        return
+
+
+def check_appended(call: AppendArguments, before: dict[str, Tensor]) -> None:
     offsets = (
         torch.full((call.key.shape[0],), int(call.offset))
         if call.position is None
@@ -548,4 +575,69 @@ def appends(draw: st.DrawFn) -> Append:
     )
 
 
-RECIPES: dict[str, st.SearchStrategy[Any]] = {"decode": decodes(), "append": appends()}
+@dataclass(frozen=True)
+class Slots:
+    pages: int
+    heads: int
+    page: int
+    head_dim: int
+    dtype: str
+    index: str
+    slots: tuple[int, ...]
+    public: bool  # by `sparq_kernels.append_slots`, else by `torch.ops`
+    changes: tuple[Change, ...]
+
+    def check(self) -> None:
+        storage = empty_pages(self.pages, self.heads, self.page, self.head_dim, DTYPES[self.dtype], self.index)
+        new = tokens(len(self.slots), self.heads, self.head_dim, DTYPES[self.dtype])
+        right = slot_call(storage, *new, torch.tensor(self.slots, dtype=torch.int64))
+        check_writing(right, SLOTS_WRITTEN, self.changes, self.write, check_slots_written)
+
+    def write(self, call: SlotArguments) -> SlotArguments:
+        if self.public:
+            cached = sparq_kernels.Cached(call.key, call.key_components, call.value, call.value_sum, call.key_ranges)
+            sparq_kernels.append_slots(cached, call.new_key, call.new_value, call.slots)
+        else:
+            torch.ops.sparq_kernels.append_slots(*call)
+        return call
+
+
+def check_slots_written(call: SlotArguments, before: dict[str, Tensor]) -> None:
+    if len(before["slots"].unique()) < len(before["slots"]):
+        return  # which of them is last, nobody says
+    right = SlotArguments(**{"key_ranges": None, **before})  # type: ignore[arg-type]
+    append_slots_default(right)
+    for name in SLOTS_WRITTEN:
+        ours, theirs = getattr(call, name), getattr(right, name)
+        if name == "value_sum":  # added up in another order
+            torch.testing.assert_close(ours.detach().resolve_neg(), theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
+        elif theirs is not None:
+            assert same_bits(ours.detach().resolve_neg(), theirs), f"{name} does not hold what was appended"
+
+
+@st.composite
+def slots_written(draw: st.DrawFn) -> Slots:
+    pages, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    page, index = draw(st.sampled_from(COMBINATIONS))
+    last = st.integers(1, pages).map(lambda p: p * page - 1)  # of a page, and so of a group
+    slot = st.integers(-3, pages * page - 1) | last
+    return Slots(
+        pages,
+        heads,
+        page,
+        draw(st.integers(1, 20)),
+        draw(st.sampled_from([*DTYPES])),
+        index,
+        draw(st.lists(slot, max_size=9, unique=True).map(tuple)),
+        draw(st.booleans()),
+        draw(
+            changes_of(
+                SlotArguments._fields,
+                slots_tensors_of(SlotArguments._fields),
+                [kind for kind in TENSOR_CHANGES if kind != "negated"],
+            )
+        ),
+    )
+
+
+RECIPES: dict[str, st.SearchStrategy[Any]] = {"decode": decodes(), "append": appends(), "append_slots": slots_written()}

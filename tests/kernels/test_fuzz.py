@@ -13,7 +13,7 @@ import torch
 from sparq_kernels import operator
 
 from tests.kernels.fuzz import batch_command, run_batch
-from tests.kernels.fuzzing import RECIPES, Append, Change, Decode
+from tests.kernels.fuzzing import RECIPES, Append, Change, Decode, Slots
 
 pytestmark = pytest.mark.slow
 
@@ -74,8 +74,9 @@ def spoiled(monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
     monkeypatch.setattr(operator, "_decode_op", lambda *arguments: spoil(*real(*arguments)))
 
 
-def test_a_wrong_output_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = dataclasses.replace(RIGHT, options=(*RIGHT.options, ("return_positions", True)))
+@pytest.mark.parametrize("page", [None, 64])
+def test_a_wrong_output_is_seen(page: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = dataclasses.replace(RIGHT, options=(*RIGHT.options, ("return_positions", True)), page=page)
     recipe.check()
     spoiled(monkeypatch, lambda output, *others: (output + 0.01, *others))
     with pytest.raises(AssertionError):
@@ -125,4 +126,15 @@ def test_an_append_that_is_refused_halfway_is_seen(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(sys.modules["sparq_kernels.append"], "_append_op", halfway)
     with pytest.raises(AssertionError, match="refused, yet key has changed"):
+        recipe.check()
+
+
+def test_a_row_that_is_not_written_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Slots(2, 2, 256, 8, "float32", "int4", (3, 255, -1), True, ())
+    recipe.check()
+    real = sys.modules["sparq_kernels.slots"]._append_slots_op
+    monkeypatch.setattr(
+        sys.modules["sparq_kernels.slots"], "_append_slots_op", lambda *call: real(*call[:-1], call[-1] - 1)
+    )
+    with pytest.raises(AssertionError, match="key does not hold what was appended"):
         recipe.check()
