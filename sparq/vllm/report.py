@@ -64,7 +64,8 @@ class Totals:
             ]
         )
         if self.counts is None:
-            self.counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=length.device)
+            with torch.inference_mode(False):  # they outlive the block that they are made in
+                self.counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=length.device)
         self.counts.add_(added.sum(1))
 
     def to_dict(self) -> dict[str, Any]:
