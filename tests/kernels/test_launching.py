@@ -13,7 +13,7 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton has no build for this system")
 
 import compiled_kernels  # noqa: E402
-from compiled_kernels import compile_kernel, empty_append, empty_call, record, specialise  # noqa: E402
+from compiled_kernels import compile_kernel, empty_append, empty_call, empty_slots, record, specialise  # noqa: E402
 from launch_cost import without_a_gpu  # noqa: E402
 from sparq_kernels.gpu import launch  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -215,6 +215,25 @@ def test_append_launches_one_kernel_for_all_positions(index: str, launches: list
     addresses = [[x for x in one.arguments if isinstance(x, int) and x > 1 << 32] for one in found]
     assert addresses[0] == addresses[1] == addresses[2]
     assert {x.data_ptr() for x in (*storage, *tokens) if x is not None} <= set(addresses[0])
+
+
+@pytest.mark.parametrize("index", ["full", "int4"])
+def test_append_slots_launches_two_kernels_for_any_tokens(index: str, launches: list[Launched]) -> None:
+    for count in (1, 3, 0, 1000):
+        torch.ops.sparq_kernels.append_slots(*empty_slots(count, 2, 256, 64, index=index))
+    found = taken(launches)
+    assert [one.name for one in found] == 3 * ["write_slots", "complete_pages"]
+    assert len({one.compiled for one in found}) == 2 and len(launch._compiled) == 2
+    assert [one.how[0] for one in found if one.name == "complete_pages"] == [2, 6, 2000]
+
+
+@pytest.mark.parametrize("index", ["full", "int4"])
+def test_tables_of_any_length_have_the_same_kernels(index: str, launches: list[Launched]) -> None:
+    for cached in (300, 700, 1300):
+        decode_call(empty_call(2, 4, 2, cached, 64, r=16, k=40, index=index, page=256))
+    found = taken(launches)
+    assert [one.name for one in found] == 3 * ["score", "select", "gather"]
+    assert len({one.compiled for one in found}) == 3
 
 
 @pytest.mark.slow
