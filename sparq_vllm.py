@@ -62,7 +62,9 @@ def _let_the_cpu_platform_select() -> None:
         return
     select, update = CpuPlatform.get_attn_backend_cls.__func__, CpuPlatform.check_and_update_config.__func__
 
-    def get_attn_backend_cls(cls: Any, selected_backend: Any, attn_selector_config: Any, *rest: Any, **named: Any) -> str:
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, *rest: Any, **named: Any
+    ) -> str:
         if selected_backend != AttentionBackendEnum.CUSTOM or AttentionBackendEnum.CUSTOM.get_path() != CPU_BACKEND:
             return select(cls, selected_backend, attn_selector_config, *rest, **named)
         from sparq.vllm.cpu import SparqCPUBackend

@@ -3,10 +3,10 @@
     make test-vllm   # makes .venv-vllm
     .venv-vllm/bin/python benchmarks/serving.py --contexts 4096 16384 65536 --batches 1 8
 
-The model has true layers of Llama-3.2-1B with random weights, and a vocabulary of 256. Two engines, each in a process of
-its own, take turns with a few steps each: what is timed is a step of the engine, scheduler and sampling included. Before
-that both must give the same tokens for real prompts where k covers them. Long prompts are not computed: vLLM takes them
-for computed, and their keys and values are random numbers, so that no query stops early ("mass": 1.0).
+The model has true layers of Llama-3.2-1B with random weights, and a vocabulary of 256. Two engines, each in a process
+of its own, take turns with a few steps each: what is timed is a step of the engine, scheduler and sampling included.
+Before that both must give the same tokens for real prompts where k covers them. Long prompts are not computed: vLLM
+takes them for computed, and their keys and values are random numbers, so that no query stops early ("mass": 1.0).
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Engine:
 
 
 def _serve(connection: Connection, *arguments: Any) -> None:
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_OMP_THREADS_BIND="nobind")
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_OMP_THREADS_BIND="nobind"
+    )
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", TQDM_DISABLE="1")
     os.dup2(2, 1)  # vLLM writes to stdout
     try:
@@ -70,20 +72,22 @@ def _serve(connection: Connection, *arguments: Any) -> None:
 
 
 class _Worker:
-    def __init__(self, folder: str, way: str, dtype: str, knobs: dict[str, Any], longest: int, requests: int) -> None:
+    def __init__(
+        self, folder: str, way: str, dtype: str, knobs: dict[str, Any], longest: int, requests: int, full: int
+    ) -> None:
         from vllm import LLM
 
         own: dict[str, Any] = {}
         if way == SPARQ:
             own = {"attention_backend": "CUSTOM", "additional_config": {"sparq": knobs}}
         size = 2 if dtype == "bfloat16" else 4
-        tokens = longest * requests * 5 // 4 + 16384
+        tokens = longest * full * 5 // 4 + 16384
         self.llm = LLM(
             model=folder,
             skip_tokenizer_init=True,
             dtype=dtype,
             max_model_len=longest + 1024,
-            max_num_seqs=max(requests, len(PROMPTS)),
+            max_num_seqs=requests,
             max_num_batched_tokens=8192,
             enforce_eager=True,
             enable_prefix_caching=False,
@@ -187,12 +191,13 @@ def measure(args: argparse.Namespace, folder: Path, dtype: str) -> list[Row]:
     room = max(n * batch for n, batch in cases) // requests
     tokens = []
     for way in WAYS:
-        engine = Engine(str(folder), way, dtype, COVERING, max(PROMPTS), 1)
+        engine = Engine(str(folder), way, dtype, COVERING, max(PROMPTS), len(PROMPTS), len(PROMPTS))
         tokens.append(engine.ask("tokens"))
         engine.close()
     wrong = None if tokens[0] == tokens[1] else "not the same tokens where k covers the context"
     knobs = KNOBS | {"ratio": args.ratio}
-    engines = {way: Engine(str(folder), way, dtype, knobs, longest, max(1, -(-room * requests // longest))) for way in WAYS}
+    full = max(1, -(-room * requests // longest))  # requests of the longest context that would take as much room
+    engines = {way: Engine(str(folder), way, dtype, knobs, longest, requests, full) for way in WAYS}
     rows = []
     for engine in engines.values():
         engine.ask("skip_prompts")

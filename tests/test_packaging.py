@@ -36,7 +36,9 @@ def test_wheel_holds_packages_command_and_sources(wheel):
         for path in folder.rglob("*"):
             if path.suffix in {".py", ".cpp", ".h", ".typed"}:
                 assert f"{package}/{path.relative_to(folder)}" in names
-    assert "sparq_command.py" in names
+    assert {"sparq_command.py", "sparq_vllm.py"} <= names
+    (entry_points,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
+    assert "[vllm.general_plugins]\nsparq = sparq_vllm:register" in zipfile.ZipFile(wheel).read(entry_points).decode()
     # Hugging Face publishes a package `kernels` that transformers imports.
     assert not any(name.startswith("kernels") for name in names)
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -41,6 +41,7 @@ def decode_reference(
         later = query.shape[2] - 1 - i  # new tokens that this query does not see
         seen = (length - later).clamp(min=0)
         own_sum = cached.value_sum
+        assert own_sum is not None
         if later:
             size = cached.key.shape[2]
             unseen = valid_positions(length, start, mask, size) & ~valid_positions(seen, None, None, size)

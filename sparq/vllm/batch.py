@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 
-
 @dataclass
 class Decodes:
     """The first tokens of a batch: those that are no part of a prompt. Each is a row of the operator's: it sees itself
@@ -86,5 +85,3 @@ def _behind(common: Any, requests: int, tokens: int) -> Any:
             for name in ("is_prefilling", "seq_lens_cpu_upper_bound")
         },
     )
-
-

@@ -75,7 +75,9 @@ class SparqCPUBackend(CPUAttentionBackend):
         """
         reasons = reasons_against(selected)
         if not cls.supports_head_size(selected.head_size):
-            reasons.append(f"heads of {selected.head_size} (vLLM's kernel for prompts knows {cls.get_supported_head_sizes()})")
+            reasons.append(
+                f"heads of {selected.head_size} (vLLM's kernel for prompts knows {cls.get_supported_head_sizes()})"
+            )
         if reasons:
             raise ValueError(f"SparQ does not serve {', '.join(reasons)}; leave out --attention-backend CUSTOM")
 
@@ -108,7 +110,9 @@ class SparqCPUMetadata(CPUAttentionMetadata):
 
 
 class SparqCPUMetadataBuilder(DecodesFirst, CPUAttentionMetadataBuilder):
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> CPUAttentionMetadata:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> CPUAttentionMetadata:
         common = common_attn_metadata
         if not self.is_ours:
             return super().build(common_prefix_len, common, fast_build)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import sparq_kernels
-import torch
 from sparq_kernels import Cached, Visible
 from torch import Tensor
 
@@ -31,7 +30,9 @@ class SparqDecoding:
             raise ValueError("SparQ does not serve ALiBi; leave out --attention-backend CUSTOM")
         backend = sparq_kernels.backend(self.device)
         if backend == "reference":
-            raise ValueError(f"SparQ has no kernel for this {self.device} (a warning above says why): decoding would be slow")
+            raise ValueError(
+                f"SparQ has no kernel for this {self.device} (a warning above says why): decoding would be slow"
+            )
         self.config = config_of(get_current_vllm_config())
         self.budget = budget_of(self.config, self.head_size, self.device)  # type: ignore[attr-defined]
         self._pages: tuple[Any, Cached] | None = None
@@ -56,7 +57,9 @@ class SparqDecoding:
             self._pages = known, pages_of(kv_cache, self.head_size, self.config.index, self.interleaved)  # type: ignore[attr-defined]
         return self._pages[1]
 
-    def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
         """vLLM's hook: write the step's keys and values [tokens, Hkv, d]."""
         if not self.is_ours(kv_cache):
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)  # type: ignore[misc]

@@ -114,7 +114,9 @@ class SparqGPUMetadataBuilder(DecodesFirst, FlashAttentionMetadataBuilder):
         # Of uniform drafts the rows are made anew every step, at another address.
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> FlashAttentionMetadata:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> FlashAttentionMetadata:
         common = common_attn_metadata
         if not self.is_ours:
             return super().build(common_prefix_len, common, fast_build)
@@ -123,7 +125,9 @@ class SparqGPUMetadataBuilder(DecodesFirst, FlashAttentionMetadataBuilder):
         TOTALS.log(envs.VLLM_LOG_STATS_INTERVAL)
         # Both would plan ahead into one buffer, so only one does: what prompts need, where there are any.
         whole = super().build(common_prefix_len, common, fast_build or decodes is not None)
-        metadata = SparqGPUMetadata(**{field.name: getattr(whole, field.name) for field in fields(whole)}, decodes=decodes)
+        metadata = SparqGPUMetadata(
+            **{field.name: getattr(whole, field.name) for field in fields(whole)}, decodes=decodes
+        )
         if decodes is None:
             metadata.rest = whole
         elif rest is not None:

@@ -27,7 +27,9 @@ def config_of(vllm_config: Any) -> SparqConfig:
     names = [field.name for field in dataclasses.fields(SparqConfig)]
     unknown = [name for name in given if name not in names]
     if unknown:
-        raise ValueError(f'additional_config["sparq"] has {unknown[0]!r}, which is none of SparQ\'s knobs: {", ".join(names)}')
+        raise ValueError(
+            f'additional_config["sparq"] has {unknown[0]!r}, which is none of SparQ\'s knobs: {", ".join(names)}'
+        )
     return SparqConfig(**given)
 
 

@@ -83,9 +83,8 @@ def pages_of(kv_cache: Tensor, head_dim: int, index: str, interleaved: bool) -> 
     pages, heads, page, content = kv_cache.shape
     size = kv_cache.element_size()
     if kv_cache.stride(3) != 1 or kv_cache.stride(2) != content:
-        raise ValueError(
-            f"kv_cache must have the N * C elements of a head contiguous (layout LBHNC), got strides {kv_cache.stride()}"
-        )
+        wanted = "the N * C elements of a head contiguous (layout LBHNC)"
+        raise ValueError(f"kv_cache must have {wanted}, got strides {kv_cache.stride()}")
     needed = content_bytes(page, head_dim, kv_cache.dtype, index)
     if content * size < needed:
         raise ValueError(f"kv_cache must have {needed} bytes for each of {page} positions, got {content * size}")
@@ -98,7 +97,9 @@ def pages_of(kv_cache: Tensor, head_dim: int, index: str, interleaved: bool) -> 
         each = region.dtype.itemsize
         strides = (*(stride // each for stride in outer), *region.strides)
         empty = torch.empty(0, dtype=region.dtype, device=kv_cache.device)
-        return empty.set_(kv_cache.untyped_storage(), (begin + region.begin) // each, (pages, heads, *region.shape), strides)
+        return empty.set_(
+            kv_cache.untyped_storage(), (begin + region.begin) // each, (pages, heads, *region.shape), strides
+        )
 
     found = regions(page, head_dim, kv_cache.dtype, index, interleaved)
     key, components, value, value_sum, ranges = (view(region) for region in found)

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import torch
-from sparq_kernels import Cached
+from sparq_kernels import GROUP, Cached
 from sparq_kernels.operator import DecodeOutput
 from torch import Tensor
 
@@ -16,7 +16,15 @@ from sparq.index import KINDS
 logger = logging.getLogger("vllm.sparq")
 
 # Kept on the device, summed over tokens and layers; of positions and bytes, over KV heads too.
-COUNTS = ("token_layers", "sparse_token_layers", "alpha", "positions_cached", "positions_read", "bytes_dense", "bytes_read")
+COUNTS = (
+    "token_layers",
+    "sparse_token_layers",
+    "alpha",
+    "positions_cached",
+    "positions_read",
+    "bytes_dense",
+    "bytes_read",
+)
 
 
 class Totals:
@@ -41,7 +49,7 @@ class Totals:
         exists = length > 0
         whole = exists & (length < dense_below)
         read = result.read.sum((1, 2)).double()  # [T], over the KV heads
-        of_index = KINDS[index].bytes_read(valid, valid % 256, r, size)
+        of_index = KINDS[index].bytes_read(valid, valid % GROUP, r, size)
         sparse_bytes = 2 * head_dim * size * read + heads * (of_index + 4 * head_dim)
         dense_bytes = 2 * head_dim * size * heads * valid
         added = torch.stack(
@@ -56,12 +64,15 @@ class Totals:
             ]
         )
         if self.counts is None:
-            self.counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=length.device)
+            with torch.inference_mode(False):  # they outlive the block that they are made in
+                self.counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=length.device)
         self.counts.add_(added.sum(1))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; waits for the device."""
-        counts = dict.fromkeys(COUNTS, 0.0) if self.counts is None else dict(zip(COUNTS, self.counts.tolist(), strict=True))
+        counts = (
+            dict.fromkeys(COUNTS, 0.0) if self.counts is None else dict(zip(COUNTS, self.counts.tolist(), strict=True))
+        )
         alpha = counts.pop("alpha")
         report: dict[str, Any] = {name: int(value) for name, value in counts.items()}
         report |= {"decoded_tokens": self.decoded_tokens, "prompt_tokens": self.prompt_tokens}

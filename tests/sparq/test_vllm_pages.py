@@ -1,4 +1,4 @@
-"""What of the vLLM plugin needs no vLLM: how a page is divided, the knobs, and that nobody is hurt where it is missing."""
+"""What of the vLLM plugin needs no vLLM: how a page is divided, the knobs, and what happens where it is missing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import sparq_vllm
 import torch
 from sparq_kernels import Visible, append_slots, decode
 
 import sparq
+import sparq_vllm
 from sparq.vllm.decoding import page_sizes, reasons_against
 from sparq.vllm.knobs import MIN_LENGTH, budget_of, config_of
 from sparq.vllm.pages import ALIGNMENT, content_bytes, pages_of, regions
@@ -68,7 +68,8 @@ def test_the_operator_works_on_views_of_an_engines_cache(index: str, interleaved
     append_slots(pages, key, value, table[0].long()[position // page] * page + position % page)
     assert everything[:, [0, 2]].isnan().all() and kv_cache[[1, 2]].isnan().all()
     if interleaved:  # what FlashAttention reads
-        rows = kv_cache.as_strided((5, heads, page, 2 * head_dim), (*kv_cache.stride()[:2], 2 * head_dim, 1), kv_cache.storage_offset())
+        strides = (*kv_cache.stride()[:2], 2 * head_dim, 1)
+        rows = kv_cache.as_strided((5, heads, page, 2 * head_dim), strides, kv_cache.storage_offset())
         assert torch.equal(rows[3], torch.cat([key[:page], value[:page]], -1).transpose(0, 1))
     query = torch.randn(1, 4, 1, head_dim, generator=generator).to(dtype)
     budget = sparq.SparqConfig(k=n, index=index).budget(16)
@@ -95,7 +96,7 @@ def test_knobs_are_those_of_the_config() -> None:
     assert config_of(engine()) == sparq.SparqConfig()
     assert config_of(engine(sparq={"ratio": 16, "mass": 0.9})) == sparq.SparqConfig(ratio=16, mass=0.9)
     assert config_of(SimpleNamespace(additional_config=None)) == sparq.SparqConfig()
-    with pytest.raises(ValueError, match="ratio must be a multiple of 0.5, got 8.3"):
+    with pytest.raises(ValueError, match=r"ratio must be a multiple of 0\.5, got 8\.3"):
         config_of(engine(sparq={"ratio": 8.3}))
     with pytest.raises(ValueError, match="'rato', which is none of SparQ's knobs: r, k, ratio"):
         config_of(engine(sparq={"rato": 8}))

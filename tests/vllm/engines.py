@@ -110,7 +110,11 @@ def close(llm: Any) -> None:
 
 
 def serve(
-    model: Path, knobs: dict[str, Any] | None = None, asked: list[list[int]] | None = None, new: int = NEW, **changes: Any
+    model: Path,
+    knobs: dict[str, Any] | None = None,
+    asked: list[list[int]] | None = None,
+    new: int = NEW,
+    **changes: Any,
 ) -> Served:
     """An engine made, asked and closed."""
     llm = engine(model, knobs, **changes)
@@ -120,11 +124,12 @@ def serve(
         close(llm)
 
 
-def by_transformers(model: Path, knobs: dict[str, Any] | None, asked: list[list[int]], new: int = NEW) -> list[list[int]]:
+def by_transformers(
+    model: Path, knobs: dict[str, Any] | None, asked: list[list[int]], new: int = NEW
+) -> list[list[int]]:
     """The same, one prompt after the other, with `sparq.patch`."""
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    if knobs is not None:
-        sparq.patch(loaded, sparq.SparqConfig(**knobs))
+    sparq.patch(loaded, sparq.SparqConfig(**knobs))
     found = []
     for prompt in asked:
         ids = torch.tensor([prompt])

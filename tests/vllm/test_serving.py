@@ -48,7 +48,10 @@ def sparse(llama: Path) -> list[list[int]]:
 
 def was_sparse(served: Served) -> bool:
     found = served.report
-    return 0 < found["sparse_token_layers"] == found["token_layers"] and found["positions_read"] < found["positions_cached"]
+    return (
+        0 < found["sparse_token_layers"] == found["token_layers"]
+        and found["positions_read"] < found["positions_cached"]
+    )
 
 
 def test_vllms_own_attention_has_nothing_of_ours(dense: Served) -> None:
@@ -145,6 +148,31 @@ def test_other_models(folder: Path, kind: str) -> None:
     model = make_model(kind, folder)
     served = serve(model, SPARSE)
     assert served.tokens == by_transformers(model, SPARSE, prompts()) and was_sparse(served)
+
+
+def test_real_weights(smollm2: Path) -> None:
+    """SmolLM2-135M-Instruct with the defaults, but for the length from which they are sparse."""
+    import demo_text
+    import transformers
+
+    asked = [transformers.AutoTokenizer.from_pretrained(smollm2)(demo_text.document())["input_ids"][:1500]]
+    served = serve(smollm2, {"min_length": 0}, asked, max_model_len=2048, skip_tokenizer_init=False)
+    assert served.tokens == by_transformers(smollm2, {"min_length": 0}, asked) and was_sparse(served)
+
+
+def test_tensor_parallel(llama: Path, sparse: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, each with half of the heads."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    llm = engine(llama, SPARSE, tensor_parallel_size=2, worker_extension_cls="sparq.vllm.report.WorkerExtension")
+    try:
+        tokens = generate(llm, prompts()).tokens
+        reports = llm.collective_rpc("sparq_report")
+    finally:
+        close(llm)
+    assert tokens == sparse and len(reports) == 2
+    for found in reports:
+        assert found["sparse_token_layers"] == found["token_layers"] == 2 * 3 * (NEW - 1)
+        assert found["positions_read"] < found["positions_cached"]
 
 
 @pytest.mark.parametrize("hybrid", [True, False])

@@ -334,8 +334,20 @@ class Decoder {
     static int64_t first_unit(const Row& row) { return row.first / TILE * UNITS / W * W; }
     static int64_t end_unit(const Row& row) { return ((row.end + TILE - 1) / TILE * UNITS + W - 1) / W * W; }
 
-    // Queries share each component they load: up to four at a time.
+    // Queries share what they load: up to four at a time.
     static int64_t queries_at_once(int64_t left) { return std::min<int64_t>(left, 4); }
+
+    // work(count, g) for every four queries of the group and for those left, from query g; the count as a type.
+    template <class Work>
+    SPARQ_INLINE void for_queries(const Work& work) const {
+        int64_t g = 0;
+        for (; g + 4 <= group; g += 4) work(std::integral_constant<int, 4>(), g);
+        switch (group - g) {
+            case 1: work(std::integral_constant<int, 1>(), g); break;
+            case 2: work(std::integral_constant<int, 2>(), g); break;
+            case 3: work(std::integral_constant<int, 3>(), g); break;
+        }
+    }
 
     void prepare(int64_t head, Scratch& s) const {
         const Row& row = row_of(head);
@@ -527,15 +539,10 @@ class Decoder {
         float low[MAX_HEAD_DIM + W], step[MAX_HEAD_DIM + W];
         widen_ranges(ranges, s.components, a.r, padded_r, low, step);
         RunsAhead ahead{next_tile, s.components, a.r, a.components_run};
-        for (int64_t g = 0; g < group; g += 4) {
-            switch (queries_at_once(group - g)) {
-                case 1: score_codes<1>(quads, low, step, ahead, keep, s, g, index); break;
-                case 2: score_codes<2>(quads, low, step, ahead, keep, s, g, index); break;
-                case 3: score_codes<3>(quads, low, step, ahead, keep, s, g, index); break;
-                default: score_codes<4>(quads, low, step, ahead, keep, s, g, index); break;
-            }
+        for_queries([&](auto count, int64_t g) {
+            score_codes<count>(quads, low, step, ahead, keep, s, g, index);
             ahead.codes = nullptr;  // the first queries of the group fetch for all
-        }
+        });
     }
 
     template <int G>
@@ -567,23 +574,17 @@ class Decoder {
         for (int64_t i = 0; i < count; i++) positions[i] = static_cast<int32_t>(first + i);
         find_rows(table, positions, count, a.key_batch, a.key_position, rows);
         float logits[4 * CHUNK];
-        for (int64_t g = 0; g < group; g += 4) {
+        for_queries([&](auto together, int64_t g) {
             const float* queries = s.row_queries + g * padded_dim;
-            int64_t together = queries_at_once(group - g);
             for (int64_t begin = 0; begin < count; begin += CHUNK) {
                 int64_t some = std::min(CHUNK, count - begin);
-                switch (together) {
-                    case 1: row_logits<1>(keys, rows + begin, nullptr, nullptr, some, queries, logits); break;
-                    case 2: row_logits<2>(keys, rows + begin, nullptr, nullptr, some, queries, logits); break;
-                    case 3: row_logits<3>(keys, rows + begin, nullptr, nullptr, some, queries, logits); break;
-                    default: row_logits<4>(keys, rows + begin, nullptr, nullptr, some, queries, logits); break;
-                }
+                row_logits<together>(keys, rows + begin, nullptr, nullptr, some, queries, logits);
                 for (int64_t i = 0; i < together; i++)
                     std::copy_n(logits + i * CHUNK, some, tile_weights(s, g + i, index) + first % TILE + begin);
             }
-            for (int64_t i = 0; i < together; i++) 
+            for (int64_t i = 0; i < together; i++)
                 finish_tile<false>(tile_weights(s, g + i, index), keep, s, g + i, index);
-        }
+        });
     }
 
     float* tile_weights(Scratch& s, int64_t g, int64_t tile) const { return s.weights + (g * tiles + tile) * TILE; }
@@ -657,14 +658,7 @@ class Decoder {
                 parts[p] = run_at(components, table, position < row.end ? position : (row.end - 1) / part * part);
             }
             const T* next = j + 1 < to ? run_at(components, table, (j + 1) * TILE) : nullptr;
-            for (int64_t g = 0; g < group; g += 4) {
-                switch (queries_at_once(group - g)) {
-                    case 1: score_tile<1>(parts, next, keep, s, g, j); break;
-                    case 2: score_tile<2>(parts, next, keep, s, g, j); break;
-                    case 3: score_tile<3>(parts, next, keep, s, g, j); break;
-                    default: score_tile<4>(parts, next, keep, s, g, j); break;
-                }
-            }
+            for_queries([&](auto count, int64_t g) { score_tile<count>(parts, next, keep, s, g, j); });
         }
     }
 
@@ -749,14 +743,7 @@ class Decoder {
     }
 
     void add_mass(Scratch& s, int64_t begin, int64_t end) const {
-        for (int64_t g = 0; g < group; g += 4) {
-            switch (queries_at_once(group - g)) {
-                case 1: sum_mass<1>(s, g, begin, end); break;
-                case 2: sum_mass<2>(s, g, begin, end); break;
-                case 3: sum_mass<3>(s, g, begin, end); break;
-                default: sum_mass<4>(s, g, begin, end); break;
-            }
-        }
+        for_queries([&](auto count, int64_t g) { sum_mass<count>(s, g, begin, end); });
     }
 
     // Appends the valid positions [begin, end) to what is chosen.  Returns how many are then.
@@ -862,17 +849,10 @@ class Decoder {
         find_rows(table_of(head), chosen, count, a.key_batch, a.key_position, rows);
         find_rows(table_of(head), chosen, count, a.value_batch, a.value_position, value_rows);
         for (int64_t i = 0; i < std::min(count, ROWS_AHEAD); i++) prefetch(keys + rows[i], dim);
-        for (int64_t g = 0; g < group; g += 4) {
-            const float* queries = s.queries + g * padded_dim;
+        for_queries([&](auto together, int64_t g) {
             const T* ahead = g == 0 ? values : nullptr;
-            float* w = weights + g * CHUNK;
-            switch (queries_at_once(group - g)) {
-                case 1: row_logits<1>(keys, rows, ahead, value_rows, count, queries, w); break;
-                case 2: row_logits<2>(keys, rows, ahead, value_rows, count, queries, w); break;
-                case 3: row_logits<3>(keys, rows, ahead, value_rows, count, queries, w); break;
-                default: row_logits<4>(keys, rows, ahead, value_rows, count, queries, w); break;
-            }
-        }
+            row_logits<together>(keys, rows, ahead, value_rows, count, s.queries + g * padded_dim, weights + g * CHUNK);
+        });
         for (int64_t g = 0; g < group; g++) {
             float* w = weights + g * CHUNK;
             if (capped)
@@ -881,16 +861,9 @@ class Decoder {
             std::fill(w + count, w + CHUNK, -INFINITE);
             exponentiate<CHUNK, 1, false>(w, s.partial_max + chunk * group + g, s.partial_sum + chunk * group + g);
         }
-        for (int64_t g = 0; g < group; g += 4) {
-            const float* w = weights + g * CHUNK;
-            float* out = partial + g * padded_dim;
-            switch (queries_at_once(group - g)) {
-                case 1: weighted_rows<1>(values, value_rows, count, w, out); break;
-                case 2: weighted_rows<2>(values, value_rows, count, w, out); break;
-                case 3: weighted_rows<3>(values, value_rows, count, w, out); break;
-                default: weighted_rows<4>(values, value_rows, count, w, out); break;
-            }
-        }
+        for_queries([&](auto together, int64_t g) {
+            weighted_rows<together>(values, value_rows, count, weights + g * CHUNK, partial + g * padded_dim);
+        });
     }
 
     // out[g] = sum of weights[g][i] * row at[i].
