@@ -53,7 +53,9 @@ def write_slots(
     tl.store(keys + (page * keys_page + s * keys_position)[:, None] + d[None, :], k, mask=inside)
     if not CODED:
         components += h * components_head
-        tl.store(components + (page * components_page + s)[:, None] + d[None, :] * BLOCK, k, mask=inside)
+        # A warp has the same component of tokens that mostly come one behind the other: few sectors for each store.
+        place = (d * BLOCK)[:, None] + (page * components_page + s)[None, :]
+        tl.store(components + place, tl.trans(k), mask=tl.trans(inside))
     new_value += h * new_value_head
     v = tl.load(new_value + (t * new_value_token)[:, None] + d[None, :], mask=inside, other=0.0)
     values += h * values_head
