@@ -32,6 +32,7 @@ KNOBS = {"mass": 1.0}
 COVERING = {"k": 4096, "min_length": 0}
 PROMPTS = (90, 700, 1500)  # real ones
 VOCABULARY = 256
+KV_HEADS, HEAD_DIM = 8, 64
 
 
 class Engine:
@@ -73,15 +74,23 @@ def _serve(connection: Connection, *arguments: Any) -> None:
 
 class _Worker:
     def __init__(
-        self, folder: str, way: str, dtype: str, knobs: dict[str, Any], longest: int, requests: int, full: int
+        self,
+        folder: str,
+        way: str,
+        dtype: str,
+        layers: int,
+        knobs: dict[str, Any],
+        longest: int,
+        requests: int,
+        full: int,
     ) -> None:
         from vllm import LLM
 
         own: dict[str, Any] = {}
         if way == SPARQ:
             own = {"attention_backend": "CUSTOM", "additional_config": {"sparq": knobs}}
-        size = 2 if dtype == "bfloat16" else 4
         tokens = longest * full * 5 // 4 + 16384
+        each = 2 * KV_HEADS * HEAD_DIM * (2 if dtype == "bfloat16" else 4) * layers
         self.llm = LLM(
             model=folder,
             skip_tokenizer_init=True,
@@ -91,7 +100,7 @@ class _Worker:
             max_num_batched_tokens=8192,
             enforce_eager=True,
             enable_prefix_caching=False,
-            kv_cache_memory_bytes=int(tokens * 2 * 8 * 64 * size * 2 * 1.6),
+            kv_cache_memory_bytes=int(tokens * each * 1.2),
             **own,
         )
         self.count = 0
@@ -179,25 +188,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=8)
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--steps", type=positive, default=6, help="of the engine, in a turn")
-    parser.add_argument("--most", type=positive, default=1 << 18, help="cached positions of all requests together")
+    parser.add_argument("--most", type=float, default=3, help="GB of K and V of all requests together, in an engine")
     return parser.parse_args(arguments)
 
 
 def measure(args: argparse.Namespace, folder: Path, dtype: str) -> list[Row]:
-    cases = [(n, batch) for batch in args.batches for n in args.contexts if n * batch <= args.most]
+    each = 2 * KV_HEADS * HEAD_DIM * (2 if dtype == "bfloat16" else 4) * args.layers  # bytes of a position
+    cases = [(n, batch) for batch in args.batches for n in args.contexts if n * batch * each <= 1e9 * args.most]
     if not cases:
         return []
     longest, requests = max(n for n, _ in cases), max(batch for _, batch in cases)
     room = max(n * batch for n, batch in cases) // requests
     tokens = []
     for way in WAYS:
-        engine = Engine(str(folder), way, dtype, COVERING, max(PROMPTS), len(PROMPTS), len(PROMPTS))
+        engine = Engine(str(folder), way, dtype, args.layers, COVERING, max(PROMPTS), len(PROMPTS), len(PROMPTS))
         tokens.append(engine.ask("tokens"))
         engine.close()
     wrong = None if tokens[0] == tokens[1] else "not the same tokens where k covers the context"
     knobs = KNOBS | {"ratio": args.ratio}
     full = max(1, -(-room * requests // longest))  # requests of the longest context that would take as much room
-    engines = {way: Engine(str(folder), way, dtype, knobs, longest, requests, full) for way in WAYS}
+    engines = {way: Engine(str(folder), way, dtype, args.layers, knobs, longest, requests, full) for way in WAYS}
     rows = []
     for engine in engines.values():
         engine.ask("skip_prompts")
