@@ -94,6 +94,7 @@ EVERYWHERE = {
 # In pages as engines have them, of a dtype as theirs.
 PAGES = {"page": 256, "dtype": torch.bfloat16}
 PAGED = {
+    "fused-pages": ("fused", {**FUSED, **PAGES}),
     "fused-groups-pages": ("fused", {**FUSED_GROUPS, **PAGES}),
     "select-pages": ("select", {**SELECT, **PAGES}),
     "select-groups-pages": ("select", {**SELECT_GROUPS, **PAGES}),
@@ -109,7 +110,6 @@ FUSED_INT4 = {
 SM_90 = {
     **FUSED_INT4,
     **PAGED,
-    "fused-pages": ("fused", {**FUSED, **PAGES}),
     "fused-pages-int4": ("fused", {**FUSED, **PAGES, **INT4}),
     "fused-groups-pages-int4": ("fused", {**FUSED_GROUPS, **PAGES, **INT4}),
     "select-small-pages": ("select", {**SELECT, **PAGES, "page": 64}),

@@ -402,7 +402,6 @@ def gather(
     row = info + n * INFO_SIZE
     budget = tl.load(row + BUDGET)
     stored = b * 0 if PAGED else b  # pages are of all rows
-    values = value + stored * value_batch + h * value_head
     table += b * table_stride
     share = share_of(budget, PARTS, ROWS)
     first = part * share
@@ -414,7 +413,7 @@ def gather(
             key + stored * key_batch + h * key_head,
             key_position,
             key_batch,
-            values,
+            value + stored * value_batch + h * value_head,
             value_position,
             value_batch,
             table,
@@ -452,7 +451,7 @@ def gather(
         summed = sum_of_pages(
             value_sum + h * sum_head,
             sum_batch,
-            values,
+            value + h * value_head,
             value_position,
             value_batch,
             table,

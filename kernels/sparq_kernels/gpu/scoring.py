@@ -118,11 +118,15 @@ def score_tiles(
     g, j = tl.arange(0, GP), tl.arange(0, RP)
     if GP == 1:
         # One query: a thread has the same positions of all components, so that their sum stays in it. A tile may be
-        # several pages, each a row of it; pages come behind components, so that warps share those and not these.
+        # several pages, each a row of it: components are then loaded one by one, for of two axes besides that of
+        # positions Triton may share either among threads.
         RUN: tl.constexpr = min(TILE, BLOCK)
+        AT_ONCE: tl.constexpr = COMPONENTS_AT_ONCE if RUN == TILE else 1
         factor = tl.sum(factor, 0)
+        if AT_ONCE == 1:  # the same numbers, but held so that one of them is had without a barrier
+            component = tl.gather(component, j, 0)
         q_c = tl.load(query + component, mask=j < R, other=0.0).to(tl.float32)
-        some, o = tl.arange(0, COMPONENTS_AT_ONCE), tl.arange(0, RUN)
+        some, o = tl.arange(0, AT_ONCE), tl.arange(0, RUN)
         each = tl.arange(0, TILE // RUN) * RUN
         highest = tl.full([TILE // LANE_LOGITS], LOWEST_LOGIT, tl.float32)
         total = tl.zeros([TILE // LANE_LOGITS], tl.float32)
@@ -134,7 +138,7 @@ def score_tiles(
             block = page if PAGED else (position // BLOCK + each * 0).to(tl.int64)
             runs = components + (block * block_stride + within)[:, None] + o[None, :]
             x = tl.zeros([TILE // RUN, RUN], tl.float32)
-            for next_j in range(0, RP, COMPONENTS_AT_ONCE):
+            for next_j in tl.range(0, RP, AT_ONCE, loop_unroll_factor=COMPONENTS_AT_ONCE // AT_ONCE):
                 those = tl.gather(component, next_j + some, 0) * BLOCK
                 # Never masked by position: storage is padded to whole blocks, and a mask would make these 2-byte loads.
                 k_c = tl.load(runs[None, :, :] + those[:, None, None]).to(tl.float32)

@@ -82,7 +82,10 @@ class Shape(NamedTuple):
         if self.coded:
             return GROUP
         if self.GP == 1:  # one load for each thread and component
-            return min(BLOCK, LOAD_BYTES // self.itemsize * 32 * warps)
+            fitting = LOAD_BYTES // self.itemsize * 32 * warps
+            if not self.PAGED:
+                return min(BLOCK, fitting)
+            return 2 * fitting if self.amd else fitting  # its warps are twice as wide, and components come one by one
         if self.itemsize == 4:  # multiplied without matrix instructions, from registers
             return LANES.value
         fitting = min(TILE_BYTES // (self.RP * self.itemsize), MAX_LOGITS // self.GP)
