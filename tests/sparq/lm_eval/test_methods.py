@@ -467,7 +467,9 @@ def test_several_queries_in_a_pass_decide_one_by_one(
     of = case(padding, prompt=12)
     new = 23 - of.prompt
     seen = torch.ones(new, 23, dtype=torch.bool).tril(of.prompt) & of.valid[:, None]
-    for make in METHODS + BY_MASS + CODED:
+    # Beside the large values that fill holes all else in a group gets the same code: such scores tie but for rounding,
+    # which differs from one shape of product to another.
+    for make in METHODS + BY_MASS + ([] if padding == "holes" else CODED):
         method = small(make, 6)
         if method.observes:
             continue

@@ -75,8 +75,9 @@ def rolling(lm, text=TEXT * 3) -> float:
     return lm.loglikelihood_rolling([request], disable_tqdm=True)[0]
 
 
-def answers(lm, contexts=tuple(context for context, _ in PAIRS)) -> list[str]:
-    requests = [Instance("generate_until", {}, (c, dict(OPTIONS)), i, ("task", i, 1)) for i, c in enumerate(contexts)]
+def answers(lm, contexts=tuple(context for context, _ in PAIRS), **options: Any) -> list[str]:
+    how = OPTIONS | options
+    requests = [Instance("generate_until", {}, (c, dict(how)), i, ("task", i, 1)) for i, c in enumerate(contexts)]
     return lm.generate_until(requests, disable_tqdm=True)
 
 
@@ -186,7 +187,9 @@ def test_batches_score_and_generate_as_single_rows_do(model, method, decoded):
     )
     for a, b in zip(scores(one), scores(four), strict=True):
         close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64))
-    assert answers(one) == answers(four)
+    # Three tokens: products of other shapes round otherwise, and where scores of positions nearly tie, a random model
+    # soon says something else.
+    assert answers(one, max_gen_toks=3) == answers(four, max_gen_toks=3)
 
 
 def poisoned(*arguments: Any, **knobs: Any):
