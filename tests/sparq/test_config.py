@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import pytest
+from sparq_kernels import Budget
 
 from sparq import SparqConfig
 
@@ -91,14 +92,14 @@ def test_k_follows_from_the_ratio(ratio: float, valid: int, k: int) -> None:
 def test_with_a_mass_that_is_the_most(ratio: float, valid: int, k: int) -> None:
     config = SparqConfig(ratio=ratio)
     assert config.positions(valid) == k and config.least(valid) == min(128, valid)
-    assert config.budget(16) == (16, 128, int(ratio), 32, 0.95, 128)
+    assert config.budget(16) == Budget(16, 128, int(ratio), 32, 0.95, 128)
 
 
 def test_who_gives_k_gets_k() -> None:
-    assert SparqConfig(k=40).budget(8) == (8, 40, None, None, None, 1)
-    assert SparqConfig(k=40, mass=0.9).budget(8) == (8, 40, None, 10, 0.9, 40)
-    assert SparqConfig(k=40, mass=0.9, k_min=4, local=3).budget(8) == (8, 40, None, 3, 0.9, 4)
-    assert SparqConfig(mass=1.0).budget(8) == (8, 128, 16, None, None, 1)
+    assert SparqConfig(k=40).budget(8) == Budget(8, 40, None, None, None, 1)
+    assert SparqConfig(k=40, mass=0.9).budget(8) == Budget(8, 40, None, 10, 0.9, 40)
+    assert SparqConfig(k=40, mass=0.9, k_min=4, local=3).budget(8) == Budget(8, 40, None, 3, 0.9, 4)
+    assert SparqConfig(mass=1.0).budget(8) == Budget(8, 128, 16, None, None, 1)
 
 
 def test_the_paper_in_a_word() -> None:
