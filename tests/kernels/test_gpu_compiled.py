@@ -292,8 +292,8 @@ def test_a_mask_that_narrows_the_loads_is_noticed(
 
 @pytest.mark.usefixtures("unchanged_modules")
 def test_rearranged_addresses_are_noticed(tmp_path: Path) -> None:
-    line = "        component = tl.gather(component, j, 0)\n"
-    without = changed_kernels(tmp_path, "without_gather", "scoring.py", line, "")
+    line = "\n        component = tl.gather(component, j, 0)\n"
+    without = changed_kernels(tmp_path, "without_gather", "scoring.py", line, "\n")
     score = next(one for one in specialised_launches("sm_90", without, **SELECT_GROUPS) if is_named(one, "score"))
     if compiled.TRITON < (3, 9):  # newer ones do without the line
         assert pointer_conversions(score)
