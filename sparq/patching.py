@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sparq import attention
 from sparq.cache_argument import find_cache
-from sparq.config import SparqConfig
+from sparq.config import SparqConfig, settled
 from sparq.generating import GenerateNotes
 from sparq.method import Method, Sparq
 from sparq.reporting import Report
@@ -161,7 +161,7 @@ class Patch:
         step.method.finish(step, output)
 
 
-def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Model:
+def patch(model: Model, config: SparqConfig | Mapping[str, Any] | None = None, **knobs: Any) -> Model:
     """Make `model` decode with SparQ Attention (arXiv 2312.04985), in place.
 
     The prompt is computed as before; each later single token reads r components of every cached key, and only k
@@ -170,8 +170,10 @@ def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Mode
 
     Args:
         model: a causal language model of transformers, or what wraps one, as a `PeftModel` does.
-        config: the knobs; `knobs` replace single fields of it.
-        knobs: fields of `SparqConfig`: ratio, r, k, index, mass, k_min, local, mean_value, dense_layers, min_length.
+        config: the knobs, or a dict of them. None: those in `model.config.sparq`, a dict that is saved with the model;
+            the defaults where there is none.
+        knobs: single fields of `SparqConfig` in place of these: ratio, r, k, index, mass, k_min, local, mean_value,
+            dense_layers, min_length.
 
     Returns:
         The same model.
@@ -207,7 +209,9 @@ def unpatch(model: Model) -> Model:
 
 
 @contextmanager
-def patched(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Iterator[Model]:
+def patched(
+    model: Model, config: SparqConfig | Mapping[str, Any] | None = None, **knobs: Any
+) -> Iterator[Model]:
     """`patch` for the length of a `with` block, whose knobs and counters are its own; those from before come back.
 
     Several threads, or tasks of asyncio, may each be inside such a block on one model: each has its knobs and its
@@ -253,17 +257,17 @@ def report(model: nn.Module) -> Report:
     return use.report(decoder)
 
 
-def _prepared(model: nn.Module, config: SparqConfig | None, knobs: dict[str, Any]) -> tuple[Use, Patch]:
+def _prepared(
+    model: nn.Module, config: SparqConfig | Mapping[str, Any] | None, knobs: dict[str, Any]
+) -> tuple[Use, Patch]:
     """What would be put on the model, all of it checked, nothing changed."""
-    if config is not None and not isinstance(config, SparqConfig):
-        raise TypeError(f"config must be a SparqConfig or None, got {config!r} of type {type(config).__name__}")
-    config = _with_knobs(config, knobs)
     served = unwrap(model)
+    settings = settled(configured(served) if config is None else config, knobs)
     decoder = decoder_of(served)
-    check_served(served, decoder, config)
+    check_served(served, decoder, settings)
     if decoder.device.type != "meta":  # where accelerate offloads the parameters, nobody knows yet
         sparq_kernels.backend(decoder.device)  # compiles the CPU kernel: not inside the first `generate`
-    return Use(Sparq(config)), Patch(served, decoder)
+    return Use(Sparq(settings)), Patch(served, decoder)
 
 
 def _installed(candidate: Patch) -> Patch:
@@ -281,24 +285,24 @@ def patch_of(decoder: PreTrainedModel) -> Patch | None:
 
 
 def is_patched(model: nn.Module) -> bool:
+    """Whether `model`, one of transformers or what wraps one, decodes with SparQ: since `patch`, inside a
+    `with patched(...)` block of any thread, or, with attn_implementation="sparq", since it first ran.
+
+    Raises:
+        TypeError: it is no such model.
+    """
     return patch_of(decoder_of(model)) is not None
 
 
 def configured(model: PreTrainedModel) -> SparqConfig:
-    """The knobs that lie in the configuration of a model that patches itself.
+    """The knobs that lie in the model's own configuration, `model.config.sparq`; the defaults where there are none.
 
     Raises:
         TypeError, ValueError: naming the knob, its value and what would be right.
     """
-    knobs = getattr(model.config, NAME, None) or {}
+    knobs = getattr(model.config, NAME, None)
+    if knobs is None:
+        return SparqConfig()
     if not isinstance(knobs, dict):
         raise ValueError(f"model.config.{NAME} must be a dict of knobs of SparqConfig, got {knobs!r}")
-    return _with_knobs(None, knobs)
-
-
-def _with_knobs(config: SparqConfig | None, knobs: dict[str, Any]) -> SparqConfig:
-    unknown = sorted(set(knobs) - {field.name for field in dataclasses.fields(SparqConfig)})
-    if unknown:
-        names = ", ".join(field.name for field in dataclasses.fields(SparqConfig))
-        raise TypeError(f"unknown knob {unknown[0]!r}; the knobs are {names}")
-    return SparqConfig(**knobs) if config is None else dataclasses.replace(config, **knobs)
+    return SparqConfig.from_dict(knobs)
