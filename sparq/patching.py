@@ -209,9 +209,7 @@ def unpatch(model: Model) -> Model:
 
 
 @contextmanager
-def patched(
-    model: Model, config: SparqConfig | Mapping[str, Any] | None = None, **knobs: Any
-) -> Iterator[Model]:
+def patched(model: Model, config: SparqConfig | Mapping[str, Any] | None = None, **knobs: Any) -> Iterator[Model]:
     """`patch` for the length of a `with` block, whose knobs and counters are its own; those from before come back.
 
     Several threads, or tasks of asyncio, may each be inside such a block on one model: each has its knobs and its
