@@ -19,6 +19,7 @@ from sparq.cache_argument import find_cache
 from sparq.config import SparqConfig, settled
 from sparq.generating import GenerateNotes
 from sparq.method import Method, Sparq
+from sparq.recording import Recording
 from sparq.reporting import Report
 from sparq.served import (
     NAME,
@@ -62,11 +63,13 @@ class Patch:
     Attributes:
         base: what `patch` has set; None where the model is patched by blocks alone.
         blocks: the open `with patched(...)` blocks of all threads, the last opened last.
+        recording: what `with sparq.record(model)` gives, while that lasts.
     """
 
     def __init__(self, model: PreTrainedModel, decoder: PreTrainedModel) -> None:
         self.base: Use | None = None
         self.blocks: tuple[Use, ...] = ()
+        self.recording: Recording | None = None
         self._decoder = decoder
         self._notes = [GenerateNotes(model)]
         self._handles: list[Any] = []
@@ -74,8 +77,9 @@ class Patch:
         self._layer_count = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model has no blocks that could end: the knobs in force become its own."""
-        return self.__dict__ | {"base": self.current(), "blocks": (), "_are_layers_known": False}
+        """A copy of the model has no blocks that could end: the knobs in force become its own. Nobody records it."""
+        held = {"base": self.current(), "blocks": (), "recording": None, "_are_layers_known": False}
+        return self.__dict__ | held
 
     def install(self) -> None:
         decoder = self._decoder
@@ -146,7 +150,8 @@ class Patch:
             attention.patched_layers.update(layers)
         cache = find_cache((*kwargs.values(), *args))
         cache, args, kwargs = use.method.prepare(module, cache, self._layer_count, args, kwargs)
-        return args, {**kwargs, "sparq_step": Step(cache, use.method.config, use.stats, use.method)}
+        step = Step(cache, use.method.config, use.stats, use.method, self.recording)
+        return args, {**kwargs, "sparq_step": step}
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         step: Step | None = kwargs.get("sparq_step")
@@ -253,6 +258,36 @@ def report(model: nn.Module) -> Report:
         yet = " yet: it has not run" if decoder.config._attn_implementation == NAME else ""
         raise ValueError(f"model must be patched to have a report, this {type(model).__name__} is not{yet}")
     return use.report(decoder)
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Recording]:
+    """In a `with` block, note which positions the sparse steps of `model` attend, whoever makes them.
+
+    Each step waits for the device, and the positions stay in memory: 8 bytes for each of k in every layer, KV head and
+    token. A compiled step cannot be recorded, and raises. Unpatching ends it.
+
+    Args:
+        model: a model that is patched, or inside a `with patched(...)` block.
+
+    Raises:
+        ValueError: the model is not patched, is being recorded already, or decodes by another method than SparQ.
+    """
+    decoder = decoder_of(model)
+    current = patch_of(decoder)
+    use = None if current is None else current.current()
+    if current is None or use is None:
+        raise ValueError(f"model must be patched to be recorded, this {type(model).__name__} is not")
+    if not isinstance(use.method, Sparq):
+        raise ValueError(f"model must decode with SparQ to be recorded, not with {type(use.method.settings).__name__}")
+    with _lock:
+        if current.recording is not None:
+            raise ValueError("model must not be recorded already: leave the other `with sparq.record(model)` first")
+        current.recording = found = Recording()
+    try:
+        yield found
+    finally:
+        current.recording = None
 
 
 def _prepared(
