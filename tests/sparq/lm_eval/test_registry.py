@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+import sparq
 from sparq import SparqConfig
 from sparq.lm_eval import Method, register_method
 from sparq.lm_eval.decoding import Decoding
@@ -132,3 +134,14 @@ def test_what_is_no_method_is_not_registered(what: Any) -> None:
     with pytest.raises(TypeError, match="what is registered must"):
         register_method("mine")(what)
     assert before == METHODS
+
+
+def test_the_example_of_the_documentation_is_a_method() -> None:
+    """The first and the newest positions: what `Window` attends with k - 4 of the newest and 4 sinks."""
+    text = (Path(__file__).parents[3] / "evals" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"`method=mine:FirstAndLast`.*?```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {"sparq": sparq, "dataclass": dataclass}
+    exec(code, names)
+    register_method("first_and_last")(names["FirstAndLast"])
+    found = tokens_of(Decoding.of("first_and_last", {"k": 8}))
+    assert found == tokens_of(Decoding.of("window", {"k": 12, "sinks": 4}))
