@@ -82,17 +82,28 @@ def _add_generate(commands: Any) -> None:
         help="appended to the prompt; may be given several times: what all begin with is read once",
     )
     parser.add_argument(
+        "--prompt-cache",
+        type=Path,
+        metavar="FILE",
+        help="keep what was read of the prompt in this file, and read no more than what is new: it is made where it is "
+        "missing and extended where the prompt goes on",
+    )
+    parser.add_argument(
         "--no-chat-template",
         action="store_true",
         help="give the model the bare text; else, where it has a chat template, text and question are a user's turn, "
         "and the answer ends with the model's",
     )
-    parser.add_argument("--ratio", type=float, default=8, help="compression wanted of the bytes read (default: 8)")
+    parser.add_argument(
+        "--config",
+        metavar="FOLDER",
+        help="the knobs, from a sparq_config.json in this folder or under this name on the Hugging Face hub "
+        "(default: those saved in the model's config.json, or SparQ's own); the options below replace single ones",
+    )
+    parser.add_argument("--ratio", type=float, help="compression wanted of the bytes read (default: 8)")
     parser.add_argument("--r", type=int, help="components of the query used to score (default: 4 * head_dim / ratio)")
     parser.add_argument("--k", type=int, help="positions attended in full (default: cached positions / ratio at most)")
-    parser.add_argument(
-        "--index", choices=("int4", "full"), default="int4", help="what positions are found by (default: int4)"
-    )
+    parser.add_argument("--index", choices=("int4", "full"), help="what positions are found by (default: int4)")
     parser.add_argument(
         "--mass", type=float, help="share of the scores with which a query stops (default: 0.95, or with --k 1: all k)"
     )

@@ -10,9 +10,24 @@ check_versions()
 
 import sparq.implementation  # noqa: E402, F401  makes attn_implementation="sparq" known to transformers
 from sparq.config import SparqConfig  # noqa: E402
-from sparq.patching import patch, patched, report, unpatch  # noqa: E402
+from sparq.patching import is_patched, patch, patched, record, report, unpatch  # noqa: E402
+from sparq.prompt_cache import load_cache, save_cache  # noqa: E402
+from sparq.recording import Recording  # noqa: E402
 from sparq.reporting import Report  # noqa: E402
 
 __version__ = version()
 
-__all__ = ["Report", "SparqConfig", "__version__", "patch", "patched", "report", "unpatch"]
+__all__ = [
+    "Recording",
+    "Report",
+    "SparqConfig",
+    "__version__",
+    "is_patched",
+    "load_cache",
+    "patch",
+    "patched",
+    "record",
+    "report",
+    "save_cache",
+    "unpatch",
+]

@@ -213,9 +213,11 @@ def _decode(call: Call, ready: _Ready) -> Tensor:
     config = step.config
     if call.later and not call.is_fixed:
         key, value = (x[:, :, : x.shape[2] - call.later] for x in (key, value))
+    if step.recording is not None and torch.compiler.is_compiling():
+        raise RuntimeError("sparq: a compiled step cannot be recorded; leave sparq.record(model), or run it uncompiled")
     _, kv_heads, _, head_dim = key.shape
     budget = step.budget(head_dim)
-    output, alpha, _, lse, read = sparq_kernels.decode(
+    output, alpha, positions, lse, read = sparq_kernels.decode(
         call.query,
         sparq_kernels.Cached(key, ready.components, value, ready.value_sum, ready.ranges),
         sparq_kernels.Visible(plan.length, plan.start, plan.mask, plan.row_counts),
@@ -224,7 +226,10 @@ def _decode(call: Call, ready: _Ready) -> Tensor:
         # Under SDPA the model's dense steps know no cap: older versions of transformers allow that, newer refuse it.
         softcap=call.kwargs.get("softcap") if call.base == "eager" else None,
         mean_value=config.mean_value,
+        return_positions=step.recording is not None,
     )
+    if step.recording is not None and positions is not None:
+        step.recording.add(call.layer_idx, positions, key.shape[2])
     if call.kwargs.get("s_aux") is not None:  # attention sinks, [Hq]
         output = sinks.attenuate(output, alpha, lse, call.kwargs["s_aux"])
     itemsize = key.element_size()

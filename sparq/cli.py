@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import sparq_kernels
@@ -15,10 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 from sparq_kernels import cpu
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import sparq
-from sparq import branches, gguf, served
+from sparq import branches, gguf, prompt_cache, served
+from sparq.config import settled
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -26,7 +28,11 @@ def generate(args: argparse.Namespace) -> int:
     device = _device(args.device)
     console = Console(highlight=False)
     names = ("r", "k", "ratio", "index", "mass", "min_length")
-    config = sparq.SparqConfig(**{name: getattr(args, name) for name in names})
+    knobs = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = None if args.config is None else sparq.SparqConfig.from_pretrained(args.config)
+    settled(config, knobs)  # raises before the model is loaded
+    if args.prompt_cache is not None and not args.prompt_cache.parent.is_dir():
+        raise ValueError(f"--prompt-cache must be in a folder that exists, got {args.prompt_cache}")
     text = args.prompt_file.read_text(encoding="utf-8")
     with console.status(f"loading {args.model}"):
         tokenizer, model = _load(args)
@@ -50,11 +56,12 @@ def generate(args: argparse.Namespace) -> int:
         options |= dict(eos_token_id=_turn_ends(tokenizer, model))
     if args.stop:
         options |= dict(stop_strings=[args.stop], tokenizer=tokenizer)
-    sparq.patch(model, config)  # refuses a model or knob before any work is done
+    sparq.patch(model, config, **knobs)  # refuses a model or knob before any work is done
     sparq.unpatch(model)
-    stock = _run(console, "stock", model, prompts, options) if args.compare else None
-    with sparq.patched(model, config):
-        fast = _run(console, "SparQ", model, prompts, options)
+    cache = None if args.prompt_cache is None else _beginning(console, args.prompt_cache, model, prompts, options)
+    stock = _run(console, "stock", model, prompts, options, cache) if args.compare else None
+    with sparq.patched(model, config, **knobs):
+        fast = _run(console, "SparQ", model, prompts, options, cache)
         report = sparq.report(model)
 
     answers = {
@@ -158,13 +165,47 @@ def _turn_ends(tokenizer: Any, model: Any) -> list[int] | None:
     return sorted(ends) or None
 
 
+def _beginning(
+    console: Console, path: Path, model: Any, prompts: list[list[int]], options: dict[str, Any]
+) -> DynamicCache:
+    """What the prompts begin with, from the file of `--prompt-cache` as far as that has it, else computed; the file is
+    written where there is none yet, or where the prompts go on from all of it.
+
+    Two tokens at least of each prompt are left: one by itself would be a decode step.
+    """
+    left = min(map(len, prompts)) - 2
+    tokens = prompts[0][: min(left, branches.shared_length(prompts)) if len(prompts) > 1 else left]
+    if left < 1 or not tokens:
+        raise ValueError("--prompt-cache must have prompts that begin alike, with three tokens at least, got others")
+    if path.exists():
+        cache, found, length = prompt_cache.load(path, model, tokens)
+        held = found.shape[1]
+        does = "extended" if held == length < len(tokens) else "left as it is"
+    else:
+        cache, held, does = DynamicCache(config=model.config), 0, "written"
+    if held < len(tokens):
+        with console.status(f"reading {len(tokens) - held:,} tokens"):
+            branches.read(model, tokens, cache, **options)
+    if does != "left as it is":
+        sparq.save_cache(cache, tokens, path, model)
+    console.print(f"{path}: {held:,} of {len(tokens):,} tokens that all prompts begin with were in it; {does}\n")
+    return cache
+
+
 def _run(
-    console: Console, name: str, model: Any, prompts: list[list[int]], options: dict[str, Any]
+    console: Console,
+    name: str,
+    model: Any,
+    prompts: list[list[int]],
+    options: dict[str, Any],
+    cache: DynamicCache | None,
 ) -> branches.Branches:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(SpinnerColumn(), *columns, console=console, transient=True) as progress:
-        shared = branches.shared_length(prompts)
-        reading = progress.add_task(f"{name}: prompt", total=sum(map(len, prompts)) - (len(prompts) - 1) * shared)
+        held = 0 if cache is None else cache.get_seq_length()
+        shared = max(held, branches.shared_length(prompts))
+        tokens = sum(map(len, prompts)) - (len(prompts) - 1) * shared - held
+        reading = progress.add_task(f"{name}: prompt", total=tokens)
         decoding = progress.add_task(
             f"{name}: decode", total=len(prompts) * options["max_new_tokens"], start=False, visible=False
         )
@@ -176,7 +217,7 @@ def _run(
             progress.update(decoding, advance=1, visible=True)
 
         try:
-            return branches.generate(model, prompts, on_token, watch.begin, **options)
+            return branches.generate(model, prompts, on_token, watch.begin, cache, **options)
         finally:
             watch.end()
 

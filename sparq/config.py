@@ -1,18 +1,26 @@
-"""The knobs of SparQ, checked when they are set."""
+"""The knobs of SparQ, checked when they are set, and how they travel: as a dict, and as a file in a model's folder."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sparq_kernels import Budget
+from transformers.utils import cached_file
 
 from sparq.index import KINDS
 
 MIN_COMPONENTS = 8
 MIN_POSITIONS = 128
 MASS = 0.95  # with less, and with fewer components, the search ends too early (evals/README.md)
+FILE = "sparq_config.json"
+FORMAT = 1  # of that file: one with a larger number is of a later SparQ, whose knobs may mean something else
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,6 +167,82 @@ class SparqConfig:
         or these, changed."""
         own: dict[str, Any] = {"index": "full", "mass": 1.0, "mean_value": True, "ratio": ratio}
         return cls(**own | knobs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All knobs by name, plain data that JSON keeps as it is; `from_dict` takes it back."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, knobs: Mapping[str, Any]) -> SparqConfig:
+        """The configuration with these knobs; those left out have their defaults.
+
+        Raises:
+            TypeError, ValueError: no such knob, or a wrong value of one, naming what would be right.
+        """
+        if not isinstance(knobs, Mapping):
+            raise TypeError(f"knobs must be a dict, got {knobs!r} of type {type(knobs).__name__}")
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in knobs if name not in names]
+        if unknown:
+            raise TypeError(f"unknown knob {unknown[0]!r}; the knobs are {', '.join(names)}")
+        return cls(**knobs)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write `sparq_config.json` into `folder`, a model's for example, which is made where it is missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"format_version": FORMAT, **self.to_dict()}, indent=2)
+        (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, **options: Any) -> SparqConfig:
+        """Read what `save_pretrained` has written.
+
+        Args:
+            name: a folder, or a name on the Hugging Face hub.
+            options: for the hub, as a model's `from_pretrained` takes them: revision, token, cache_dir, subfolder,
+                local_files_only, ...
+
+        Raises:
+            OSError: there is no such file.
+            TypeError, ValueError: no such knob, a wrong value of one, a file that is none of SparQ's, or one of a later
+                format.
+        """
+        path = cached_file(name, FILE, **options)
+        assert path is not None  # it raises where there is none
+        try:
+            knobs = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} must be JSON: {error}") from error
+        if not isinstance(knobs, dict):
+            raise ValueError(f"{path} must hold an object of knobs, got {knobs!r}")
+        version = knobs.pop("format_version", FORMAT)
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise ValueError(f"{path}: format_version must be an integer of at least 1, got {version!r}")
+        if version > FORMAT:
+            raise ValueError(
+                f"{path} was written by a later SparQ: its format_version is {version}, and this one reads up to "
+                f"{FORMAT}; pip install -U sparq-attention"
+            )
+        try:
+            return cls.from_dict(knobs)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from error
+
+
+def settled(config: SparqConfig | Mapping[str, Any] | None, knobs: Mapping[str, Any]) -> SparqConfig:
+    """`config`, a dict of its knobs or None for the defaults, with `knobs` in place of single fields.
+
+    Raises:
+        TypeError, ValueError: naming the argument or the knob, its value and what would be right.
+    """
+    if isinstance(config, SparqConfig):
+        config = config.to_dict()
+    if config is not None and not isinstance(config, Mapping):
+        raise TypeError(
+            f"config must be a SparqConfig, a dict of its knobs or None, got {config!r} of type {type(config).__name__}"
+        )
+    return SparqConfig.from_dict({**(config or {}), **knobs})
 
 
 def _check_int(name: str, value: object, least: int, optional: bool) -> None:

@@ -49,7 +49,7 @@ def patching_attention(
 def _patch_around(module: nn.Module) -> None:
     model = _model_around(module)
     if not patching.is_patched(model):
-        patching.patch(model, patching.configured(model))
+        patching.patch(model)
     if not getattr(module, "is_causal", False):  # an encoder of images, say: it keeps the name, and is asked again
         _beside.add(module)
 

@@ -323,6 +323,10 @@ def _valid(begin: int, end: int, start: Tensor | None, mask: Tensor | None) -> T
 
 def _sum(values: Tensor, begin: int, end: int, start: Tensor | None, mask: Tensor | None) -> Tensor:
     """Sum of `values` [B, Hkv, n, d] over the valid positions in [begin, end), [B, Hkv, d] float32."""
+    if not torch.compiler.is_compiling() and values.device.type == "cpu" and end - begin > BLOCK:
+        # Block by block: what is widened to float32 then stays in a processor cache, which is ten times as fast.
+        parts = [_sum(values, at, min(at + BLOCK, end), start, mask) for at in range(begin, end, BLOCK)]
+        return torch.stack(parts).sum(0)
     values, valid = values[:, :, begin:end], _valid(begin, end, start, mask)
     if valid is not None:
         # masked_fill, not a product: padding may hold anything, NaN included

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from sparq import attention
 from sparq.cache_argument import find_cache
-from sparq.config import SparqConfig
+from sparq.config import SparqConfig, settled
 from sparq.generating import GenerateNotes
 from sparq.method import Method, Sparq
+from sparq.recording import Recording
 from sparq.reporting import Report
 from sparq.served import (
     NAME,
@@ -62,11 +63,13 @@ class Patch:
     Attributes:
         base: what `patch` has set; None where the model is patched by blocks alone.
         blocks: the open `with patched(...)` blocks of all threads, the last opened last.
+        recording: what `with sparq.record(model)` gives, while that lasts.
     """
 
     def __init__(self, model: PreTrainedModel, decoder: PreTrainedModel) -> None:
         self.base: Use | None = None
         self.blocks: tuple[Use, ...] = ()
+        self.recording: Recording | None = None
         self._decoder = decoder
         self._notes = [GenerateNotes(model)]
         self._handles: list[Any] = []
@@ -74,8 +77,9 @@ class Patch:
         self._layer_count = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model has no blocks that could end: the knobs in force become its own."""
-        return self.__dict__ | {"base": self.current(), "blocks": (), "_are_layers_known": False}
+        """A copy of the model has no blocks that could end: the knobs in force become its own. Nobody records it."""
+        held = {"base": self.current(), "blocks": (), "recording": None, "_are_layers_known": False}
+        return self.__dict__ | held
 
     def install(self) -> None:
         decoder = self._decoder
@@ -146,7 +150,8 @@ class Patch:
             attention.patched_layers.update(layers)
         cache = find_cache((*kwargs.values(), *args))
         cache, args, kwargs = use.method.prepare(module, cache, self._layer_count, args, kwargs)
-        return args, {**kwargs, "sparq_step": Step(cache, use.method.config, use.stats, use.method)}
+        step = Step(cache, use.method.config, use.stats, use.method, self.recording)
+        return args, {**kwargs, "sparq_step": step}
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         step: Step | None = kwargs.get("sparq_step")
@@ -161,7 +166,7 @@ class Patch:
         step.method.finish(step, output)
 
 
-def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Model:
+def patch(model: Model, config: SparqConfig | Mapping[str, Any] | None = None, **knobs: Any) -> Model:
     """Make `model` decode with SparQ Attention (arXiv 2312.04985), in place.
 
     The prompt is computed as before; each later single token reads r components of every cached key, and only k
@@ -170,8 +175,10 @@ def patch(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Mode
 
     Args:
         model: a causal language model of transformers, or what wraps one, as a `PeftModel` does.
-        config: the knobs; `knobs` replace single fields of it.
-        knobs: fields of `SparqConfig`: ratio, r, k, index, mass, k_min, local, mean_value, dense_layers, min_length.
+        config: the knobs, or a dict of them. None: those in `model.config.sparq`, a dict that is saved with the model;
+            the defaults where there is none.
+        knobs: single fields of `SparqConfig` in place of these: ratio, r, k, index, mass, k_min, local, mean_value,
+            dense_layers, min_length.
 
     Returns:
         The same model.
@@ -207,7 +214,7 @@ def unpatch(model: Model) -> Model:
 
 
 @contextmanager
-def patched(model: Model, config: SparqConfig | None = None, **knobs: Any) -> Iterator[Model]:
+def patched(model: Model, config: SparqConfig | Mapping[str, Any] | None = None, **knobs: Any) -> Iterator[Model]:
     """`patch` for the length of a `with` block, whose knobs and counters are its own; those from before come back.
 
     Several threads, or tasks of asyncio, may each be inside such a block on one model: each has its knobs and its
@@ -253,17 +260,47 @@ def report(model: nn.Module) -> Report:
     return use.report(decoder)
 
 
-def _prepared(model: nn.Module, config: SparqConfig | None, knobs: dict[str, Any]) -> tuple[Use, Patch]:
+@contextmanager
+def record(model: nn.Module) -> Iterator[Recording]:
+    """In a `with` block, note which positions the sparse steps of `model` attend, whoever makes them.
+
+    Each step waits for the device, and the positions stay in memory: 8 bytes for each of k in every layer, KV head and
+    token. A compiled step cannot be recorded, and raises. Unpatching ends it.
+
+    Args:
+        model: a model that is patched, or inside a `with patched(...)` block.
+
+    Raises:
+        ValueError: the model is not patched, is being recorded already, or decodes by another method than SparQ.
+    """
+    decoder = decoder_of(model)
+    current = patch_of(decoder)
+    use = None if current is None else current.current()
+    if current is None or use is None:
+        raise ValueError(f"model must be patched to be recorded, this {type(model).__name__} is not")
+    if not isinstance(use.method, Sparq):
+        raise ValueError(f"model must decode with SparQ to be recorded, not with {type(use.method.settings).__name__}")
+    with _lock:
+        if current.recording is not None:
+            raise ValueError("model must not be recorded already: leave the other `with sparq.record(model)` first")
+        current.recording = found = Recording()
+    try:
+        yield found
+    finally:
+        current.recording = None
+
+
+def _prepared(
+    model: nn.Module, config: SparqConfig | Mapping[str, Any] | None, knobs: dict[str, Any]
+) -> tuple[Use, Patch]:
     """What would be put on the model, all of it checked, nothing changed."""
-    if config is not None and not isinstance(config, SparqConfig):
-        raise TypeError(f"config must be a SparqConfig or None, got {config!r} of type {type(config).__name__}")
-    config = _with_knobs(config, knobs)
     served = unwrap(model)
+    settings = settled(configured(served) if config is None else config, knobs)
     decoder = decoder_of(served)
-    check_served(served, decoder, config)
+    check_served(served, decoder, settings)
     if decoder.device.type != "meta":  # where accelerate offloads the parameters, nobody knows yet
         sparq_kernels.backend(decoder.device)  # compiles the CPU kernel: not inside the first `generate`
-    return Use(Sparq(config)), Patch(served, decoder)
+    return Use(Sparq(settings)), Patch(served, decoder)
 
 
 def _installed(candidate: Patch) -> Patch:
@@ -281,24 +318,24 @@ def patch_of(decoder: PreTrainedModel) -> Patch | None:
 
 
 def is_patched(model: nn.Module) -> bool:
+    """Whether `model`, one of transformers or what wraps one, decodes with SparQ: since `patch`, inside a
+    `with patched(...)` block of any thread, or, with attn_implementation="sparq", since it first ran.
+
+    Raises:
+        TypeError: it is no such model.
+    """
     return patch_of(decoder_of(model)) is not None
 
 
 def configured(model: PreTrainedModel) -> SparqConfig:
-    """The knobs that lie in the configuration of a model that patches itself.
+    """The knobs that lie in the model's own configuration, `model.config.sparq`; the defaults where there are none.
 
     Raises:
         TypeError, ValueError: naming the knob, its value and what would be right.
     """
-    knobs = getattr(model.config, NAME, None) or {}
+    knobs = getattr(model.config, NAME, None)
+    if knobs is None:
+        return SparqConfig()
     if not isinstance(knobs, dict):
         raise ValueError(f"model.config.{NAME} must be a dict of knobs of SparqConfig, got {knobs!r}")
-    return _with_knobs(None, knobs)
-
-
-def _with_knobs(config: SparqConfig | None, knobs: dict[str, Any]) -> SparqConfig:
-    unknown = sorted(set(knobs) - {field.name for field in dataclasses.fields(SparqConfig)})
-    if unknown:
-        names = ", ".join(field.name for field in dataclasses.fields(SparqConfig))
-        raise TypeError(f"unknown knob {unknown[0]!r}; the knobs are {names}")
-    return SparqConfig(**knobs) if config is None else dataclasses.replace(config, **knobs)
+    return SparqConfig.from_dict(knobs)

@@ -14,6 +14,7 @@ from sparq.config import SparqConfig
 from sparq.devices import has_kernel
 from sparq.generating import drafting, is_prefill
 from sparq.plan import Plan, make_plan
+from sparq.recording import Recording
 from sparq.static_cache import SparqStaticLayer
 from sparq.stats import SparseStep, Stats
 
@@ -21,12 +22,21 @@ from sparq.stats import SparseStep, Stats
 class Step:
     """One forward pass: the cache, the knobs, and the plans that all full-attention layers share."""
 
-    def __init__(self, cache: Cache | None, config: SparqConfig, stats: Stats, method: Any = None) -> None:
-        """method: a `method.Method`, which makes the steps of this pass; None: SparQ."""
+    def __init__(
+        self,
+        cache: Cache | None,
+        config: SparqConfig,
+        stats: Stats,
+        method: Any = None,
+        recording: Recording | None = None,
+    ) -> None:
+        """method: a `method.Method`, which makes the steps of this pass; None: SparQ. recording: takes down what they
+        attend."""
         self.cache = cache
         self.config = config
         self.stats = stats
         self.method = method
+        self.recording = recording
         self.attention_calls = 0
         self.tokens = 0  # new ones; known from the first attention layer on
         self.prompts: dict[int, int] = {}  # of each layer that has computed nothing but a prompt: its bytes of K and V

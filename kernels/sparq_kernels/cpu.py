@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -37,6 +38,8 @@ import torch
 from .arguments import Arguments
 from .layout import BLOCK, GROUP
 from .reference import Results
+
+log = logging.getLogger("sparq.kernels")
 
 SOURCES = Path(__file__).parent / "csrc"
 SOURCE, FILES = SOURCES / "decode.cpp", sorted(SOURCES.iterdir())
@@ -279,15 +282,11 @@ def build_library(name: str, source: Path, files: list[Path], options: Iterable[
         return library
     with locked(library.parent / "lock"):
         if not library.exists():  # another process may have built it meanwhile
-            print(
-                f"sparq_kernels: compiling the {name} kernel, once for this machine: about 5 to 30 s ...",
-                file=sys.stderr,
-                flush=True,
-            )
+            # Nothing for the program to mend, but half a minute that whoever waits should know of: logged as a warning.
+            log.warning(f"sparq: compiling the {name} kernel, once for this machine: about 5 to 30 s ...")
             started = time.perf_counter()
             compile_library(find_compiler(), source, compiler_options(options), library)
-            seconds = time.perf_counter() - started
-            print(f"sparq_kernels: compiled in {seconds:.1f} s: {library}", file=sys.stderr, flush=True)
+            log.info(f"sparq: compiled in {time.perf_counter() - started:.1f} s: {library}")
     return library
 
 

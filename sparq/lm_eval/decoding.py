@@ -11,36 +11,27 @@ from typing import Any
 from transformers import PreTrainedModel
 
 import sparq
-from sparq.lm_eval import methods
 from sparq.lm_eval.comparison import Comparison
+from sparq.lm_eval.registry import METHODS, find_method
 from sparq.reporting import Report
-
-METHODS: dict[str, type | None] = {
-    "dense": None,
-    "sparq": sparq.SparqConfig,
-    "sparq_variant": methods.SparqVariant,
-    "oracle": methods.Oracle,
-    "window": methods.Window,
-    "h2o": methods.H2O,
-    "quest": methods.Quest,
-    "pages": methods.Pages,
-    "rocket": methods.Rocket,
-}
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
     """A method and its knobs."""
 
-    method: str
-    config: Any  # an instance of what METHODS has for it
+    method: str  # as `registry.find_method` takes it
+    config: Any  # an instance of the class found
 
     @classmethod
-    def take_knobs(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Take out of `arguments` whatever any method has a knob for, and is not None."""
-        names = {
-            field.name for config in METHODS.values() if config is not None for field in dataclasses.fields(config)
-        }
+    def take_knobs(cls, method: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Take out of `arguments` whatever this method, or any that is registered, has a knob for, and is not None.
+
+        Raises:
+            TypeError, ValueError: no such method.
+        """
+        classes = [config for config in (find_method(method), *METHODS.values()) if config is not None]
+        names = {field.name for config in classes for field in dataclasses.fields(config)}
         taken = {name: arguments.pop(name) for name in sorted(names & set(arguments))}
         return {name: value for name, value in taken.items() if value is not None}
 
@@ -50,9 +41,7 @@ class Decoding:
         Raises:
             TypeError, ValueError: no such method, a knob that it does not have, or a bad value of one it has.
         """
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-        config = METHODS[method]
+        config = find_method(method)
         known = [] if config is None else [field.name for field in dataclasses.fields(config)]
         for name, value in knobs.items():
             if name not in known:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -18,6 +20,7 @@ from tqdm import tqdm
 from sparq.cache_argument import generate_cache_name
 from sparq.lm_eval.decoding import Decoding
 from sparq.lm_eval.prefill import Prefills, feed, prefill
+from sparq.lm_eval.registry import METHODS, find_method
 from sparq.lm_eval.scoring import Row, score
 from sparq.reporting import LayerReport
 
@@ -35,7 +38,8 @@ class SparqLM(HFLM):
 
     Args:
         pretrained: as for `HFLM`, a name, a folder or a model.
-        method: how decode steps attend: "sparq", "dense", or one of `sparq.lm_eval.methods`.
+        method: how decode steps attend: "sparq", "dense", one of `sparq.lm_eval.methods`, one that has been registered
+            (`sparq.lm_eval.register_method`), or "module:Class", a subclass of `sparq.lm_eval.Method`.
         decode_context_tokens: so many tokens at the end of each context are decoded too. With 0 the first answer token
             is predicted by the dense prefill, as in `generate` and in the paper; with 1 or more no token is.
         rolling_prefill: in rolling log-likelihoods, which have no context, so many tokens at the beginning of each
@@ -60,7 +64,8 @@ class SparqLM(HFLM):
         for name, value in (("decode_context_tokens", decode_context_tokens), ("rolling_prefill", rolling_prefill)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
-        self.decoding = Decoding.of(method, Decoding.take_knobs(others))
+        _check_names(method)
+        self.decoding = Decoding.of(method, Decoding.take_knobs(method, others))
         self.decode_context_tokens, self.rolling_prefill = decode_context_tokens, rolling_prefill
         self.prefills = prefills
         super().__init__(pretrained, **others)
@@ -237,3 +242,16 @@ def _why(steps: dict[str, Any]) -> str:
             "decode_context_tokens=1 is among the model_args"
         )
     return ", ".join(f"{count} layer steps: {reason}" for reason, count in dense.items())
+
+
+def _check_names(method: str) -> None:
+    """Raise where a knob, of this method or of one that is registered, is called like an argument of the harness's
+    model: one of the two would never be given what is meant for it."""
+    arguments = {*inspect.signature(HFLM.__init__).parameters, *inspect.signature(SparqLM.__init__).parameters}
+    for name, config in {**METHODS, method: find_method(method)}.items():
+        fields = [] if config is None else [field.name for field in dataclasses.fields(config)]
+        for field in fields:
+            if field in arguments:
+                raise ValueError(
+                    f"method {name!r} must not have a knob {field!r}: the harness's model has such an argument"
+                )

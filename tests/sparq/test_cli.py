@@ -1,5 +1,7 @@
 """The command `sparq`: `generate` end to end on a small model with random weights, the rest in processes of its own."""
 
+import functools
+import json
 import os
 import shutil
 import subprocess
@@ -9,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from byte_tokenizer import save_byte_tokenizer
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from sparq import branches, cli
+from sparq import SparqConfig, branches, cli, save_cache
 from sparq_command import main
 from tests.sparq.test_versions import TOO_OLD
 from tests.sparq.tiny import build
@@ -76,11 +78,107 @@ def test_sparse_run_reports_sparse_steps(model_folder, capsys):
     assert [cell.strip() for cell in total.split("│")][2:4] == ["20", "0"]
 
 
+def test_knobs_come_from_a_file_and_options_replace_single_ones(model_folder, tmp_path, capsys):
+    SparqConfig(r=4, k=16, min_length=0).save_pretrained(tmp_path)
+    assert generate(model_folder, f"--config={tmp_path}", "--r=3") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "SparqConfig(r=3, k=16," in out and "min_length=0)" in out
+
+
+def test_knobs_saved_with_the_model_are_found(model_folder, tmp_path, capsys):
+    folder = shutil.copytree(model_folder, tmp_path / "tuned")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sparq": {"k": 16, "min_length": 0}}))
+    assert generate(folder) == 0
+    assert "k=16," in capsys.readouterr().out
+    SparqConfig(ratio=4).save_pretrained(tmp_path)
+    assert generate(folder, f"--config={tmp_path}") == 0
+    assert "k=None, ratio=4," in " ".join(capsys.readouterr().out.split())
+
+
 def test_what_questions_share_with_each_other_is_read_once_too(model_folder, capsys):
     assert generate(model_folder, "--compare", "--question=What is 1?", "--question=What is 2?") == 0
     out = capsys.readouterr().out
     assert f"the first {1 + len(PROMPT) + 8} of them read once" in " ".join(out.split())
     assert "2 of 2 answers are the same" in out, "dense: the context is short"
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The number of tokens of each pass of a model that has more than one."""
+    passes = []
+    real = LlamaForCausalLM.forward
+
+    def forward(self, input_ids=None, **kwargs):
+        if input_ids.shape[1] > 1:
+            passes.append(input_ids.shape[1])
+        return real(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", functools.wraps(real)(forward))
+    return passes
+
+
+def said(capsys):
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_prompt_cache_is_written_used_and_extended(model_folder, tmp_path, capsys, read):
+    file, prompt_file = tmp_path / "kept.safetensors", tmp_path / "prompt.txt"
+    prompt_file.write_text(PROMPT)
+    tokens = 1 + len(PROMPT)
+
+    def run(*options):
+        read.clear()
+        assert generate(model_folder, "--prompt-file", str(prompt_file), "--min-length=0", "--k=16", *options) == 0
+        return said(capsys)
+
+    expected = run()
+    assert read == [tokens]
+    answer = expected.partition("SparQ ")[2].partition("decode")[0]
+
+    out = run(f"--prompt-cache={file}")
+    assert f"0 of {tokens - 2} tokens that all prompts begin with were in it; written" in out.replace(",", "")
+    assert read == [tokens - 2, 2] and answer in out
+    written = file.read_bytes()
+
+    out = run(f"--prompt-cache={file}", "--compare")
+    assert f"{tokens - 2} of {tokens - 2} tokens that all prompts begin with were in it; left as it is" in out
+    assert read == [2, 2] and answer in out and file.read_bytes() == written
+
+    prompt_file.write_text(PROMPT + "One more line.\n")
+    out = run(f"--prompt-cache={file}")
+    assert f"{tokens - 2} of {tokens + 13} tokens that all prompts begin with were in it; extended" in out
+    assert read == [15, 2] and file.read_bytes() != written
+
+    prompt_file.write_text(PROMPT[:50] + "Another way.\n")
+    extended = file.read_bytes()
+    out = run(f"--prompt-cache={file}")
+    assert f"51 of {1 + 63 - 2} tokens that all prompts begin with were in it; left as it is" in out
+    assert read == [11, 2] and file.read_bytes() == extended
+
+
+def test_questions_share_a_prompt_cache(model_folder, tmp_path, capsys, read):
+    file = tmp_path / "kept.safetensors"
+    questions = ("--question=Why is that?", "--question=And line 7?")
+    for held, passes in (0, [1 + len(PROMPT), 12, 11]), (1 + len(PROMPT), [12, 11]):
+        read.clear()
+        assert generate(model_folder, *questions, f"--prompt-cache={file}") == 0
+        assert f"{held} of {1 + len(PROMPT)} tokens" in said(capsys) and read == passes
+
+
+def test_a_prompt_cache_of_another_model_ends_with_one_line(model_folder, tmp_path, capsys):
+    model = build(vocab_size=260)
+    cache = DynamicCache(config=model.config)
+    ids = torch.arange(3, 30)[None]
+    model(ids, past_key_values=cache)
+    save_cache(cache, ids, tmp_path / "kept", model)
+    for options, message in (
+        ([f"--prompt-cache={tmp_path / 'kept'}"], "kept was made by another model"),
+        ([f"--prompt-cache={tmp_path / 'no' / 'kept'}"], "--prompt-cache must be in a folder that exists, got"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            generate(model_folder, *options)
+        assert exit_.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -164,6 +262,7 @@ def test_the_progress_of_prompts_adds_up_and_changes_nothing():
         (["--r=99"], "r must not be larger than the model's head_dim=16, got r=99"),
         (["--k=0"], "k must be at least 1, got 0"),
         (["--ratio=0.5"], "ratio must be"),
+        (["--config=tests"], "sparq_config.json"),
         (["--device=toaster"], "--device must be one of PyTorch's, for example cpu or cuda, got toaster"),
     ],
 )

@@ -1,14 +1,20 @@
-"""The knobs: what is refused, and the r and k that follow from the ratio."""
+"""The knobs: what is refused, the r and k that follow from the ratio, and how they travel."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, strategies
 from sparq_kernels import Budget
 
 from sparq import SparqConfig
+from sparq.config import MIN_POSITIONS
 
 WRONG = [
     (dict(r=0), ValueError, "r must be at least 1"),
@@ -114,3 +120,106 @@ def test_the_paper_in_a_word() -> None:
 def test_a_given_k_does_not_grow() -> None:
     config = SparqConfig(k=12)
     assert [config.positions(valid) for valid in (0, 1, 12, 13, 100_000)] == [0, 1, 12, 12, 12]
+
+
+# As plain data, and as a file.
+
+
+@strategies.composite
+def configs(draw: strategies.DrawFn) -> SparqConfig:
+    """Any configuration that is allowed."""
+    k = draw(strategies.none() | strategies.integers(1, 10_000))
+    base = MIN_POSITIONS if k is None else k
+    return SparqConfig(
+        r=draw(strategies.none() | strategies.integers(1, 256)),
+        k=k,
+        ratio=draw(strategies.integers(2, 200)) / 2
+        if draw(strategies.booleans())
+        else draw(strategies.integers(1, 99)),
+        local=draw(strategies.none() | strategies.integers(0, base)),
+        index=draw(strategies.sampled_from(["int4", "full"])),
+        mass=draw(strategies.none() | strategies.floats(0, 1, exclude_min=True)),
+        k_min=draw(strategies.none() | strategies.integers(1, base)),
+        mean_value=draw(strategies.booleans() | strategies.floats(0, 1)),
+        dense_layers=draw(strategies.integers(0, 99)),
+        min_length=draw(strategies.none() | strategies.integers(0, 1 << 20)),
+    )
+
+
+@given(configs())
+def test_a_configuration_comes_back_from_plain_data_and_from_a_file(config: SparqConfig) -> None:
+    assert SparqConfig.from_dict(config.to_dict()) == config
+    assert list(config.to_dict()) == [field.name for field in dataclasses.fields(SparqConfig)]
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(Path(folder) / "new" / "model")
+        found = SparqConfig.from_pretrained(Path(folder) / "new" / "model")
+    assert found == config
+    assert [type(value) for value in found.to_dict().values()] == [type(value) for value in config.to_dict().values()]
+
+
+def test_knobs_left_out_have_their_defaults() -> None:
+    assert SparqConfig.from_dict({}) == SparqConfig()
+    assert SparqConfig.from_dict({"k": 12}) == SparqConfig(k=12)
+
+
+@pytest.mark.parametrize("knobs, error, message", WRONG, ids=[str(case[0]) for case in WRONG])
+def test_bad_knobs_in_plain_data_and_in_a_file(
+    tmp_path: Path, knobs: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        SparqConfig.from_dict(knobs)
+    (tmp_path / "sparq_config.json").write_text(json.dumps({"format_version": 1} | knobs))
+    with pytest.raises(error, match=f"sparq_config.json: .*{message}"):
+        SparqConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "knobs, message",
+    [
+        ({"k": 12, "rr": 3}, "unknown knob 'rr'; the knobs are r, k, ratio, .*min_length"),
+        ({3: 12}, "unknown knob 3"),
+        ([("k", 12)], r"knobs must be a dict, got \[\('k', 12\)\] of type list"),
+    ],
+    ids=str,
+)
+def test_what_is_no_dict_of_knobs(knobs: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        SparqConfig.from_dict(knobs)
+
+
+@pytest.mark.parametrize(
+    "text, error, message",
+    [
+        ("{", ValueError, "sparq_config.json must be JSON: "),
+        ("[8]", ValueError, r"sparq_config.json must hold an object of knobs, got \[8\]"),
+        ('{"format_version": 2, "speed": 9}', ValueError, "a later SparQ: its format_version is 2, .* reads up to 1"),
+        ('{"format_version": "1"}', ValueError, "format_version must be an integer of at least 1, got '1'"),
+        ('{"format_version": 0}', ValueError, "format_version must be an integer of at least 1, got 0"),
+        ('{"format_version": 1, "rr": 3}', TypeError, "sparq_config.json: unknown knob 'rr'"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, text: str, error: type[Exception], message: str) -> None:
+    (tmp_path / "sparq_config.json").write_text(text)
+    with pytest.raises(error, match=message):
+        SparqConfig.from_pretrained(tmp_path)
+
+
+def test_a_file_by_hand_needs_no_version(tmp_path: Path) -> None:
+    (tmp_path / "sparq_config.json").write_text('{"ratio": 4}')
+    assert SparqConfig.from_pretrained(tmp_path) == SparqConfig(ratio=4)
+
+
+def test_a_folder_without_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"sparq_config.json"):
+        SparqConfig.from_pretrained(tmp_path)
+
+
+def test_a_name_on_the_hub_is_looked_up_by_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SparqConfig(k=12).save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr(
+        "sparq.config.cached_file",
+        lambda *args, **options: (asked.append((args, options)), str(tmp_path / "sparq_config.json"))[1],
+    )
+    assert SparqConfig.from_pretrained("someone/model", revision="main") == SparqConfig(k=12)
+    assert asked == [(("someone/model", "sparq_config.json"), {"revision": "main"})]

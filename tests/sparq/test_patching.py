@@ -62,13 +62,79 @@ def test_knobs_replace_fields_of_the_configuration() -> None:
     assert sparq.report(model).config == SparqConfig(**SPARSE, dense_layers=1)
 
 
+def test_a_dict_does_for_a_configuration() -> None:
+    model = sparq.patch(build(), OTHER | dict(dense_layers=1), k=12)
+    assert sparq.report(model).config == SparqConfig(**OTHER | dict(dense_layers=1, k=12))
+    with sparq.patched(model, SparqConfig(**SPARSE).to_dict()):
+        assert sparq.report(model).config == SparqConfig(**SPARSE)
+
+
+def test_knobs_saved_with_the_model_are_found_again(tmp_path: Path) -> None:
+    model = build()
+    model.config.sparq = SparqConfig(**SPARSE).to_dict()
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert not sparq.is_patched(loaded)  # they are settings, and patch nothing
+    assert sparq.report(sparq.patch(loaded)).config == SparqConfig(**SPARSE)
+    with sparq.patched(loaded, k=6, r=2):
+        assert sparq.report(loaded).config == SparqConfig(**OTHER)
+    assert sparq.report(sparq.patch(loaded, SparqConfig(r=3))).config == SparqConfig(r=3)  # given whole
+    assert sparq.report(sparq.patch(loaded, {})).config == SparqConfig()
+
+
+@pytest.mark.parametrize(
+    "saved, error, message",
+    [
+        (dict(ratio=0.5), ValueError, "ratio must be"),
+        (dict(kk=3), TypeError, "unknown knob 'kk'"),
+        ([], ValueError, r"model.config.sparq must be a dict of knobs of SparqConfig, got \[\]"),
+    ],
+    ids=str,
+)
+def test_bad_knobs_saved_with_the_model_change_nothing(saved: object, error: type[Exception], message: str) -> None:
+    model = build()
+    model.config.sparq = saved
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        sparq.patch(model, k=12)
+    assert snapshot(model) == before
+    sparq.patch(model, SparqConfig(**SPARSE))  # which does not ask for them
+
+
+def test_is_patched() -> None:
+    model = build()
+    assert not sparq.is_patched(model)
+    with sparq.patched(model, **SPARSE):
+        assert sparq.is_patched(model) and sparq.is_patched(model.model)
+    assert not sparq.is_patched(model)
+    wrapper = torch.nn.Sequential(sparq.patch(model, **SPARSE))
+    assert sparq.is_patched(wrapper)
+    assert not sparq.is_patched(sparq.unpatch(wrapper))
+    with pytest.raises(TypeError, match="must be a transformers PreTrainedModel, or wrap one, got Linear"):
+        sparq.is_patched(torch.nn.Linear(2, 2))
+
+
+def test_is_patched_where_the_model_patches_itself() -> None:
+    model = build()
+    model.set_attn_implementation("sparq")
+    assert not sparq.is_patched(model)
+    logits(model)
+    assert sparq.is_patched(model)
+
+
 BAD = [
     (dict(r=17), ValueError, "head_dim=16, got r=17"),
     (dict(k=10, local=11), ValueError, "local"),
     (dict(ratio=0.5), ValueError, "ratio"),
     (dict(k=1.5), TypeError, "k must be an integer"),
     (dict(kk=3), TypeError, "unknown knob 'kk'"),
-    (dict(config="fast"), TypeError, "SparqConfig or None"),
+    (
+        dict(config="fast"),
+        TypeError,
+        "config must be a SparqConfig, a dict of its knobs or None, got 'fast'",
+    ),
+    (dict(config=dict(kk=3)), TypeError, "unknown knob 'kk'"),
+    (dict(config=dict(k=10), local=11), ValueError, "local=11 and k=10"),
 ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparq.lm_eval import prefill
-from sparq.lm_eval.decoding import METHODS
+from sparq.lm_eval.methods import Window
 from sparq.lm_eval.model import SparqLM
 from sparq.lm_eval.prefill import Prefills, step
+from sparq.lm_eval.registry import METHODS, register_method
 from tests.sparq.snapshot import snapshot
 from tests.sparq.tiny import build
 
@@ -311,6 +313,19 @@ def test_prefills_keep_no_more_than_they_may(llama):
 def test_bad_options_are_named_before_any_model_is_loaded(arguments, error, message):
     with pytest.raises(error, match=message):
         SparqLM("a folder that does not exist", **arguments)
+
+
+def test_a_knob_called_like_an_argument_of_the_harness_is_refused(llama):
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Mine(Window):
+        device: str = "cpu"
+
+    try:
+        register_method("mine")(Mine)
+        with pytest.raises(ValueError, match="method 'mine' must not have a knob 'device': the harness"):
+            SparqLM("a folder that does not exist", method="sparq")
+    finally:
+        METHODS.pop("mine", None)
 
 
 def test_a_knob_that_does_not_fit_the_model_is_refused_with_the_model_as_it_was(llama):
