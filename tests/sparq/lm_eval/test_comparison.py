@@ -117,7 +117,7 @@ def test_positions_are_those_of_the_operator(monkeypatch: pytest.MonkeyPatch) ->
     ours, chosen[:] = list(chosen), []
 
     def spying(*args, **kwargs):
-        result = decode(*args, **kwargs, return_positions=True)
+        result = decode(*args, **kwargs | {"return_positions": True})
         kept = torch.zeros(*args[1].key.shape[:3], dtype=torch.bool)
         assert (result.positions >= 0).all()
         chosen.append(kept.scatter(-1, result.positions[:, :, 0], True))
