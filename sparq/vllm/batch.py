@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparq.vllm.report import TOTALS
+
 
 @dataclass
 class Decodes:
@@ -32,6 +34,15 @@ class DecodesFirst:
         # Outlives a step: where a step is a CUDA graph, it goes on reading what it has read first.
         most = vllm_config.scheduler_config.max_num_batched_tokens + vllm_config.scheduler_config.max_num_seqs
         self._length = torch.zeros(most, dtype=torch.int64, device=device)
+
+    def begin(self, common: Any) -> tuple[Decodes | None, Any | None]:
+        """`split`, once for each step of the engine: counted, and now and then a line in the log."""
+        from vllm import envs
+
+        decodes, rest = self.split(common)
+        TOTALS.step(0 if decodes is None else decodes.count, common.num_actual_tokens)
+        TOTALS.log(envs.VLLM_LOG_STATS_INTERVAL)
+        return decodes, rest
 
     def split(self, common: Any) -> tuple[Decodes | None, Any | None]:
         """The tokens that are decoded, and the batch of what is behind them, if anything is.

@@ -4,13 +4,13 @@ little beside what it computes."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
-from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -20,7 +20,6 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from sparq.vllm.batch import Decodes, DecodesFirst
 from sparq.vllm.decoding import SparqDecoding, current_index, page_sizes, reasons_against, with_index
-from sparq.vllm.report import TOTALS
 
 PROMPT_PAGE = 128  # positions of a page of vLLM's own, for prompts
 
@@ -116,9 +115,7 @@ class SparqCPUMetadataBuilder(DecodesFirst, CPUAttentionMetadataBuilder):
         common = common_attn_metadata
         if not self.is_ours:
             return super().build(common_prefix_len, common, fast_build)
-        decodes, rest = self.split(common)
-        TOTALS.step(0 if decodes is None else decodes.count, common.num_actual_tokens)
-        TOTALS.log(envs.VLLM_LOG_STATS_INTERVAL)
+        decodes, rest = self.begin(common)
         metadata = SparqCPUMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -133,10 +130,11 @@ class SparqCPUMetadataBuilder(DecodesFirst, CPUAttentionMetadataBuilder):
         )
         if rest is not None:
             metadata.rest = self._dense(rest)
-        if decodes is not None and self._some_stay_dense():
+        if decodes is not None and self._some_stay_dense:
             metadata.whole = self._dense(common)
         return metadata
 
+    @functools.cached_property
     def _some_stay_dense(self) -> bool:
         from vllm.config import get_layers_from_vllm_config
         from vllm.model_executor.layers.attention import Attention
@@ -162,32 +160,8 @@ class SparqCPUMetadataBuilder(DecodesFirst, CPUAttentionMetadataBuilder):
 class SparqCPUImpl(SparqDecoding, CPUAttentionBackendImpl):
     device, interleaved = "cpu", False
 
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """As in vLLM's class; kv_cache is [pages, Hkv, N, C]."""
-        scales = output_scale, output_block_scale
-        if attn_metadata is None or not self.is_ours(kv_cache):
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
-        decodes, dense, first = attn_metadata.decodes, attn_metadata.rest, 0
-        if decodes is not None and self.stays_dense(layer):
-            dense = attn_metadata.whole
-        elif decodes is not None:
-            self.decode(decodes, query, kv_cache, output)
-            first = decodes.count
-        if dense is not None:
-            copied = self._copy(layer, dense, kv_cache)
-            super().forward(layer, query[first:], key, value, copied, dense.metadata, output[first:], *scales)
-        return output
+    def dense_inputs(self, layer: Any, dense: DenseTokens, kv_cache: Tensor) -> tuple[Tensor, CPUAttentionMetadata]:
+        return self._copy(layer, dense, kv_cache), dense.metadata
 
     def _copy(self, layer: Any, dense: DenseTokens, kv_cache: Tensor) -> Tensor:
         """What the tokens see, in pages as vLLM's kernel reads them [pages, Hkv, N, 2 d]."""

@@ -67,6 +67,37 @@ class SparqDecoding:
         tokens = slot_mapping.shape[0]  # vLLM pads K and V for its graphs
         sparq_kernels.append_slots(self.pages(kv_cache), key[:tokens], value[:tokens], slot_mapping)
 
+    def dense_inputs(self, layer: Any, dense: Any, kv_cache: Tensor) -> tuple[Tensor, Any]:
+        """The cache and the metadata that vLLM's own class wants for the tokens `dense`."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """As in vLLM's class; kv_cache is [pages, Hkv, N, C]."""
+        attend, scales = super().forward, (output_scale, output_block_scale)  # type: ignore[misc]
+        if attn_metadata is None or not self.is_ours(kv_cache):
+            return attend(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        decodes, dense, first = attn_metadata.decodes, attn_metadata.rest, 0
+        if decodes is not None and self.stays_dense(layer):
+            dense = attn_metadata.whole
+        elif decodes is not None:
+            self.decode(decodes, query, kv_cache, output)
+            first = decodes.count
+        if dense is not None:
+            cache, metadata = self.dense_inputs(layer, dense, kv_cache)
+            attend(layer, query[first:], key[first:], value[first:], cache, metadata, output[first:], *scales)
+        return output
+
     def decode(self, decodes: Decodes, query: Tensor, kv_cache: Tensor, output: Tensor) -> None:
         """Write the attention of the first tokens of query [tokens, Hq, d] to those of output."""
         cached = self.pages(kv_cache)._replace(block_table=decodes.block_table)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from torch import Tensor
-from vllm import envs
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -21,7 +20,6 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from sparq.vllm.batch import Decodes, DecodesFirst
 from sparq.vllm.decoding import SparqDecoding, current_index, page_sizes, with_index
-from sparq.vllm.report import TOTALS
 
 GPU_PAGE = 256  # positions; vLLM's default of 16 would be runs of 16 bytes of the index
 
@@ -105,6 +103,10 @@ class SparqGPUMetadata(FlashAttentionMetadata):
     decodes: Decodes | None = None
     rest: FlashAttentionMetadata | None = None  # behind the decodes
 
+    @property
+    def whole(self) -> FlashAttentionMetadata:
+        return self
+
 
 class SparqGPUMetadataBuilder(DecodesFirst, FlashAttentionMetadataBuilder):
     supports_update_block_table = False  # the decodes have tables of their own
@@ -120,9 +122,7 @@ class SparqGPUMetadataBuilder(DecodesFirst, FlashAttentionMetadataBuilder):
         common = common_attn_metadata
         if not self.is_ours:
             return super().build(common_prefix_len, common, fast_build)
-        decodes, rest = self.split(common)
-        TOTALS.step(0 if decodes is None else decodes.count, common.num_actual_tokens)
-        TOTALS.log(envs.VLLM_LOG_STATS_INTERVAL)
+        decodes, rest = self.begin(common)
         # Both would plan ahead into one buffer, so only one does: what prompts need, where there are any.
         whole = super().build(common_prefix_len, common, fast_build or decodes is not None)
         metadata = SparqGPUMetadata(
@@ -138,32 +138,10 @@ class SparqGPUMetadataBuilder(DecodesFirst, FlashAttentionMetadataBuilder):
 class SparqGPUImpl(SparqDecoding, FlashAttentionImpl):
     device, interleaved = "cuda", True
 
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """As in vLLM's class; kv_cache is [pages, Hkv, N, C]."""
-        scales = output_scale, output_block_scale
-        if attn_metadata is None or not self.is_ours(kv_cache):
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
-        decodes, dense, first = attn_metadata.decodes, attn_metadata.rest, 0
-        if decodes is not None and self.stays_dense(layer):
-            dense = attn_metadata
-        elif decodes is not None:
-            self.decode(decodes, query, kv_cache, output)
-            first = decodes.count
-        if dense is not None:
-            rows = self.rows(kv_cache)
-            super().forward(layer, query[first:], key[first:], value[first:], rows, dense, output[first:], *scales)
-        return output
+    def dense_inputs(
+        self, layer: Any, dense: FlashAttentionMetadata, kv_cache: Tensor
+    ) -> tuple[Tensor, FlashAttentionMetadata]:
+        return self.rows(kv_cache), dense
 
     def rows(self, kv_cache: Tensor) -> Tensor:
         """What vLLM's class knows as the cache: [pages, Hkv, N, 2 d]."""
