@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sparq {version()}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands)
+    _add_serve(commands)
     commands.add_parser(
         "build",
         help="compile the CPU kernel now, for example into a container image",
@@ -94,6 +95,42 @@ def _add_generate(commands: Any) -> None:
         help="give the model the bare text; else, where it has a chat template, text and question are a user's turn, "
         "and the answer ends with the model's",
     )
+    _add_knobs(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--stop", metavar="TEXT", help="an answer ends where the model writes this")
+    parser.add_argument("--compare", action="store_true", help="generate with the stock model first")
+    _add_loading(parser)
+
+
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="an OpenAI-compatible server whose model decodes with SparQ",
+        description="Serve a Hugging Face model that is patched with SparQ: chat completions, completions and "
+        "responses as OpenAI's clients ask for them, and /metrics. Requests are answered one after the other. The next "
+        "turn of a conversation computes its own tokens only. It needs pip install 'sparq-attention[serving]'.",
+    )
+    parser.add_argument("model", help="a folder, a GGUF file, or a name on the Hugging Face hub; clients call it so")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="the address to listen on (default: 127.0.0.1, this machine alone; nobody is asked who they are)",
+    )
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    parser.add_argument(
+        "--slots", type=int, default=4, metavar="N", help="conversations whose caches are kept (default: 4)"
+    )
+    parser.add_argument(
+        "--cache-gb",
+        type=float,
+        metavar="GB",
+        help="memory that these may hold together (default: half of what is free when the model is loaded)",
+    )
+    _add_knobs(parser)
+    _add_loading(parser)
+
+
+def _add_knobs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FOLDER",
@@ -108,9 +145,9 @@ def _add_generate(commands: Any) -> None:
         "--mass", type=float, help="share of the scores with which a query stops (default: 0.95, or with --k 1: all k)"
     )
     parser.add_argument("--min-length", type=int, help="shorter contexts are dense (default: where sparsity pays)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
-    parser.add_argument("--stop", metavar="TEXT", help="an answer ends where the model writes this")
-    parser.add_argument("--compare", action="store_true", help="generate with the stock model first")
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the model's own")
     parser.add_argument("--device", help="default: cuda where there is one, or else cpu")
     parser.add_argument(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
+import logging
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +30,7 @@ def generate(args: argparse.Namespace) -> int:
     """`sparq generate`: answers, tokens per second of the decode, bytes, and the report; returns the exit status."""
     device = _device(args.device)
     console = Console(highlight=False)
-    names = ("r", "k", "ratio", "index", "mass", "min_length")
-    knobs = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    config = None if args.config is None else sparq.SparqConfig.from_pretrained(args.config)
-    settled(config, knobs)  # raises before the model is loaded
+    config, knobs = _settings(args)
     if args.prompt_cache is not None and not args.prompt_cache.parent.is_dir():
         raise ValueError(f"--prompt-cache must be in a folder that exists, got {args.prompt_cache}")
     text = args.prompt_file.read_text(encoding="utf-8")
@@ -93,6 +93,53 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def serve(args: argparse.Namespace) -> int:
+    """`sparq serve`: answers until it is interrupted; returns the exit status."""
+    from sparq import serving  # an ImportError where its packages are missing
+
+    device = _device(args.device)
+    config, knobs = _settings(args)
+    if args.slots < 0:
+        raise ValueError(f"--slots must be 0 or more, got {args.slots}")
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"--port must be from 0, any that is free, to 65535, got {args.port}")
+    if args.cache_gb is not None and not args.cache_gb >= 0:
+        raise ValueError(f"--cache-gb must be 0 or more, got {args.cache_gb}")
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("sparq").setLevel(logging.INFO)
+    console = Console(highlight=False)
+    with _listener(args.host, args.port) as listener:
+        with console.status(f"loading {args.model}"):
+            tokenizer, model = _load(args)
+            model = model.to(device).eval()
+            if tokenizer.chat_template is not None:
+                model.generation_config.eos_token_id = _turn_ends(tokenizer, model)
+            max_bytes = None if args.cache_gb is None else int(args.cache_gb * 1e9)
+            app = serving.build(model, tokenizer, args.model, config, args.slots, max_bytes, **knobs)
+        host, port = listener.getsockname()[:2]
+        if not ipaddress.ip_address(host).is_loopback:
+            console.print(f"Whoever reaches {host} can use this server: nobody is asked who they are.")
+        chat = "" if tokenizer.chat_template is not None else "; it has no chat template, ask for completions"
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        console.print(f"{url} answers as {args.model}, {model.dtype}, {model.device}{chat}")
+        serving.run(app, listener)
+    return 0
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """Bound, so that an address that cannot be had is known before a model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"--host and --port must be an address of this machine that is free, got {host}, {port}: {error}"
+        ) from None
+    return listener
+
+
 def build(args: argparse.Namespace) -> int:
     """`sparq build`: the CPU kernel compiled, or found; returns the exit status."""
     try:
@@ -103,6 +150,19 @@ def build(args: argparse.Namespace) -> int:
         return 1
     print(f"the CPU kernel {'is there already' if there else 'has been compiled'}: {path}")
     return 0
+
+
+def _settings(args: argparse.Namespace) -> tuple[sparq.SparqConfig | None, dict[str, Any]]:
+    """A configuration and single knobs in place of its own, as `sparq.patch` takes them.
+
+    Raises:
+        TypeError, ValueError, OSError: for what no model is needed to know.
+    """
+    names = ("r", "k", "ratio", "index", "mass", "min_length")
+    knobs = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = None if args.config is None else sparq.SparqConfig.from_pretrained(args.config)
+    settled(config, knobs)
+    return config, knobs
 
 
 def _device(name: str | None) -> torch.device:

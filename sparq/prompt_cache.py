@@ -230,6 +230,27 @@ def _held(index: int, layer: Any) -> _Held:
     return _Held(keys, values, length)
 
 
+def can_be_cut(cache: Cache, keep: int) -> bool:
+    """Whether the first `keep` tokens can be had of a dynamic cache: a layer with a sliding window may have forgotten
+    what it would need."""
+    return all(_can_be_cut(layer, held, keep) for layer, held in _all_held(cache))
+
+
+def beginning(cache: Cache, keep: int, model: nn.Module) -> DynamicCache:
+    """A new cache with a copy of the first `keep` tokens of one that `can_be_cut` to them."""
+    new = DynamicCache(config=unwrap(model).config)
+    layers: list[Any] = [layer for layer in new.layers if not _is_empty_by_nature(layer)]
+    for layer, (_, held) in zip(layers, _all_held(cache), strict=True):
+        _fill(layer, held, keep, held.keys.device)
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+    return new
+
+
+def _all_held(cache: Cache) -> list[tuple[Any, _Held]]:
+    layers = enumerate(cache.layers)
+    return [(layer, _held(i, layer)) for i, layer in layers if not _is_empty_by_nature(layer)]
+
+
 def _is_empty_by_nature(layer: Any) -> bool:
     """Whether it is the layer of a model's layer that shares another's K and V."""
     return not isinstance(layer, (DynamicLayer, StaticLayer)) and getattr(layer, "keys", layer) is None
