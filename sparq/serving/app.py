@@ -160,7 +160,9 @@ class _Checked:
                 body["max_tokens"] = tokens
 
     def _build_generation_config(self, body: dict, *args: Any, **kwargs: Any) -> GenerationConfig:
+        seed = body.pop("seed", None)  # transformers sets it now, and whoever is in the queue before uses it
         generation_config = super()._build_generation_config(body, *args, **kwargs)  # type: ignore[misc]
+        generation_config.sparq_seed = seed
         # transformers leaves it to the model whether these have a meaning.
         if body.get("temperature") == 0:
             generation_config.do_sample, generation_config.temperature = False, None

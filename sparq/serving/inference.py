@@ -9,6 +9,7 @@ import time
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from fastapi import HTTPException
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
@@ -103,6 +104,9 @@ class Inference(GenerateManager):
             while hooks:  # no decode step is slower for them
                 hooks.pop().remove()
 
+        seed = vars(generation_config).pop("sparq_seed", None)
+        if seed is not None:
+            torch.manual_seed(seed)
         clock = DecodeClock(on_token)
         begin = time.perf_counter()
         try:

@@ -173,6 +173,20 @@ def test_two_at_once_and_each_gets_its_own(server):
     assert texts == [answer(name) for name in names]
 
 
+def test_a_temperature_samples_and_a_seed_is_its_requests_own(server):
+    """Also while others, with other seeds, are in the queue."""
+    prompt, options = "Once upon a time", dict(temperature=1.5, max_tokens=20)
+    alone = {seed: said(server.ask(prompt, seed=seed, **options)) for seed in (1, 2)}
+    assert alone[1] != alone[2]
+    by_top_p = server.ask(prompt, temperature=None, top_p=0.99, seed=1, max_tokens=20)
+    assert said(by_top_p) != said(server.ask(prompt, max_tokens=20))
+    with ThreadPoolExecutor(6) as pool:
+        seeds = [1, 2] * 3
+        assert list(pool.map(lambda seed: said(server.ask(prompt, seed=seed, **options)), seeds)) == [
+            alone[seed] for seed in seeds
+        ]
+
+
 def ask_for(server: Running, name: str, stream: bool) -> str:
     found = server.ask(TEXT + question(name), stream=stream)
     return "".join(chunk.choices[0].delta.content or "" for chunk in found) if stream else said(found)
