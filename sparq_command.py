@@ -82,7 +82,10 @@ def _add_generate(commands: Any) -> None:
         help="appended to the prompt; may be given several times: what all begin with is read once",
     )
     parser.add_argument(
-        "--questions-file", type=Path, metavar="F", help="a text file with a question in each line, after any --question"
+        "--questions-file",
+        type=Path,
+        metavar="F",
+        help="a text file with a question in each line, after any --question",
     )
     parser.add_argument(
         "--batch-size",

@@ -30,9 +30,9 @@ for layer in sorted(recording.positions):
     attended = counts[:, : inputs.input_ids.shape[1]].sum(0)
     share = (attended > 0).float().mean()
     # The 24 positions in a row that were attended most, in front of the newest, which always are.
-    runs = attended[:-256].unfold(0, 24, 1).sum(1)
-    begin = int(runs.argmax())
-    print(f"layer {layer} attended {share:.0%} of the text, most of all {tokenizer.decode(inputs.input_ids[0, begin : begin + 24])!r}")
+    begin = int(attended[:-256].unfold(0, 24, 1).sum(1).argmax())
+    most = tokenizer.decode(inputs.input_ids[0, begin : begin + 24])
+    print(f"layer {layer} attended {share:.0%} of the text, most of all {most!r}")
 
 recording.plot().savefig(plot)
 print(f"{plot}: a line for each new token; the darker, the more heads have attended a position")

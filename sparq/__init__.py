@@ -8,7 +8,7 @@ from sparq_command import version
 
 check_versions()
 
-import sparq.implementation  # noqa: E402, F401  makes attn_implementation="sparq" known to transformers
+import sparq.implementation  # noqa: E402  makes attn_implementation="sparq" known to transformers
 import sparq.pipeline  # noqa: E402, F401  likewise pipeline("sparq-text-generation")
 from sparq.config import SparqConfig  # noqa: E402
 from sparq.patching import is_patched, patch, patched, record, report, unpatch  # noqa: E402

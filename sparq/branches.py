@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def generate(
     # A window forgets what it has slid past, so that it cannot be cut back; but it is small enough to be kept.
     windows = {i: copy.deepcopy(cache.layers[i]) for i, sliding in enumerate(cache.is_sliding) if sliding}
     for batch in batches:
-        clock = DecodeClock(lambda tokens, rows=len(batch): on_token(rows))  # type: ignore[misc]
+        clock = DecodeClock(functools.partial(_tell, on_token, len(batch)))
         on_prompt(sum(map(len, batch)) - len(batch) * shared)
         begin = time.perf_counter()
         used = cache if len(batch) == 1 else _side_by_side(model, cache, batch, shared, history)
@@ -112,6 +113,8 @@ def check_cache(cache: DynamicCache, batch_size: int) -> None:
     for i, layer in enumerate(cache.layers):
         if not is_empty_by_nature(layer):
             held = held_by(i, layer)
+            if held.length and held.keys.shape[0] != 1:
+                raise ValueError(f"cache must hold a batch of one, got {held.keys.shape[0]}")
             if batch_size > 1 and held.first:
                 raise ValueError(
                     f"batch_size must be 1 with a cache that was filled before, where a sliding window has forgotten "
@@ -128,8 +131,8 @@ def read(model: Any, tokens: Sequence[int], cache: DynamicCache, **options: Any)
 def _read_with_history(
     model: Any, tokens: Sequence[int], cache: DynamicCache, padding: int, options: dict[str, Any]
 ) -> dict[int, Held]:
-    """`read`; returns what the layers with a sliding window held when they were `padding` tokens wider: a shorter prompt
-    of a batch reads so many of the tokens again, and looks back from there."""
+    """`read`; returns what the layers with a sliding window held when they were `padding` tokens wider: a shorter
+    prompt of a batch reads so many of the tokens again, and looks back from there."""
     sliding = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, DynamicSlidingWindowLayer)}
     for layer in sliding.values():
         layer.sliding_window += padding
@@ -213,6 +216,10 @@ class _Ends(StoppingCriteria):
     def lengths(self, longest: int) -> list[int]:
         """Of each row; `longest`: of those that have not ended."""
         return [] if self._ends is None else [length or longest for length in self._ends.tolist()]
+
+
+def _tell(on_token: Callable[[int], None], rows: int, tokens: int) -> None:
+    on_token(rows)
 
 
 def _cut_back(cache: DynamicCache, length: int, windows: dict[int, Any]) -> None:

@@ -35,7 +35,7 @@ def held_by(index: int, layer: Any) -> Held:
         raise ValueError(f"cache must have dynamic or static layers, layer {index} is a {kind.__name__}")
     length = int(layer.get_seq_length())
     if not length:
-        return Held(torch.empty(0), torch.empty(0), 0)
+        return Held(torch.empty(0, 0, 0, 0), torch.empty(0, 0, 0, 0), 0)
     keys, values = layer.keys.detach()[:, :, :length], layer.values.detach()[:, :, :length]
     if keys.shape[:3] != values.shape[:3]:
         raise ValueError(f"cache must hold as many keys as values, layer {index} has {keys.shape} and {values.shape}")
@@ -60,7 +60,10 @@ def fill(layer: Any, held: Held, keep: int, device: torch.device) -> None:
 
 def fill_rows(layer: Any, held: Held, keep: Sequence[int], length: int) -> None:
     """Let a new layer of a dynamic cache hold a row for each of `keep`: so many tokens of a batch of one, with padding
-    in front of them that makes `length`. Copies them."""
+    in front of them that makes `length`. Copies them.
+
+    The padding repeats the first token: a four-bit index has one range for it and the tokens that follow.
+    """
     begin = needed_from(layer, length)
     rows = []
     for tensor in (held.keys, held.values):
@@ -68,6 +71,8 @@ def fill_rows(layer: Any, held: Held, keep: Sequence[int], length: int) -> None:
         for row, count in zip(batch, keep, strict=True):
             taken = min(count, length - begin)  # a window slides over the padding too
             row[:, length - begin - taken :] = tensor[0, :, count - taken - held.first : count - held.first]
+            if 0 < taken < length - begin:
+                row[:, : length - begin - taken] = row[:, length - begin - taken, None]
         rows.append(batch)
     _put(layer, *rows, length)
 

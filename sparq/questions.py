@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -44,7 +43,8 @@ def answer(
         context: a text; or token ids, integers [n], behind which the questions' stand as they are given.
         questions: of the same kind, at least one. An empty text goes on from the context.
         batch_size: how many questions at a time. A batch needs that many copies of the context's K and V beside the one
-            they are copied from; the answers are those of one question at a time, up to rounding.
+            they are copied from. The answers are those of one question at a time, up to rounding, and with SparQ's
+            four-bit index up to its, whose ranges the padding moves.
         max_new_tokens: of each answer, at most.
         chat_template: where the tokenizer has one, context and question are a user's turn, the question in a paragraph
             of its own, and the answer ends with the model's turn. Else the question is joined to the context as it is.
@@ -133,8 +133,8 @@ def beginning(
         raise ValueError("a prompt cache must have prompts that begin alike, with three tokens at least, got others")
     if len(prompts) > 1 and batch_size > 1 and any(DynamicCache(config=model.config).is_sliding):
         raise ValueError(
-            f"batch_size must be 1 with a prompt cache where layers have sliding windows, of which a file does not have "
-            f"what a batch needs, got {batch_size}"
+            f"batch_size must be 1 with a prompt cache where layers have sliding windows, got {batch_size}: of these a "
+            "file does not have what a batch needs"
         )
     if path.exists():
         cache, found, length = prompt_cache.load(path, model, tokens)
@@ -156,7 +156,9 @@ def check_options(model: Any, options: dict[str, Any]) -> None:
     for name in ("num_beams", "num_return_sequences"):
         value = options.get(name, getattr(model.generation_config, name, None))
         if value not in (None, 1):
-            raise ValueError(f"{name} must be 1, got {value}: the questions share a cache, which has no room for others")
+            raise ValueError(
+                f"{name} must be 1, got {value}: the questions share a cache, which has no room for others"
+            )
 
 
 def _check(

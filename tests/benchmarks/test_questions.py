@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_way_has_a_time(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
-    options = "--layers 1 --contexts 300 --batches 1 3 --tokens 3 --rounds 2 --min-length 0".split()
+    options = ["--layers=1", "--contexts=300", "--batches", "1", "3", "--tokens=3", "--rounds=2", "--min-length=0"]
     command = [sys.executable, str(ROOT / "benchmarks" / "questions.py"), *options, "--json", str(out)]
     run = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
     rows = json.loads(out.read_text())["rows"]

@@ -235,7 +235,8 @@ def test_a_chat_template_that_fails_ends_with_one_line(chat_folder, capsys):
         generate(chat_folder)
     assert exit_.value.code == 2
     assert (
-        "template fails, chat_template=False (--no-chat-template) does without it: no such role" in capsys.readouterr().err
+        "template fails, chat_template=False (--no-chat-template) does without it: no such role"
+        in capsys.readouterr().err
     )
 
 

@@ -13,7 +13,7 @@ from sparq.pipeline import SparqTextGenerationPipeline
 from tests.sparq.test_questions import ASKED, TEXT
 from tests.sparq.tiny import build
 
-SPARSE = dict(r=4, k=12, min_length=0)
+SPARSE = dict(r=4, k=12, index="full", min_length=0)
 
 
 @pytest.fixture
@@ -46,7 +46,9 @@ def test_what_is_given_to_the_pipeline_is_for_all_calls(model: Any, monkeypatch:
     sizes = []
     real = sparq.branches.generate
     monkeypatch.setattr(
-        sparq.branches, "generate", lambda *args, **options: sizes.append(options["batch_size"]) or real(*args, **options)
+        sparq.branches,
+        "generate",
+        lambda *args, **options: sizes.append(options["batch_size"]) or real(*args, **options),
     )
     pipe = made(model, batch_size=2, max_new_tokens=5, sparq_config=SPARSE)
     assert pipe(TEXT, questions=ASKED) == expected
