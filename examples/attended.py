@@ -19,20 +19,20 @@ plot = Path(sys.argv[2] if len(sys.argv) > 2 else "attended.png")
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = sparq.patch(AutoModelForCausalLM.from_pretrained(name), ratio=16, min_length=0)
 text = (ROOT / "evals" / "demo.txt").read_text(encoding="utf-8") + "The pass key of amber is"
-inputs = tokenizer(text, return_tensors="pt")
+inputs = tokenizer(text, return_tensors="pt", return_offsets_mapping=True)
+places = inputs.pop("offset_mapping")[0]  # [tokens, 2]: where each begins and ends in the text
 
 with sparq.record(model) as recording:
     output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :]))
+answer = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip()
+begin = text.find(answer)
+is_answer = (places[:, 0] >= begin) & (places[:, 1] <= begin + len(answer)) & (begin >= 0)
+print(f"{answer}, which stands in the text {'at ' + str(begin) if begin >= 0 else 'nowhere'}")
 
 for layer in sorted(recording.positions):
-    counts = recording.counts(layer)[0]  # [KV heads, cached positions]: how many of the new tokens attended each
-    attended = counts[:, : inputs.input_ids.shape[1]].sum(0)
-    share = (attended > 0).float().mean()
-    # The 24 positions in a row that were attended most, in front of the newest, which always are.
-    begin = int(attended[:-256].unfold(0, 24, 1).sum(1).argmax())
-    most = tokenizer.decode(inputs.input_ids[0, begin : begin + 24])
-    print(f"layer {layer} attended {share:.0%} of the text, most of all {most!r}")
+    counts = recording.counts(layer)[0, :, : len(places)]  # [KV heads, positions]: how many new tokens attended each
+    share, there = (counts > 0).any(0).float().mean(), counts[:, is_answer].sum(1).tolist()
+    print(f"layer {layer} attended {share:.0%} of the text; its heads the place of the answer {there} times")
 
 recording.plot().savefig(plot)
 print(f"{plot}: a line for each new token; the darker, the more heads have attended a position")

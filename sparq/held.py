@@ -55,7 +55,8 @@ def needed_from(layer: Any, keep: int) -> int:
 def fill(layer: Any, held: Held, keep: int, device: torch.device) -> None:
     """Let a new layer of a dynamic cache hold the first `keep` tokens."""
     begin, end = needed_from(layer, keep) - held.first, keep - held.first
-    _put(layer, *(tensor[:, :, begin:end].to(device) for tensor in (held.keys, held.values)), keep)
+    keys, values = (tensor[:, :, begin:end].to(device) for tensor in (held.keys, held.values))
+    _put(layer, keys, values, keep)
 
 
 def fill_rows(layer: Any, held: Held, keep: Sequence[int], length: int) -> None:
@@ -65,16 +66,17 @@ def fill_rows(layer: Any, held: Held, keep: Sequence[int], length: int) -> None:
     The padding repeats the first token: a four-bit index has one range for it and the tokens that follow.
     """
     begin = needed_from(layer, length)
-    rows = []
-    for tensor in (held.keys, held.values):
+
+    def copied(tensor: Tensor) -> Tensor:
         batch = tensor.new_zeros(len(keep), tensor.shape[1], length - begin, tensor.shape[3])
         for row, count in zip(batch, keep, strict=True):
             taken = min(count, length - begin)  # a window slides over the padding too
             row[:, length - begin - taken :] = tensor[0, :, count - taken - held.first : count - held.first]
             if 0 < taken < length - begin:
                 row[:, : length - begin - taken] = row[:, length - begin - taken, None]
-        rows.append(batch)
-    _put(layer, *rows, length)
+        return batch
+
+    _put(layer, copied(held.keys), copied(held.values), length)
 
 
 def _put(layer: Any, keys: Tensor, values: Tensor, length: int) -> None:

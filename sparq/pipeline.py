@@ -24,9 +24,11 @@ class SparqTextGenerationPipeline(Pipeline):
     A model that is patched decodes as it is; another is patched for the time of a call.
     """
 
-    _load_tokenizer = True
+    _load_tokenizer: Any = True
 
-    def __call__(self, context: str | list[str], *, batch_size: int | None = None, **options: Any) -> Any:
+    def __call__(  # type: ignore[override]  # nothing else stands behind the context
+        self, context: str | list[str], *, batch_size: int | None = None, **options: Any
+    ) -> Any:
         """Each of these but `context` may also be given to `pipeline`, for all calls.
 
         Args:
@@ -56,20 +58,16 @@ class SparqTextGenerationPipeline(Pipeline):
     def preprocess(self, input_: str, **options: Any) -> dict[str, Any]:
         return {"context": input_}
 
-    def _forward(
-        self,
-        input_tensors: dict[str, Any],
-        question: str | None = None,
-        questions: list[str] | None = None,
-        sparq_config: Any = None,
-        **options: Any,
-    ) -> dict[str, Any]:
+    def _forward(self, input_tensors: dict[str, Any], **options: Any) -> Any:
+        question, questions, sparq_config = (
+            options.pop(name, None) for name in ("question", "questions", "sparq_config")
+        )
         if question is not None and questions is not None:
             raise ValueError(f"question must be left out beside questions, got {question!r} and {questions!r}")
         asked = [question or ""] if questions is None else questions
         as_it_is = sparq_config is None and is_patched(self.model)
         with nullcontext() if as_it_is else patched(self.model, sparq_config):
-            answers = answer(self.model, self.tokenizer, input_tensors["context"], asked, **options)
+            answers = answer(self.model, tokenizer, input_tensors["context"], asked, **options)
         return {"answer": answers[0]} if questions is None else {"answers": answers}
 
     def postprocess(self, model_outputs: dict[str, Any], **options: Any) -> dict[str, Any]:

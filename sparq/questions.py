@@ -94,7 +94,7 @@ def prompts(
         return [[*_ids("context", context), *_ids("questions", question), *prefix] for question in questions]
     if not chat:
         return tokenizer([f"{context}{question}{answer_prefix}" for question in questions])["input_ids"]
-    turns = ["\n\n".join(part for part in (context.rstrip("\n"), question) if part) for question in questions]
+    turns = ["\n\n".join(filter(None, (context.rstrip("\n"), str(question)))) for question in questions]
     rendered = [_render(tokenizer, turn, add_generation_prompt=True) + answer_prefix if turn else "" for turn in turns]
     # The template has written the special tokens already.
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
