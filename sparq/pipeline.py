@@ -59,9 +59,9 @@ class SparqTextGenerationPipeline(Pipeline):
         return {"context": input_}
 
     def _forward(self, input_tensors: dict[str, Any], **options: Any) -> Any:
-        question, questions, sparq_config = (
-            options.pop(name, None) for name in ("question", "questions", "sparq_config")
-        )
+        question, questions = options.pop("question", None), options.pop("questions", None)
+        sparq_config = options.pop("sparq_config", None)
+        tokenizer: Any = self.tokenizer
         if question is not None and questions is not None:
             raise ValueError(f"question must be left out beside questions, got {question!r} and {questions!r}")
         asked = [question or ""] if questions is None else questions
