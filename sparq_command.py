@@ -83,6 +83,19 @@ def _add_generate(commands: Any) -> None:
         help="appended to the prompt; may be given several times: what all begin with is read once",
     )
     parser.add_argument(
+        "--questions-file",
+        type=Path,
+        metavar="F",
+        help="a text file with a question in each line, after any --question",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="answer N questions at a time, which takes N + 1 times the memory of the prompt's K and V (default: 1)",
+    )
+    parser.add_argument(
         "--prompt-cache",
         type=Path,
         metavar="FILE",

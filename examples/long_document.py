@@ -1,16 +1,14 @@
-"""Many questions about one long document: its prompt is computed once, and each question goes on from there.
+"""Many questions about one long document, which is read once.
 
     python examples/long_document.py [MODEL] [DOCUMENT QUESTION...]
 
 Without a model it takes the small one that comes with the repository.
 """
 
-import copy
 import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparq
 
@@ -22,15 +20,6 @@ questions = sys.argv[3:] or [f"The pass key of {name} is" for name in ("amber", 
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = sparq.patch(AutoModelForCausalLM.from_pretrained(name))
 
-cache = DynamicCache()
-read = tokenizer(document, return_tensors="pt").input_ids
-with torch.no_grad():
-    model(read, past_key_values=cache, logits_to_keep=1)
-
-for question in questions:
-    # A copy holds the tokens alone; its index is made when the first sparse step asks for it.
-    asked = tokenizer(question, return_tensors="pt", add_special_tokens=False).input_ids
-    tokens = torch.cat([read, asked], 1)
-    answered = model.generate(tokens, past_key_values=copy.deepcopy(cache), max_new_tokens=12, do_sample=False)
-    answer = tokenizer.decode(answered[0, tokens.shape[1] :])
-    print(question, answer.strip().split("\n")[0])
+answers = sparq.answer(model, tokenizer, document, questions, max_new_tokens=12)
+for question, answer in zip(questions, answers, strict=True):
+    print(question, answer.split("\n")[0])

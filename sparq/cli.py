@@ -8,12 +8,10 @@ import logging
 import socket
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import sparq_kernels
 import torch
-from jinja2 import TemplateError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -22,7 +20,7 @@ from sparq_kernels import cpu
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import sparq
-from sparq import branches, gguf, prompt_cache, served
+from sparq import branches, gguf, questions, served
 from sparq.config import settled
 
 
@@ -31,47 +29,47 @@ def generate(args: argparse.Namespace) -> int:
     device = _device(args.device)
     console = Console(highlight=False)
     config, knobs = _settings(args)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     if args.prompt_cache is not None and not args.prompt_cache.parent.is_dir():
         raise ValueError(f"--prompt-cache must be in a folder that exists, got {args.prompt_cache}")
-    text = args.prompt_file.read_text(encoding="utf-8")
+    text, asked = args.prompt_file.read_text(encoding="utf-8"), _questions(args)
     with console.status(f"loading {args.model}"):
         tokenizer, model = _load(args)
         model = model.to(device).eval()
     sparq_kernels.backend(device)  # compiles where that is due, so that no step is timed with it
     chat = tokenizer.chat_template is not None and not args.no_chat_template
-    prompts = _prompts(tokenizer, text, args.question or [""], chat)
+    prompts = questions.prompts(tokenizer, text, asked or [""], chat)
     if not all(prompts):
         raise ValueError(f"--prompt-file must hold text where there is no --question, got none from {args.prompt_file}")
     once = f", the first {branches.shared_length(prompts):,} of them read once" if len(prompts) > 1 else ""
+    batches = f", {args.batch_size} at a time" if args.batch_size > 1 else ""
     longest = max(map(len, prompts))
     template = ", in the model's chat template" if chat else ""
     console.print(
-        f"{args.model}: {len(prompts)} prompt(s) of up to {longest:,} tokens{once}{template}, {model.dtype}, "
+        f"{args.model}: {len(prompts)} prompt(s) of up to {longest:,} tokens{once}{batches}{template}, {model.dtype}, "
         f"{model.device}\n"
     )
 
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    options = dict(max_new_tokens=args.max_new_tokens, do_sample=False, pad_token_id=pad)
-    if chat:
-        options |= dict(eos_token_id=_turn_ends(tokenizer, model))
+    options = questions.generate_options(tokenizer, model, chat) | dict(max_new_tokens=args.max_new_tokens)
     if args.stop:
         options |= dict(stop_strings=[args.stop], tokenizer=tokenizer)
     sparq.patch(model, config, **knobs)  # refuses a model or knob before any work is done
     sparq.unpatch(model)
-    cache = None if args.prompt_cache is None else _beginning(console, args.prompt_cache, model, prompts, options)
-    stock = _run(console, "stock", model, prompts, options, cache) if args.compare else None
+    cache = None if args.prompt_cache is None else _beginning(console, args, model, prompts, options)
+    stock = _run(console, "stock", model, prompts, options, cache, args.batch_size) if args.compare else None
     with sparq.patched(model, config, **knobs):
-        fast = _run(console, "SparQ", model, prompts, options, cache)
+        fast = _run(console, "SparQ", model, prompts, options, cache, args.batch_size)
         report = sparq.report(model)
 
     answers = {
-        name: [answer.strip() for answer in tokenizer.batch_decode(run.new_tokens, skip_special_tokens=True)]
+        name: questions.texts(tokenizer, run.new_tokens)
         for name, run in (("stock", stock), ("SparQ", fast))
         if run is not None
     }
     for index in range(len(prompts)):
-        if args.question:
-            console.print(Text(args.question[index], style="bold"))
+        if asked:
+            console.print(Text(asked[index], style="bold"))
         for name, texts in answers.items():
             console.print(Text(f"  {name}  {texts[index]}"))
     if stock is not None:
@@ -81,11 +79,11 @@ def generate(args: argparse.Namespace) -> int:
     table = Table(title="decode")
     for column in ("", "prompt s", "decode tokens/s", "ms/token", "K and V read, MB/token"):
         table.add_column(column, justify="right")
-    steps = max(1, report.total.decode_steps // max(1, len(report.layers)))
+    tokens = max(1, fast.decode_tokens)
     if stock is not None:
         # Stock reads what a dense step would have read at SparQ's lengths; its answers may end a few tokens apart.
-        table.add_row("stock", *_figures(stock), f"{report.total.bytes_dense / steps / 1e6:.2f}")
-    table.add_row("SparQ", *_figures(fast), f"{report.total.bytes_read / steps / 1e6:.2f}")
+        table.add_row("stock", *_figures(stock), f"{report.total.bytes_dense / tokens / 1e6:.2f}")
+    table.add_row("SparQ", *_figures(fast), f"{report.total.bytes_read / tokens / 1e6:.2f}")
     console.print(table)
     if stock is not None:
         console.print(f"decode speed: {fast.tokens_per_second / stock.tokens_per_second:.2f}x stock\n")
@@ -112,8 +110,6 @@ def serve(args: argparse.Namespace) -> int:
         with console.status(f"loading {args.model}"):
             tokenizer, model = _load(args)
             model = model.to(device).eval()
-            if tokenizer.chat_template is not None:
-                model.generation_config.eos_token_id = _turn_ends(tokenizer, model)
             max_bytes = None if args.cache_gb is None else int(args.cache_gb * 1e9)
             app = serving.build(model, tokenizer, args.model, config, args.slots, max_bytes, **knobs)
         host, port = listener.getsockname()[:2]
@@ -187,69 +183,26 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     return tokenizer, AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, use_safetensors=True, **trusted)
 
 
-def _prompts(tokenizer: Any, text: str, questions: list[str], chat: bool) -> list[list[int]]:
-    """Token ids: the text and each question, which `chat` makes a user's turn, the question in a paragraph of its own.
-
-    The question comes last, so that all prompts begin with the text.
-    """
-    if not chat:
-        return tokenizer([text + question for question in questions])["input_ids"]
-    turns = ["\n\n".join(part for part in (text.rstrip("\n"), question) if part) for question in questions]
-    rendered = [_render(tokenizer, turn, add_generation_prompt=True) if turn else "" for turn in turns]
-    # The template has written the special tokens already.
-    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
-
-
-def _render(tokenizer: Any, *turns: str, **options: Any) -> str:
-    """The chat template over turns of user and assistant, in turn."""
-    messages = [dict(role=("user", "assistant")[i % 2], content=turn) for i, turn in enumerate(turns)]
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except TemplateError as error:
-        raise ValueError(f"the model's chat template fails, --no-chat-template does without it: {error}") from error
-
-
-def _turn_ends(tokenizer: Any, model: Any) -> list[int] | None:
-    """The tokens that end an answer: the model's and the tokenizer's own, and what the template closes a turn with.
-
-    Many a file names only the token that ends a document.
-    """
-    given = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])} - {None}
-    answer = "Good morning."
-    behind = tokenizer(_render(tokenizer, "Hello.", answer).rpartition(answer)[2], add_special_tokens=False)[
-        "input_ids"
-    ]
-    if behind and behind[0] in tokenizer.added_tokens_decoder:
-        ends.add(behind[0])
-    return sorted(ends) or None
+def _questions(args: argparse.Namespace) -> list[str]:
+    """Those of `--question`, and the lines of `--questions-file`; empty lines are none."""
+    found = list(args.question or [])
+    if args.questions_file is not None:
+        lines = args.questions_file.read_text(encoding="utf-8").splitlines()
+        found += [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise ValueError(f"--questions-file must have a question in a line, got none from {args.questions_file}")
+    return found
 
 
 def _beginning(
-    console: Console, path: Path, model: Any, prompts: list[list[int]], options: dict[str, Any]
+    console: Console, args: argparse.Namespace, model: Any, prompts: list[list[int]], options: dict[str, Any]
 ) -> DynamicCache:
-    """What the prompts begin with, from the file of `--prompt-cache` as far as that has it, else computed; the file is
-    written where there is none yet, or where the prompts go on from all of it.
-
-    Two tokens at least of each prompt are left: one by itself would be a decode step.
-    """
-    left = min(map(len, prompts)) - 2
-    tokens = prompts[0][: min(left, branches.shared_length(prompts)) if len(prompts) > 1 else left]
-    if left < 1 or not tokens:
-        raise ValueError("--prompt-cache must have prompts that begin alike, with three tokens at least, got others")
-    if path.exists():
-        cache, found, length = prompt_cache.load(path, model, tokens)
-        held = found.shape[1]
-        does = "extended" if held == length < len(tokens) else "left as it is"
-    else:
-        cache, held, does = DynamicCache(config=model.config), 0, "written"
-    if held < len(tokens):
-        with console.status(f"reading {len(tokens) - held:,} tokens"):
-            branches.read(model, tokens, cache, **options)
-    if does != "left as it is":
-        sparq.save_cache(cache, tokens, path, model)
-    console.print(f"{path}: {held:,} of {len(tokens):,} tokens that all prompts begin with were in it; {does}\n")
-    return cache
+    path = args.prompt_cache
+    with console.status(f"reading what {path} does not hold yet"):
+        found = questions.beginning(path, model, prompts, options, args.batch_size)
+    was_there = f"{found.held:,} of {found.length:,} tokens that all prompts begin with were in it"
+    console.print(f"{path}: {was_there}; {found.does}\n")
+    return found.cache
 
 
 def _run(
@@ -259,6 +212,7 @@ def _run(
     prompts: list[list[int]],
     options: dict[str, Any],
     cache: DynamicCache | None,
+    batch_size: int,
 ) -> branches.Branches:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(SpinnerColumn(), *columns, console=console, transient=True) as progress:
@@ -271,13 +225,13 @@ def _run(
         )
         watch = _Reading(model, lambda tokens: progress.advance(reading, tokens))
 
-        def on_token() -> None:
+        def on_token(tokens: int) -> None:
             watch.end()
             progress.start_task(decoding)
-            progress.update(decoding, advance=1, visible=True)
+            progress.update(decoding, advance=tokens, visible=True)
 
         try:
-            return branches.generate(model, prompts, on_token, watch.begin, cache, **options)
+            return branches.generate(model, prompts, on_token, watch.begin, cache, batch_size, **options)
         finally:
             watch.end()
 
@@ -306,5 +260,5 @@ class _Reading:
 
 
 def _figures(run: branches.Branches) -> tuple[str, str, str]:
-    ms = f"{1000 * run.decode_seconds / run.decode_steps:.1f}" if run.decode_steps else "–"
+    ms = f"{1000 * run.decode_seconds / run.decode_tokens:.1f}" if run.decode_tokens else "–"
     return f"{run.prompt_seconds:.2f}", f"{run.tokens_per_second:.1f}", ms

@@ -23,12 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from sparq.cache import SparqLayer
+from sparq.held import Held, fill, held_by, is_empty_by_nature, needed_from
 from sparq.served import NAME, causal_layers, decoder_of, unwrap
-from sparq.static_cache import SparqStaticLayer
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +77,7 @@ def save_cache(cache: Cache, tokens: Tensor | Sequence[int], path: str | os.Path
     path = Path(path)
     if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
         raise TypeError(f"cache must be a cache of transformers, got {type(cache).__name__}")
-    held = {i: _held(i, layer) for i, layer in enumerate(cache.layers) if not _is_empty_by_nature(layer)}
+    held = {i: held_by(i, layer) for i, layer in enumerate(cache.layers) if not is_empty_by_nature(layer)}
     lengths = sorted({layer.length for layer in held.values()})
     if len(lengths) != 1 or not lengths[0]:
         raise ValueError(f"cache must hold the same tokens in all its layers, and some, got {lengths or 'no'} tokens")
@@ -165,7 +163,7 @@ def load(path: str | os.PathLike, model: nn.Module, tokens: Tensor | Sequence[in
     except SafetensorError as error:
         raise ValueError(f"{path} must be a whole safetensors file: {error}") from error
     cache = DynamicCache(config=served.config)
-    layers = {i: layer for i, layer in enumerate(cache.layers) if not _is_empty_by_nature(layer)}
+    layers = {i: layer for i, layer in enumerate(cache.layers) if not is_empty_by_nature(layer)}
     ids, stored = _checked(path, found, list(layers))
     batch, length = ids.shape
     keep = length
@@ -173,7 +171,7 @@ def load(path: str | os.PathLike, model: nn.Module, tokens: Tensor | Sequence[in
         if wanted.shape[0] != batch:
             raise ValueError(f"tokens must be of the file's batch of {batch}, got {tuple(wanted.shape)}")
         keep = _common(ids, wanted)
-    if not all(_can_be_cut(layer, stored[i], keep) for i, layer in layers.items()):
+    if keep and not all(stored[i].first <= needed_from(layer, keep) for i, layer in layers.items()):
         log.warning(
             f"sparq: {path} cannot be cut back to {keep:,} of its {length:,} tokens, since a layer with a sliding "
             "window has forgotten what it would need; nothing of it is used"
@@ -184,7 +182,7 @@ def load(path: str | os.PathLike, model: nn.Module, tokens: Tensor | Sequence[in
             module.layer_idx: next(module.parameters()).device for module in causal_layers(decoder)
         }
         for i, layer in layers.items():
-            _fill(layer, stored[i], keep, devices.get(i, decoder.device))
+            fill(layer, stored[i], keep, devices.get(i, decoder.device))
     log.info(f"{keep:,} of {length:,} tokens taken from {path}")
     return Loaded(cache, ids[:, :keep].to(decoder.device), length)
 
@@ -210,71 +208,6 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-class _Held(NamedTuple):
-    """What a layer holds."""
-
-    keys: Tensor  # [B, Hkv, m, d]: of the last m of its tokens
-    values: Tensor
-    length: int  # tokens it has seen
-
-
-def _held(index: int, layer: Any) -> _Held:
-    kind, length = type(layer), int(layer.get_seq_length())
-    if kind not in (DynamicLayer, SparqLayer, DynamicSlidingWindowLayer, StaticLayer, SparqStaticLayer):
-        raise ValueError(f"cache must have dynamic or static layers, layer {index} is a {kind.__name__}")
-    if not length:
-        return _Held(torch.empty(0), torch.empty(0), 0)
-    keys, values = layer.keys.detach()[:, :, :length], layer.values.detach()[:, :, :length]
-    if keys.shape[:3] != values.shape[:3]:
-        raise ValueError(f"cache must hold as many keys as values, layer {index} has {keys.shape} and {values.shape}")
-    return _Held(keys, values, length)
-
-
-def can_be_cut(cache: Cache, keep: int) -> bool:
-    """Whether the first `keep` tokens can be had of a dynamic cache: a layer with a sliding window may have forgotten
-    what it would need."""
-    return all(_can_be_cut(layer, held, keep) for layer, held in _all_held(cache))
-
-
-def beginning(cache: Cache, keep: int, model: nn.Module) -> DynamicCache:
-    """A new cache with a copy of the first `keep` tokens of one that `can_be_cut` to them."""
-    new = DynamicCache(config=unwrap(model).config)
-    layers: list[Any] = [layer for layer in new.layers if not _is_empty_by_nature(layer)]
-    for layer, (_, held) in zip(layers, _all_held(cache), strict=True):
-        _fill(layer, held, keep, held.keys.device)
-        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
-    return new
-
-
-def _all_held(cache: Cache) -> list[tuple[Any, _Held]]:
-    layers = enumerate(cache.layers)
-    return [(layer, _held(i, layer)) for i, layer in layers if not _is_empty_by_nature(layer)]
-
-
-def _is_empty_by_nature(layer: Any) -> bool:
-    """Whether it is the layer of a model's layer that shares another's K and V."""
-    return not isinstance(layer, (DynamicLayer, StaticLayer)) and getattr(layer, "keys", layer) is None
-
-
-def _can_be_cut(layer: Any, held: _Held, keep: int) -> bool:
-    """Whether what is held is enough for `layer` after the first `keep` tokens."""
-    first = held.length - held.keys.shape[2]
-    needed = max(0, keep - layer.sliding_window + 1) if isinstance(layer, DynamicSlidingWindowLayer) else 0
-    return not keep or first <= needed
-
-
-def _fill(layer: Any, held: _Held, keep: int, device: torch.device) -> None:
-    """Let a new layer of a dynamic cache hold the first `keep` tokens."""
-    first = held.length - held.keys.shape[2]
-    begin, end = 0, keep - first
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        begin = max(0, end - layer.sliding_window + 1)
-        layer.cumulative_length = keep
-    keys, values = (tensor[:, :, begin:end].to(device) for tensor in (held.keys, held.values))
-    layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
-
-
 def _check_metadata(path: Path, metadata: dict[str, str], model: nn.Module) -> None:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} must be a prompt cache, written by sparq.save_cache; this safetensors file is not")
@@ -295,7 +228,7 @@ def _check_metadata(path: Path, metadata: dict[str, str], model: nn.Module) -> N
         )
 
 
-def _checked(path: Path, found: dict[str, Tensor], layers: list[int]) -> tuple[Tensor, dict[int, _Held]]:
+def _checked(path: Path, found: dict[str, Tensor], layers: list[int]) -> tuple[Tensor, dict[int, Held]]:
     """The tokens [B, n] and what the layers hold, of a file's tensors."""
     names = {"tokens"} | {_name(i, what) for i in layers for what in ("keys", "values")}
     if names != found.keys():
@@ -303,7 +236,7 @@ def _checked(path: Path, found: dict[str, Tensor], layers: list[int]) -> tuple[T
     ids = found["tokens"]
     if ids.dim() != 2 or ids.dtype != torch.int64:
         raise ValueError(f"{path} is damaged: tokens must be int64 [batch, n], and are {ids.dtype} {list(ids.shape)}")
-    stored = {i: _Held(found[_name(i, "keys")], found[_name(i, "values")], ids.shape[1]) for i in layers}
+    stored = {i: Held(found[_name(i, "keys")], found[_name(i, "values")], ids.shape[1]) for i in layers}
     for i, held in stored.items():
         keys, values = list(held.keys.shape), list(held.values.shape)
         if not (len(keys) == len(values) == 4 and keys[:3] == values[:3] and keys[0] == ids.shape[0]):

@@ -19,6 +19,8 @@ KEYS = {"amber": "48213", "basalt": "70956", "cobalt": "31487"}  # of evals/demo
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path: Path, tmp_path: Path) -> None:
+    if path.stem == "attended":
+        pytest.importorskip("matplotlib")
     run = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
@@ -26,6 +28,11 @@ def test_example(path: Path, tmp_path: Path) -> None:
         assert lines[0].strip().startswith(KEYS["amber"])
         moved = re.search(r"│ +all │.*│ +([\d.]+)x │", run.stdout)
         assert "mean α" in run.stdout and moved and float(moved[1]) > 8
+    elif path.stem == "attended":
+        assert lines[0].startswith(f"{KEYS['amber']}, which stands in the text at ")
+        times = [int(number) for line in lines[1:] for number in re.findall(r"\d+(?=[,\]])", line)]
+        assert sum(times) > 10, "it attends what it answers"
+        assert (tmp_path / "attended.png").stat().st_size > 10_000
     elif path.stem == "long_document":
         assert lines == [f"The pass key of {name} is {key}." for name, key in KEYS.items()]
     else:
@@ -45,8 +52,10 @@ def test_notebook() -> None:
     assert printed.count(KEYS["amber"]) >= 5  # stock, SparQ, and most of the ratios
     shown = [output["data"] for output in outputs if "data" in output]
     assert any("<table>" in data.get("text/html", "") for data in shown)
-    assert any("image/png" in data for data in shown)
+    assert sum("image/png" in data for data in shown) == 2
+    answers = "".join(data.get("text/plain", "") for data in shown)
+    assert all(key in answers for key in KEYS.values())
 
 
 def test_all_examples_are_here() -> None:
-    assert [path.stem for path in EXAMPLES] == ["compare_settings", "long_document", "quickstart"]
+    assert [path.stem for path in EXAMPLES] == ["attended", "compare_settings", "long_document", "quickstart"]

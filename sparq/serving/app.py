@@ -27,6 +27,7 @@ from transformers.cli.serving.utils import GenerationState, Modality
 
 from sparq.config import SparqConfig, settled
 from sparq.patching import configured, patch
+from sparq.questions import turn_ends
 from sparq.served import unwrap
 from sparq.serving.conversations import Conversations
 from sparq.serving.disconnects import Disconnects
@@ -68,6 +69,8 @@ def build(
         raise ValueError(f"tokenizer must be a fast one, which decodes token by token, got {type(tokenizer).__name__}")
     settings = settled(configured(unwrap(model)) if config is None else config, knobs)
     patch(model, settings)
+    if tokenizer.chat_template is not None:
+        model.generation_config.eos_token_id = turn_ends(tokenizer, model)
     model.generation_config.cache_implementation = None  # a conversation's cache is a dynamic one
     conversations = Conversations(model, slots, _half_of_free(model.device) if max_bytes is None else max_bytes)
     metrics = Metrics(conversations)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import DynamicCache, PreTrainedModel
 
-from sparq import prompt_cache
+from sparq import held
 from sparq.cache import allocated_bytes
 
 log = logging.getLogger(__name__)
@@ -63,14 +63,14 @@ class Conversations:
             keep = 0 if kept is None else min(_common(kept.tokens, tokens), len(tokens) - 2)
             if kept is None or keep <= 0 or keep < SMALLEST_SHARE * len(tokens):
                 return self._new()
-            if not prompt_cache.can_be_cut(kept.cache, keep):
+            if not held.can_be_cut(kept.cache, keep):
                 log.info(
                     f"{keep:,} tokens of a conversation are computed again: a layer with a sliding window has "
                     "forgotten what it would need to go back to them"
                 )
                 return self._new()
             if keep < len(kept.tokens) / 2:
-                return Conversation(tokens[:keep], prompt_cache.beginning(kept.cache, keep, self.model))
+                return Conversation(tokens[:keep], held.beginning(kept.cache, keep, self.model.config))
             self._kept.remove(kept)
         surplus = len(kept.tokens) - keep
         if surplus:

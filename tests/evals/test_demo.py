@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparq
-from sparq import branches, cli
+from sparq import branches, questions
 from sparq_command import main
 
 
@@ -81,7 +81,7 @@ def test_a_real_model_patched_is_stock_where_k_covers_the_context(smollm2: Path)
     # In float64: rounding differs, and in float32 it may now and then decide between two words.
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float64).eval()
     text = demo_text.document()[:4000] + "Write a story."
-    (prompt,) = cli._prompts(tokenizer, text, [""], chat=True)
+    (prompt,) = questions.prompts(tokenizer, text, [""], chat=True)
     options = dict(max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     expected = branches.generate(model, [prompt], **options).new_tokens
     with sparq.patched(model, k=len(prompt) + 24, min_length=0):

@@ -235,24 +235,58 @@ def test_a_chat_template_that_fails_ends_with_one_line(chat_folder, capsys):
         generate(chat_folder)
     assert exit_.value.code == 2
     assert (
-        "the model's chat template fails, --no-chat-template does without it: no such role" in capsys.readouterr().err
+        "template fails, chat_template=False (--no-chat-template) does without it: no such role"
+        in capsys.readouterr().err
     )
+
+
+def test_questions_in_batches_are_those_of_one_at_a_time(model_folder, tmp_path, capsys, asked):
+    (tmp_path / "questions").write_text("Why?\n\n  And what of line 7, then?  \nWho?\n")
+    answers = []
+    for options in [], ["--batch-size=2"]:
+        questions = ["--question=When?", f"--questions-file={tmp_path / 'questions'}", "--min-length=0"]
+        assert generate(model_folder, *questions, *options) == 0
+        out = capsys.readouterr().out
+        answers.append([line for line in out.splitlines() if line.startswith("  SparQ  ")])
+        out = " ".join(out.split())
+        positions = [out.index(text) for text in ("When?", "Why?", "And what of line 7, then?", "Who?")]
+        assert positions == sorted(positions)
+        assert f"4 prompt(s) of up to {len(PROMPT) + 26} tokens" in out
+        assert ("2 at a time" in out) == bool(options)
+    (prompts, one), (same_prompts, batch) = asked
+    assert prompts == same_prompts and one == batch and len(prompts) == 4
+    assert answers[0] == answers[1] and len(set(answers[0])) > 1
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--batch-size=0", "--batch-size must be at least 1, got 0"),
+        ("--questions-file={folder}/empty", "--questions-file must have a question in a line, got none from"),
+        ("--questions-file={folder}/none", "No such file"),
+    ],
+)
+def test_questions_that_are_none_end_with_one_line(model_folder, tmp_path, capsys, option, message):
+    (tmp_path / "empty").write_text("\n \n")
+    with pytest.raises(SystemExit) as exit_:
+        generate(model_folder, option.format(folder=tmp_path))
+    assert exit_.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_the_progress_of_prompts_adds_up_and_changes_nothing():
     model = build()
-    prompts = [[*range(10, 60), 3, 4], [*range(10, 60), 5]]
+    prompts = [[*range(10, 60), 3, 4], [*range(10, 60), 5, 6]]
     options = dict(max_new_tokens=3, do_sample=False, pad_token_id=0)
     expected = branches.generate(model, prompts, **options).new_tokens
     told, hooks = [], []
     reading = cli._Reading(model, told.append)
 
-    def on_token():
+    def on_token(tokens):
         reading.end()
         hooks.append(sum(len(module._forward_hooks) for module in model.modules()))
 
     assert branches.generate(model, prompts, on_token, reading.begin, **options).new_tokens == expected
-    assert len(told) == 3 * model.config.num_hidden_layers and sum(told) == pytest.approx(50 + 2 + 1)
+    assert len(told) == 3 * model.config.num_hidden_layers and sum(told) == pytest.approx(50 + 2 + 2)
     assert hooks == [0] * 6, "decode steps go without"
 
 

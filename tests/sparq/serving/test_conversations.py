@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from sparq import patch, prompt_cache
+from sparq import held, patch
 from sparq.cache_argument import cache_name
 from sparq.serving.conversations import SMALLEST_SHARE, Conversation, Conversations
 from tests.sparq.tiny import build
@@ -190,8 +190,8 @@ def _model():
 
 def test_a_copied_beginning_is_a_copy(llama):
     one = read(llama, Conversation([], DynamicCache(config=llama.config)), tokens(0, 30)).cache
-    assert prompt_cache.can_be_cut(one, 10)
-    copy = prompt_cache.beginning(one, 10, llama)
+    assert held.can_be_cut(one, 10)
+    copy = held.beginning(one, 10, llama.config)
     for layer, original in zip(copy.layers, one.layers, strict=True):
         assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
         assert layer.keys.data_ptr() != original.keys.data_ptr()
