@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from sparq import held, patch
-from sparq.cache_argument import cache_name
+from sparq import branches, held, patch
 from sparq.serving.conversations import SMALLEST_SHARE, Conversation, Conversations
 from tests.sparq.tiny import build
 
@@ -28,10 +27,8 @@ def llama():
 
 
 def read(model, conversation: Conversation, tokens: list[int]) -> Conversation:
-    """Go on to all of `tokens`."""
-    with torch.no_grad():
-        left = torch.tensor([tokens[len(conversation.tokens) :]])
-        model(left, **{cache_name(type(model).forward): conversation.cache})
+    """Go on to all of `tokens`, as the prompt of `generate` does."""
+    branches.read(model, tokens, conversation.cache, do_sample=False)
     return Conversation(list(tokens), conversation.cache)
 
 
