@@ -42,9 +42,9 @@ def answer(
         tokenizer: the model's.
         context: a text; or token ids, integers [n], behind which the questions' stand as they are given.
         questions: of the same kind, at least one. An empty text goes on from the context.
-        batch_size: how many questions at a time. A batch needs that many copies of the context's K and V beside the one
-            they are copied from. The answers are those of one question at a time, up to rounding, and with SparQ's
-            four-bit index up to its, whose ranges the padding moves.
+        batch_size: how many questions at a time (docs/questions.md says when more are faster). A batch needs that many
+            copies of the context's K and V beside the one they are copied from. The answers are those of one question
+            at a time, up to rounding, and with SparQ's four-bit index up to its, whose ranges the padding moves.
         max_new_tokens: of each answer, at most.
         chat_template: where the tokenizer has one, context and question are a user's turn, the question in a paragraph
             of its own, and the answer ends with the model's turn. Else the question is joined to the context as it is.

@@ -260,3 +260,13 @@ def test_what_a_batch_cannot_be_made_of() -> None:
     cache.layers[1] = LinearAttentionLayer()
     with pytest.raises(ValueError, match="cache must have dynamic or static layers, layer 1 is a LinearAttentionLayer"):
         branches.generate(model, questions, cache=cache, **OPTIONS)
+
+
+def test_no_token_of_the_beginning_is_a_decode_step() -> None:
+    """One that is shared beyond what the cache holds is read with each of the rests."""
+    model = sparq.patch(build(), r=4, k=10, min_length=0)
+    questions, cache, read = prompts(50, rests=(5, 2)), DynamicCache(config=model.config), []
+    branches.read(model, questions[0][:49], cache, **OPTIONS)
+    branches.generate(model, questions, on_prompt=read.append, cache=cache, **OPTIONS)
+    assert read == [6, 3] and cache.get_seq_length() == 49
+    assert sparq.report(model).layers[0].decode_steps == 2 * 7
