@@ -257,7 +257,7 @@ def test_rocket_wants_no_more_components_than_there_are() -> None:
         (dict(ratio=3), lambda n: (int(n * 8 / 27), int(n * 8 / 27) // 2)),
         (dict(ratio=2, local=2), lambda n: (int(n * 8 / 18), 2)),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value),  # a function's name is its address
 )
 def test_h2o(
     padding: str,
