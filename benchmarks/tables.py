@@ -251,6 +251,20 @@ def llamacpp_grid(content: Content) -> Grid:
     return Grid(f"llama.cpp: ms per layer and token by cached tokens, {threads} threads", columns, rows)
 
 
+def linear_layers_grid(content: Content) -> Grid:
+    layers, (token, prompt) = content["settings"]["layers"], content["rows"]
+    lines = []
+    for name, way in token["ways"].items():
+        if "missing" in way:
+            lines.append((name, way["missing"], UNKNOWN, UNKNOWN))
+        else:
+            prefill = ms(prompt["ways"][name], layers)
+            lines.append((name, f"{ms(way, layers):.1f}", f"{prefill:.0f}", f"{way['error']:.2%}"))
+    columns = ("weights", "a token", f"a prompt of {prompt['case']['tokens']}", "output differs by")
+    title = f"Linear layers alone, ms per layer, {content['machine']['vector instructions']}"
+    return Grid(title, columns, lines, left=1)
+
+
 def memory_grid(content: Content) -> Grid:
     rows = []
     for row in content["rows"]:
@@ -292,6 +306,8 @@ IN_DOCS = {
     "attention": [papers_grid],
     "generation": [generation_grid],
     "llamacpp": [llamacpp_grid],
+    "linear-layers": [linear_layers_grid],
+    "generation-int8": [generation_grid],
     "memory": [memory_grid],
 }
 OTHERS = {
