@@ -278,17 +278,19 @@ def measure(
                         setting.line,
                         setting.name,
                         *found,
-                        less(report_made, reader.model.config),
+                        less(report_made, reader.model),
                         report_made.total.mean_alpha or math.nan,
                     )
                 )
     return results
 
 
-def less(report: Any, model_config: Any) -> float:
+def less(report: Any, model: Any) -> float:
     """Bytes of K and V that dense attention would have read token by token, over those read (and of what the method
     keeps beside K and V), in 16 bits."""
     total = report.total
+    if model.dtype.itemsize == 2:
+        return total.bytes_dense / total.bytes_read
     return less_at_16_bits(
         total.bytes_read,
         total.bytes_dense,
@@ -297,7 +299,7 @@ def less(report: Any, model_config: Any) -> float:
         total.sparse_steps,
         sum(total.dense_steps.values()),
         report.config,
-        model_config,
+        model.config,
     )
 
 

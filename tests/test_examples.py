@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -20,9 +21,12 @@ KEYS = {"amber": "48213", "basalt": "70956", "cobalt": "31487"}  # of evals/demo
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path: Path, tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    if path.stem == "int8_weights" and importlib.util.find_spec("torchao") is None:
+        assert run.returncode == 1 and "need torchao, which is not installed: pip install" in run.stderr
+        pytest.skip("torchao is not installed; that the example says so has been seen")
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
-    if path.stem == "quickstart":
+    if path.stem in ("quickstart", "int8_weights"):
         assert lines[0].strip().startswith(KEYS["amber"])
         moved = re.search(r"│ +all │.*│ +([\d.]+)x │", run.stdout)
         assert "mean α" in run.stdout and moved and float(moved[1]) > 8
@@ -49,4 +53,4 @@ def test_notebook() -> None:
 
 
 def test_all_examples_are_here() -> None:
-    assert [path.stem for path in EXAMPLES] == ["compare_settings", "long_document", "quickstart"]
+    assert [path.stem for path in EXAMPLES] == ["compare_settings", "int8_weights", "long_document", "quickstart"]
