@@ -3,7 +3,7 @@
     python benchmarks/linear_layers.py --json linear-layers.json
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/linear_layers.py --ways bfloat16 torchao
 
-The linear layers of Llama-3.2-1B's layers with random weights, for one token and for a prompt; more of them than the
+The linear layers of Llama-3.2-1B's layers with random weights, for a token, a batch and a prompt; more of them than the
 processor's cache holds, whatever the weights' bits. The ways take turns, and each one's output is compared with that of
 float32. Ways whose package is missing are left out, and said to be.
 """
@@ -23,7 +23,7 @@ from tables import linear_layers_grid, show
 from torch import Tensor, nn
 
 HIDDEN, INTERMEDIATE, KV = 2048, 8192, 512  # of Llama-3.2-1B
-PROMPT = 512  # tokens
+BATCH, PROMPT = 8, 512  # tokens
 TOO_SLOW = 0.1  # seconds a layer: such a way gets no more turns than make a median
 Made = Callable[[nn.Module], nn.Module]
 
@@ -33,24 +33,18 @@ class Layer(nn.Module):
         super().__init__()
         new = partial(nn.Linear, bias=False)
         self.q, self.k, self.v, self.o = new(HIDDEN, HIDDEN), new(HIDDEN, KV), new(HIDDEN, KV), new(HIDDEN, HIDDEN)
-        self.gate, self.up, self.down = (
-            new(HIDDEN, INTERMEDIATE),
-            new(HIDDEN, INTERMEDIATE),
-            new(INTERMEDIATE, HIDDEN),
-        )
+        self.gate, self.up = new(HIDDEN, INTERMEDIATE), new(HIDDEN, INTERMEDIATE)
+        self.down = new(INTERMEDIATE, HIDDEN)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.o(self.q(x)) + self.k(x).repeat(1, 1, 4) + self.v(x).repeat(1, 1, 4)
         return x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-def linear(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, nn.Linear)]
-
-
 def each_compiled(model: nn.Module) -> nn.Module:
-    for module in linear(model):
-        module.compile()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.compile()
     return model
 
 
@@ -113,10 +107,10 @@ WAYS: dict[str, tuple[torch.dtype, str | None, Made]] = {  # dtype, package, wha
 def measure(args: argparse.Namespace) -> list[Row]:
     torch.manual_seed(0)
     base = nn.Sequential(*(Layer() for _ in range(args.layers))).eval()
-    token, prompt = torch.randn(1, 1, HIDDEN), torch.randn(1, PROMPT, HIDDEN)
-    expected = base(token)
+    inputs = [torch.randn(batch, tokens, HIDDEN) for batch, tokens in ((1, 1), (BATCH, 1), (1, PROMPT))]
+    token, expected = inputs[0], base(inputs[0])
     models: dict[str, nn.Module] = {}
-    rows = [Row({"tokens": count}) for count in (1, PROMPT)]
+    rows = [Row({"batch": x.shape[0], "tokens": x.shape[1]}) for x in inputs]
     for name in progress(args.ways, "quantising, compiling"):
         dtype, package, made = WAYS[name]
         if package is not None and version(package) is None:
@@ -127,8 +121,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
         error = (models[name](token.to(dtype)) - expected).norm() / expected.norm()
         for row in rows:
             row.ways[name] = Measured(facts={"error": float(error)})
-    for row, x, rounds in zip(rows, (token, prompt), (args.rounds, 3), strict=True):
-        for round_ in progress(range(rounds + 1), f"{row.case['tokens']} tokens"):
+    for row, x, rounds in zip(rows, inputs, (args.rounds, args.rounds, 3), strict=True):
+        for round_ in progress(range(rounds + 1), f"{x.shape[0]} x {x.shape[1]} tokens"):
             for name, model in models.items():
                 times = row.ways[name].seconds
                 if len(times) >= 3 and min(times) > TOO_SLOW * args.layers:

@@ -252,15 +252,15 @@ def llamacpp_grid(content: Content) -> Grid:
 
 
 def linear_layers_grid(content: Content) -> Grid:
-    layers, (token, prompt) = content["settings"]["layers"], content["rows"]
-    lines = []
-    for name, way in token["ways"].items():
+    layers, rows, lines = content["settings"]["layers"], content["rows"], []
+    for name, way in rows[0]["ways"].items():
         if "missing" in way:
-            lines.append((name, way["missing"], UNKNOWN, UNKNOWN))
+            lines.append((name, way["missing"], *(len(rows) * [UNKNOWN])))
         else:
-            prefill = ms(prompt["ways"][name], layers)
-            lines.append((name, f"{ms(way, layers):.1f}", f"{prefill:.0f}", f"{way['error']:.2%}"))
-    columns = ("weights", "a token", f"a prompt of {prompt['case']['tokens']}", "output differs by")
+            token, batch, prompt = (ms(row["ways"][name], layers) for row in rows)
+            lines.append((name, f"{token:.1f}", f"{batch:.1f}", f"{prompt:.0f}", f"{way['error']:.2%}"))
+    batch, prompt = rows[1]["case"]["batch"], rows[2]["case"]["tokens"]
+    columns = ("weights", "a token", f"a batch of {batch}", f"a prompt of {prompt}", "output differs by")
     title = f"Linear layers alone, ms per layer, {content['machine']['vector instructions']}"
     return Grid(title, columns, lines, left=1)
 

@@ -18,14 +18,15 @@ def test_every_way_is_measured_torchaos_too_or_said_to_be_missing(monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["linear_layers", "--layers", "1", "--rounds", "3", "--json", str(out)])
     linear_layers.main()
     assert "a prompt of 16" in capsys.readouterr().out
-    token, prompt = json.loads(out.read_text())["rows"]
-    assert (token["case"], prompt["case"]) == ({"tokens": 1}, {"tokens": 16})
-    assert set(token["ways"]) == set(prompt["ways"]) == set(linear_layers.WAYS)
-    for row in (token, prompt):
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["case"]["batch"], row["case"]["tokens"]) for row in rows] == [(1, 1), (8, 1), (1, 16)]
+    for row in rows:
+        assert set(row["ways"]) == set(linear_layers.WAYS)
         for name, way in row["ways"].items():
             if "missing" not in way:
                 assert way["time"]["count"] == 3 and way["error"] < (0.2 if "nf4" in name else 0.1), name
-    assert token["ways"]["float32"]["error"] == 0 and "time" in token["ways"]["torch dynamic int8, float32"]
+    ways = rows[0]["ways"]
+    assert ways["float32"]["error"] == 0 and "time" in ways["torch dynamic int8, float32"]
 
 
 def test_no_such_way(monkeypatch, capsys):
