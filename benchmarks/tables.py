@@ -251,6 +251,20 @@ def llamacpp_grid(content: Content) -> Grid:
     return Grid(f"llama.cpp: ms per layer and token by cached tokens, {threads} threads", columns, rows)
 
 
+def linear_layers_grid(content: Content) -> Grid:
+    layers, rows, lines = content["settings"]["layers"], content["rows"], []
+    for name, way in rows[0]["ways"].items():
+        if "missing" in way:
+            lines.append((name, way["missing"], *(len(rows) * [UNKNOWN])))
+        else:
+            token, batch, prompt = (ms(row["ways"][name], layers) for row in rows)
+            lines.append((name, f"{token:.1f}", f"{batch:.1f}", f"{prompt:.0f}", f"{way['error']:.2%}"))
+    batch, prompt = rows[1]["case"]["batch"], rows[2]["case"]["tokens"]
+    columns = ("weights", "a token", f"a batch of {batch}", f"a prompt of {prompt}", "output differs by")
+    title = f"Linear layers alone, ms per layer, {content['machine']['vector instructions']}"
+    return Grid(title, columns, lines, left=1)
+
+
 def memory_grid(content: Content) -> Grid:
     rows = []
     for row in content["rows"]:
@@ -292,6 +306,8 @@ IN_DOCS = {
     "attention": [papers_grid],
     "generation": [generation_grid],
     "llamacpp": [llamacpp_grid],
+    "linear-layers": [linear_layers_grid],
+    "generation-int8": [generation_grid],
     "memory": [memory_grid],
 }
 OTHERS = {

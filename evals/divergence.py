@@ -1,12 +1,16 @@
 """How far sparse decoding moves a model's predictions from those of dense attention, token by token.
 
     python evals/divergence.py MODEL --json evals/results/divergence.json
+    python evals/divergence.py MODEL --weights int8 --lines "SparQ"
 
 Real documents are read densely; the tokens that follow are fed one by one, each a decode step that chooses its own
 positions (all in one forward pass: `sparq.generating.each_token_decides`). For every such token the distribution of the
 next one is compared with that of dense attention on the same tokens: KL(dense, sparse) in bits, the change of the next
 token's negative log-likelihood in bits, and whether the likeliest token is the same. *plain* goes on in the document;
 *repeat* comes back to a passage from 35 % of it, which only a long look back can predict.
+
+`--weights` measures all this on a model whose weights are held in another way (`WEIGHTS`), and has a row more: how far
+these weights move dense attention's predictions from those of the float32 model, which reads the same.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ CUE = 32  # tokens of a passage that come back before the scored ones, read dens
 PASSAGE = 0.35  # of the context: where the passage stands that comes back
 KINDS = ("plain", "repeat")
 SPARQ_ONLY = (2048, 7424)  # tokens of context: in plain PyTorch the others take five times SparQ's time
+WEIGHTS = ("float32", "bfloat16", "int8", "dynamic int8", "bitsandbytes int8", "bitsandbytes nf4")
 PAPER = {"index": "full", "mass": 1.0, "mean_value": True}
 COLOURS = {
     "SparQ": "#0072b2",
@@ -150,18 +155,18 @@ def ablations() -> list[Setting]:
 
 
 class Reader:
-    """A model and its cache of one document."""
+    """A model and its cache of one document; `weights` is one of `WEIGHTS`, as docs/cpu.md has them."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, weights: str = "float32") -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # several processes' would fight over the terminal
         torch.set_num_threads(1)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.tokenizer.model_max_length = 10**9  # the whole document is tokenised, and cut
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+        self.model = load(folder, weights)
 
     def read(self, tokens: Any) -> None:
         """Densely, into a new cache."""
@@ -195,6 +200,27 @@ class Reader:
         return logits[0].float().log_softmax(-1)
 
 
+def load(folder: str, weights: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"use_safetensors": True}
+    options["dtype"] = torch.float32 if weights in ("float32", "dynamic int8") else torch.bfloat16
+    if weights == "bitsandbytes int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif weights == "bitsandbytes nf4":
+        four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **four_bits)
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    if weights == "int8":  # what compiling changes is speed
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(model, Int8WeightOnlyConfig())
+    elif weights == "dynamic int8":
+        model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    return model
+
+
 def contexts(tokens: Any, lengths: tuple[int, ...]) -> Iterator[tuple[int, str, int, Any, Any]]:
     """Length, kind, how much of the document comes first, what is read densely behind it, and what is decoded (with
     one token more, to be predicted): the longest context first, each a cut of the one before."""
@@ -206,23 +232,37 @@ def contexts(tokens: Any, lengths: tuple[int, ...]) -> Iterator[tuple[int, str, 
         yield length, "repeat", length - CUE, torch.as_tensor(passage[:CUE]), passage[CUE:]
 
 
-def measure(folder: str, document: str, text: str, lengths: tuple[int, ...], chosen: list[Setting]) -> list[Measured]:
+def measure(
+    folder: str,
+    document: str,
+    text: str,
+    lengths: tuple[int, ...],
+    chosen: list[Setting],
+    weights: str = "float32",
+) -> list[Measured]:
     """All settings on one document; runs in a process of its own."""
     import torch
 
-    reader = Reader(folder)
+    reader = Reader(folder, weights)
+    readers = [reader] if weights == "float32" else [reader, Reader(folder)]
     tokens = torch.tensor(reader.tokenizer(text)["input_ids"])
     longest = max(lengths) + TOKENS + 1
     if len(tokens) < longest:
         raise ValueError(f"{document!r} must have at least {longest:,} tokens, it has {len(tokens):,}")
     results = []
     with torch.no_grad():
-        reader.read(tokens[: max(lengths)])
+        for one in readers:
+            one.read(tokens[: max(lengths)])
         for length, kind, prefix, cue, decoded in contexts(tokens, lengths):
-            reader.back_to(prefix)
-            if len(cue):
-                reader.go_on(cue)
+            for one in readers:
+                one.back_to(prefix)
+                if len(cue):
+                    one.go_on(cue)
             dense = reader.decode(decoded[:-1])
+            if weights != "float32":
+                found = compare(readers[-1].decode(decoded[:-1]), dense, decoded[1:])
+                name = f"{weights} weights, dense"
+                results.append(Measured(document, length, kind, "weights", name, *found, less=1, alpha=math.nan))
             for setting in chosen:
                 if setting.method != "sparq" and length in SPARQ_ONLY:
                     continue
@@ -238,17 +278,19 @@ def measure(folder: str, document: str, text: str, lengths: tuple[int, ...], cho
                         setting.line,
                         setting.name,
                         *found,
-                        less(report_made, reader.model.config),
+                        less(report_made, reader.model),
                         report_made.total.mean_alpha or math.nan,
                     )
                 )
     return results
 
 
-def less(report: Any, model_config: Any) -> float:
+def less(report: Any, model: Any) -> float:
     """Bytes of K and V that dense attention would have read token by token, over those read (and of what the method
     keeps beside K and V), in 16 bits."""
     total = report.total
+    if model.dtype.itemsize == 2:
+        return total.bytes_dense / total.bytes_read
     return less_at_16_bits(
         total.bytes_read,
         total.bytes_dense,
@@ -257,7 +299,7 @@ def less(report: Any, model_config: Any) -> float:
         total.sparse_steps,
         sum(total.dense_steps.values()),
         report.config,
-        model_config,
+        model.config,
     )
 
 
@@ -290,6 +332,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="more settings of every method, twice as slowly")
     parser.add_argument("--ablations", action="store_true", help="SparQ's defaults with one thing changed, instead")
     parser.add_argument("--lines", help="only settings whose line holds this text")
+    parser.add_argument("--weights", choices=WEIGHTS, default=WEIGHTS[0], help="how the model holds its weights")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
     arguments = parser.parse_args()
     folder = smollm2.folder_of(arguments.model)
@@ -305,14 +348,14 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=spawn) as pool, Progress(*columns) as progress:
         todo = [
-            pool.submit(measure, folder, name, text, tuple(arguments.lengths), chosen)
+            pool.submit(measure, folder, name, text, tuple(arguments.lengths), chosen, arguments.weights)
             for name, text in documents().items()
         ]
         bar = progress.add_task("documents", total=len(todo))
         for future in as_completed(todo):
             results += future.result()
             progress.update(bar, advance=1)
-    known |= {"model": Path(folder).name, "seconds": round(time.perf_counter() - begin)}
+    known |= {"model": Path(folder).name, "weights": arguments.weights, "seconds": round(time.perf_counter() - begin)}
     content = {"circumstances": known, "measured": [asdict(one) for one in results]}
     if arguments.json:
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")

@@ -270,7 +270,8 @@ def _refuse_media(model: PreTrainedModel, ids: Tensor) -> None:
 def _parts(name: str, weight: Any) -> Iterator[bytes]:
     """Shape and some elements of a weight; of one that consists of several tensors, as quantised ones do, of each."""
     if isinstance(weight, Tensor) and is_traceable_wrapper_subclass(weight):
-        inside, _ = weight.__tensor_flatten__()
+        inside, settings = weight.__tensor_flatten__()  # such as: whether activations are rounded too
+        yield re.sub(" at 0x[0-9a-f]+", "", f"{type(weight).__name__} {settings}").encode()  # an object's address
         weight = tuple(getattr(weight, attribute) for attribute in inside)
     if isinstance(weight, (tuple, list)):
         for part in weight:

@@ -65,7 +65,7 @@ def test_the_package_index_gets_no_relative_link_or_image(wheel):
     assert "all other cases in\ntables.md, and" in description
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/speed.md", "docs/support.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/cpu.md", "docs/speed.md", "docs/support.md"])
 def test_the_files_that_a_text_links_exist(name):
     relative = [link for link in links((ROOT / name).read_text(encoding="utf-8")) if "://" not in link]
     assert relative or name == "CONTRIBUTING.md"

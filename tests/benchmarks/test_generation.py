@@ -1,5 +1,6 @@
 """The whole-model benchmark: its checks, its rows and its command line, on tiny models."""
 
+import importlib.util
 import json
 import sys
 
@@ -14,6 +15,7 @@ from opponents import DYNAMIC, LAYERS_ALONE, OWN_CACHE, SPARQ_WAY, STATIC, bytes
 from tables import generation_grid, ways_grid
 from transformers import GPTNeoXConfig, LlamaConfig
 
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 pytestmark = pytest.mark.slow
 
 
@@ -73,6 +75,36 @@ def test_every_way_is_measured_and_every_part_of_a_step(run, tmp_path, name):
     assert set(row["ratios"]["SparQ"]) == set(row["ways"]) - {"SparQ"}
 
 
+@needs_torchao
+def test_int8_weights_are_measured_beside_plain_ones(run, tmp_path):
+    out = tmp_path / "rows.json"
+    run(
+        generation,
+        *("--model", "tiny-llama", "--contexts", "300", "--dtypes", "bfloat16", "int8", "--rounds", "2"),
+        *("--tokens", "2", "--json", str(out)),
+    )
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["case"]["dtype"] for row in rows] == ["bfloat16", "bfloat16, int8 weights"]
+    assert all(way["time"]["count"] == 2 for row in rows for way in row["ways"].values())
+
+
+@needs_torchao
+def test_the_linear_layers_of_an_int8_model_and_of_its_twin_are_compiled():
+    model = models.build("tiny-llama", torch.bfloat16, layers=2).model
+    models.quantize(model)
+    for one in (model, twin(model)):
+        linear = [module for module in one.modules() if isinstance(module, torch.nn.Linear)]
+        assert len(linear) == 2 * 7 + 1 and all(module._compiled_call_impl is not None for module in linear)
+        assert {type(module.weight).__name__ for module in linear} == {"Int8Tensor"}
+
+
+def test_int8_without_torchao_is_one_clear_line(monkeypatch, capsys):
+    monkeypatch.setattr(generation.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        generation.parse(["--dtypes", "int8"])
+    assert "--dtypes int8 needs torchao: pip install" in capsys.readouterr().err
+
+
 def test_a_real_model_is_prefilled_and_its_place_stays_private(run, tmp_path):
     model = models.build("tiny-llama", torch.float32, layers=None).model
     model.save_pretrained(tmp_path / "folder")
@@ -109,7 +141,7 @@ def test_settings_are_what_was_asked_for():
         (["--layers", "2", "--all-layers"], "exclude each other"),
         (["--model", "llama-9"], "--model must be one of"),
         (["--ratio", "0.5"], "ratio must be"),
-        (["--dtypes", "int8"], "invalid choice"),
+        (["--dtypes", "int4"], "invalid choice"),
     ),
 )
 def test_bad_arguments_are_refused_in_one_line(capsys, arguments, message):
@@ -220,6 +252,7 @@ def test_slopes_are_per_layer_and_thousand_cached_tokens():
         (["--scaling", "--dtypes", "float32", "bfloat16"], "--scaling takes one of --dtypes"),
         (["--graphs"], "--graphs needs --device cuda"),
         (["--device", "cuda", "--profile"], "--profile needs --device cpu"),
+        (["--dtypes", "int8", "--profile"], "--dtypes int8 needs --device cpu, and no --profile"),
     ),
 )
 def test_what_does_not_go_together_is_refused(capsys, arguments, message):

@@ -56,6 +56,20 @@ def test_bytes_are_counted_token_by_token(measured: list[divergence.Measured]) -
             assert one.less == pytest.approx(layers / (1 + (layers - 1) / whole), rel=0.02)
 
 
+@pytest.mark.parametrize("weights", divergence.WEIGHTS[1:])
+@pytest.mark.filterwarnings("ignore")
+def test_weights_held_otherwise_move_predictions_and_have_a_row(weights: str) -> None:
+    package = {"int8": "torchao"}.get(weights, weights.split()[0])
+    if package in ("torchao", "bitsandbytes"):
+        pytest.importorskip(package)
+    found = measure(MODEL, "lines", TEXT, (512,), SETTINGS[:1], weights)
+    assert {(one.kind, one.name) for one in found if one.line == "weights"} == {
+        (kind, f"{weights} weights, dense") for kind in divergence.KINDS
+    }
+    for one in found:
+        assert (0 < one.kl < 0.5) if one.line == "weights" else (one.kl < 0.01 and one.less == 1), one
+
+
 def test_a_repeated_passage_comes_back() -> None:
     tokens = torch.arange(5000)
     for length, kind, prefix, cue, decoded in contexts(tokens, (1000, 2000)):

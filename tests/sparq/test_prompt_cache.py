@@ -26,7 +26,7 @@ from sparq.cache_argument import generate_cache_name
 from sparq.prompt_cache import fingerprint
 from tests.sparq.caches import on_either_cache
 from tests.sparq.test_untrusted import Bomb
-from tests.sparq.test_weights import needs_peft
+from tests.sparq.test_weights import needs_peft, needs_torchao
 from tests.sparq.tiny import build, generate, prompt
 
 SPARSE = dict(r=4, k=12, min_length=0)
@@ -382,6 +382,20 @@ def test_quantised_weights_have_a_fingerprint() -> None:
 
     assert fingerprint(quantised(0)) == fingerprint(quantised(0)) != fingerprint(build())
     assert fingerprint(quantised(0)) != fingerprint(quantised(1))
+
+
+@needs_torchao
+def test_torchao_weights_have_a_fingerprint_and_so_has_what_is_done_to_activations() -> None:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+
+    def quantised(seed: int, config: Any = Int8WeightOnlyConfig) -> nn.Module:
+        model = build(seed=seed)
+        quantize_(model, config())
+        return model
+
+    assert fingerprint(quantised(0)) == fingerprint(quantised(0)) != fingerprint(build())
+    assert fingerprint(quantised(0)) != fingerprint(quantised(1))
+    assert fingerprint(quantised(0)) != fingerprint(quantised(0, Int8DynamicActivationInt8WeightConfig))
 
 
 def test_weights_that_are_offloaded_are_refused() -> None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from packaging.version import Version
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    CompileConfig,
+    PreTrainedModel,
+    TorchAoConfig,
+)
 
 import sparq
 from sparq.served import unwrap
@@ -22,6 +31,7 @@ from tests.sparq.tiny import build, generate, next_tokens, prompt, teacher_force
 KNOBS = dict(r=4, k=12)
 SPARSE = KNOBS | dict(min_length=0)
 COVERING = dict(r=4, k=10_000, min_length=0)
+EVALS = Path(__file__).parents[2] / "evals"
 SHAPE = dict(intermediate_size=128)  # quantisers take blocks of 64 weights
 
 
@@ -109,6 +119,49 @@ def test_torchao_when_loaded_and_in_place(tmp_path: Path) -> None:
         quantize_(one, Int8WeightOnlyConfig())
     assert "Int8" in weight_type(model)
     patched_equals_unpatched_twin(model, twin)
+
+
+@pytest.fixture(scope="module")
+def int8_model() -> PreTrainedModel:
+    """As docs/cpu.md has it."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    torch._dynamo.reset()
+    model = AutoModelForCausalLM.from_pretrained(EVALS / "models" / "recall-llama", dtype=torch.bfloat16).eval()
+    quantize_(model, Int8WeightOnlyConfig())
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.compile()
+    return model
+
+
+@needs_torchao
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("step", ["dynamic", "static", "static, compiled"])
+def test_torchao_int8_compiled_on_every_cache(int8_model: PreTrainedModel, step: str) -> None:
+    model, tokenizer = int8_model, AutoTokenizer.from_pretrained(EVALS / "models" / "recall-llama")
+    text = (EVALS / "demo.txt").read_text(encoding="utf-8")[-3000:] + "The pass key of "
+    name, key = re.findall(r"pass key of (\w+) is (\d+)", text)[0]
+    prompt = tokenizer(text + f"{name} is", return_tensors="pt")
+    how: dict[str, Any] = {} if step == "dynamic" else dict(cache_implementation="static", disable_compile=True)
+    if step.endswith("compiled"):
+        how = dict(cache_implementation="static", compile_config=CompileConfig(mode="default", fullgraph=True))
+        how["compile_config"]._compile_all_devices = True
+
+    def answer() -> list[int]:
+        return model.generate(**prompt, max_new_tokens=8, do_sample=False, **how)[0, -8:].tolist()
+
+    compiled = torch._dynamo.utils.counters["inductor"]["woq_matcher_count"]
+    stock = answer()
+    with sparq.patched(model, k=len(text), min_length=0):
+        assert answer() == stock
+    with sparq.patched(model, min_length=0):
+        found = answer()
+        total = sparq.report(model).total
+    assert tokenizer.decode(found).strip().startswith(key)
+    assert total.sparse_steps == total.decode_steps == 4 * 7 and total.bytes_dense > 2 * total.bytes_read
+    assert torch._dynamo.utils.counters["inductor"]["woq_matcher_count"] > compiled or step == "static"
 
 
 @needs_bitsandbytes
