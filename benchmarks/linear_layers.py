@@ -19,6 +19,7 @@ from functools import partial
 
 import torch
 from harness import Measured, Row, finish, parser_of, positive, progress, version
+from models import compile_linear
 from tables import linear_layers_grid, show
 from torch import Tensor, nn
 
@@ -39,13 +40,6 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.o(self.q(x)) + self.k(x).repeat(1, 1, 4) + self.v(x).repeat(1, 1, 4)
         return x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
-
-
-def each_compiled(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.compile()
-    return model
 
 
 def torchao(model: nn.Module, config: str) -> nn.Module:
@@ -90,10 +84,10 @@ WEIGHT_ONLY, BOTH = "Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConf
 WAYS: dict[str, tuple[torch.dtype, str | None, Made]] = {  # dtype, package, what is done to the model
     "float32": (F32, None, lambda model: model),
     "bfloat16": (BF16, None, lambda model: model),
-    "torchao int8, compiled": (BF16, "torchao", lambda model: each_compiled(torchao(model, WEIGHT_ONLY))),
+    "torchao int8, compiled": (BF16, "torchao", lambda model: compile_linear(torchao(model, WEIGHT_ONLY))),
     "torchao int8, not compiled": (BF16, "torchao", lambda model: torchao(model, WEIGHT_ONLY)),
-    "torchao int8, compiled, float32": (F32, "torchao", lambda model: each_compiled(torchao(model, WEIGHT_ONLY))),
-    "torchao int8 activations too, compiled": (BF16, "torchao", lambda model: each_compiled(torchao(model, BOTH))),
+    "torchao int8, compiled, float32": (F32, "torchao", lambda model: compile_linear(torchao(model, WEIGHT_ONLY))),
+    "torchao int8 activations too, compiled": (BF16, "torchao", lambda model: compile_linear(torchao(model, BOTH))),
     "torchao int8 activations too, not compiled": (BF16, "torchao", lambda model: torchao(model, BOTH)),
     "torch dynamic int8, float32": (F32, None, dynamic),
     "bitsandbytes int8": (BF16, "bitsandbytes", lambda model: bitsandbytes(model, 8)),

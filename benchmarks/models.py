@@ -137,9 +137,15 @@ def quantize(model: PreTrainedModel) -> None:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(model, Int8WeightOnlyConfig())
+    compile_linear(model)
+
+
+def compile_linear(model: nn.Module) -> nn.Module:
+    """Compile each linear layer, in place, when it is first called."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.compile()
+    return model
 
 
 def endless(model: PreTrainedModel) -> PreTrainedModel:

@@ -36,12 +36,17 @@ class Branches:
 def shared_length(prompts: Sequence[Sequence[int]]) -> int:
     """The number of tokens that all prompts begin with, and that leave each of them two more to generate from: one
     alone would be a decode step, and sparse."""
+    return max(0, min(common_length(prompts), *(len(prompt) - 2 for prompt in prompts)))
+
+
+def common_length(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all of them begin with."""
     same = 0
-    for tokens in zip(*prompts, strict=False):
+    for tokens in zip(*sequences, strict=False):
         if len(set(tokens)) > 1:
             break
         same += 1
-    return max(0, min(same, *(len(prompt) - 2 for prompt in prompts)))
+    return same
 
 
 def generate(

@@ -53,6 +53,11 @@ def needed_from(layer: Any, keep: int) -> int:
     return max(0, keep - layer.sliding_window + 1) if isinstance(layer, DynamicSlidingWindowLayer) else 0
 
 
+def is_enough(layer: Any, held: Held, keep: int) -> bool:
+    """Whether `layer` can go on from the first `keep` tokens of what is held."""
+    return not keep or held.first <= needed_from(layer, keep)
+
+
 def fill(layer: Any, held: Held, keep: int, device: torch.device) -> None:
     """Let a new layer of a dynamic cache hold the first `keep` tokens."""
     begin, end = needed_from(layer, keep) - held.first, keep - held.first
@@ -90,7 +95,7 @@ def _put(layer: Any, keys: Tensor, values: Tensor, length: int) -> None:
 def can_be_cut(cache: Cache, keep: int) -> bool:
     """Whether the first `keep` tokens can be had of a dynamic cache: a layer with a sliding window may have forgotten
     what it would need."""
-    return all(not keep or held.first <= needed_from(layer, keep) for layer, held in _all_held(cache))
+    return all(is_enough(layer, held, keep) for layer, held in _all_held(cache))
 
 
 def beginning(cache: Cache, keep: int, config: PreTrainedConfig) -> DynamicCache:

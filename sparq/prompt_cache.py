@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from sparq.held import Held, fill, held_by, is_empty_by_nature, needed_from
+from sparq.held import Held, fill, held_by, is_empty_by_nature, is_enough
 from sparq.served import NAME, causal_layers, decoder_of, unwrap
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def load(path: str | os.PathLike, model: nn.Module, tokens: Tensor | Sequence[in
         if wanted.shape[0] != batch:
             raise ValueError(f"tokens must be of the file's batch of {batch}, got {tuple(wanted.shape)}")
         keep = _common(ids, wanted)
-    if keep and not all(stored[i].first <= needed_from(layer, keep) for i, layer in layers.items()):
+    if not all(is_enough(layer, stored[i], keep) for i, layer in layers.items()):
         log.warning(
             f"sparq: {path} cannot be cut back to {keep:,} of its {length:,} tokens, since a layer with a sliding "
             "window has forgotten what it would need; nothing of it is used"

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import DynamicCache, PreTrainedModel
 
 from sparq import held
+from sparq.branches import common_length
 from sparq.cache import allocated_bytes
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,10 @@ class Conversations:
         copied, and the other conversation stays.
         """
         with self._lock:
-            kept = max(self._kept, key=lambda kept: _common(kept.tokens, tokens), default=None)
-            keep = 0 if kept is None else min(_common(kept.tokens, tokens), len(tokens) - 2)
+            lengths = [common_length((kept.tokens, tokens)) for kept in self._kept]
+            shared = max(lengths, default=0)
+            kept = self._kept[lengths.index(shared)] if lengths else None
+            keep = min(shared, len(tokens) - 2)
             if kept is None or keep <= 0 or keep < SMALLEST_SHARE * len(tokens):
                 return self._new()
             if not held.can_be_cut(kept.cache, keep):
@@ -79,13 +82,14 @@ class Conversations:
 
     def keep(self, conversation: Conversation) -> None:
         """Keep a conversation, and forget others until all fit."""
+        if not self.slots:
+            return
         needed = _nbytes(conversation.cache)
-        if not self.slots or needed > self.max_bytes:
-            if self.slots:
-                log.warning(
-                    f"a conversation of {len(conversation.tokens):,} tokens is not kept, and its next turn reads all "
-                    f"of it again: it takes {needed / 1e9:.2f} GB, and {self.max_bytes / 1e9:.2f} are allowed"
-                )
+        if needed > self.max_bytes:
+            log.warning(
+                f"a conversation of {len(conversation.tokens):,} tokens is not kept, and its next turn reads all of it "
+                f"again: it takes {needed / 1e9:.2f} GB, and {self.max_bytes / 1e9:.2f} are allowed"
+            )
             return
         with self._lock:
             self._kept.append(conversation)
@@ -98,11 +102,6 @@ class Conversations:
 
     def _new(self) -> Conversation:
         return Conversation([], DynamicCache(config=self.model.config))
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _nbytes(cache: DynamicCache) -> int:
