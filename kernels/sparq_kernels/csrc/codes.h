@@ -153,10 +153,10 @@ inline void byte_weights(const float* queries, const float* low, const float* st
     for (int g = 0; g < G; g++) of[g] = {base[g], unit[g]};
 }
 
-// Runs of the next group of positions, fetched a few at a time while this one is worked on: all at once they are more
+// Runs of a later group of positions, fetched a few at a time while this one is worked on: all at once they are more
 // cache lines than a processor keeps on their way, and it would wait.
 struct RunsAhead {
-    const uint8_t* codes;  // null: there is no next group
+    const uint8_t* codes;  // null: there is no such group
     const int32_t* components;
     int64_t r, stride;  // bytes from a component to the next
 

@@ -48,6 +48,7 @@ constexpr int64_t UNITS = TILE / UNIT;
 constexpr int64_t LINE = 64;         // bytes
 constexpr int RUNS = W == 16 ? 8 : 4;  // components added at a time; as many are fetched ahead, which fits the L1 cache
 constexpr int64_t ROWS_AHEAD = 24;    // the same for rows of K
+constexpr int64_t TILES_AHEAD = 2;    // coded tiles are fetched so many early: one takes less time than memory does
 constexpr float FAINTEST = 0x1p-100f;  // scores below count as 0: the same for a position whatever its unit's reference
 constexpr float EXCLUDED = -1;       // score of a position that does not compete; scores are at least 0
 
@@ -524,8 +525,8 @@ class Decoder {
         }
     }
 
-    // The same of a tile that is coded.
-    void score_codes(const uint8_t* tile, const uint8_t* next_tile, const T* ranges, const T* next_ranges,
+    // The same of a tile that is coded.  What is to be fetched meanwhile, of a later one, may be null.
+    void score_codes(const uint8_t* tile, const uint8_t* later_tile, const T* ranges, const T* later_ranges,
                      const int32_t* keep, Scratch& s, int64_t index) const {
         int64_t padded_r = padded_components(a), count = (a.r + 3) / 4;
         alignas(LINE) uint8_t quads[MAX_HEAD_DIM * RUN];  // [count, RUN, 4]: the codes of four components side by side
@@ -535,10 +536,10 @@ class Decoder {
                 runs[m] = tile + s.components[std::min(4 * q + m, a.r - 1)] * a.components_run;
             interleave_runs(runs, quads + q * 4 * RUN);
         }
-        if (next_ranges) prefetch(next_ranges, 2 * dim);
+        if (later_ranges) prefetch(later_ranges, 2 * dim);
         float low[MAX_HEAD_DIM + W], step[MAX_HEAD_DIM + W];
         widen_ranges(ranges, s.components, a.r, padded_r, low, step);
-        RunsAhead ahead{next_tile, s.components, a.r, a.components_run};
+        RunsAhead ahead{later_tile, s.components, a.r, a.components_run};
         for_queries([&](auto count, int64_t g) {
             score_codes<count>(quads, low, step, ahead, keep, s, g, index);
             ahead.codes = nullptr;  // the first queries of the group fetch for all
@@ -631,6 +632,12 @@ class Decoder {
         const T* components = cached_of<T>(a.key_components, head, a.components_batch, a.components_head);
         const uint8_t* codes = cached_of<uint8_t>(a.key_components, head, a.components_batch, a.components_head);
         const T* ranges = cached_of<T>(a.key_ranges, head, a.ranges_batch, a.ranges_head);
+        auto is_coded = [&](int64_t j) { return coded && j < to && (j + 1) * TILE <= row.end; };
+        for (int64_t j = from; j < from + TILES_AHEAD && is_coded(j); j++) {
+            RunsAhead first{run_at(codes, table, j * TILE, 2), s.components, a.r, a.components_run};
+            for (int64_t c = 0; c < a.r; c++) first.fetch(c);
+            prefetch(ranges_at(ranges, table, j), 2 * dim);
+        }
         int32_t lanes[TILE];
         for (int64_t j = from; j < to; j++) {
             const int32_t* keep = nullptr;
@@ -641,15 +648,15 @@ class Decoder {
                 }
                 keep = lanes;
             }
+            if (is_coded(j)) {
+                int64_t later = j + TILES_AHEAD;
+                bool more = is_coded(later);
+                score_codes(run_at(codes, table, j * TILE, 2), more ? run_at(codes, table, later * TILE, 2) : nullptr,
+                            ranges_at(ranges, table, j), more ? ranges_at(ranges, table, later) : nullptr, keep, s, j);
+                continue;
+            }
             if (coded) {
-                if ((j + 1) * TILE > row.end) {
-                    score_rows(cached_of<T>(a.key, head, a.key_batch, a.key_head), table, row, keep, s, j);
-                    continue;
-                }
-                bool more = (j + 2) * TILE <= row.end && j + 1 < to;
-                score_codes(run_at(codes, table, j * TILE, 2),
-                            more ? run_at(codes, table, (j + 1) * TILE, 2) : nullptr, ranges_at(ranges, table, j),
-                            more ? ranges_at(ranges, table, j + 1) : nullptr, keep, s, j);
+                score_rows(cached_of<T>(a.key, head, a.key_batch, a.key_head), table, row, keep, s, j);
                 continue;
             }
             const T* parts[PARTS];  // behind the row's end its last page again: what is behind it in the table is stale
@@ -695,21 +702,25 @@ class Decoder {
     }
 
     void combine_tile(Scratch& s, int64_t tile, const int32_t* keep, bool sound) const {
-        constexpr int M = LANES / W;
+        constexpr int M = LANES / W, V = UNIT / W;
         Floats maxima[M];
         for (int m = 0; m < M; m++) maxima[m] = splat(EXCLUDED);
-        for (int64_t i = 0; i < TILE; i += LANES) {
-            for (int m = 0; m < M; m++) {
-                int64_t lane = i + m * W, position = tile * TILE + lane, unit = position / UNIT;
-                Floats total = {};
-                for (int64_t g = 0; g < group; g++) {
-                    Floats share = load(s.weights + g * tiles * TILE + position) * s.unit_weight[g * units + unit];
-                    total += share >= FAINTEST ? share : Floats{};
+        for (int64_t u = 0; u < UNITS; u++) {
+            int64_t lane = u * UNIT, position = tile * TILE + lane, unit = tile * UNITS + u;
+            Floats total[V] = {};
+            for (int64_t g = 0; g < group; g++) {
+                float share = s.unit_weight[g * units + unit];
+                const float* weights = s.weights + g * tiles * TILE + position;
+                SPARQ_UNROLL for (int v = 0; v < V; v++) {
+                    Floats score = load(weights + v * W) * share;
+                    total[v] += score >= FAINTEST ? score : Floats{};
                 }
-                if (!sound) total = Floats{};
-                if (keep) total = load_ints(keep + lane) ? total : splat(EXCLUDED);
-                store(s.score + position, total);
-                maxima[m] = max(total, maxima[m]);
+            }
+            SPARQ_UNROLL for (int v = 0; v < V; v++) {
+                if (!sound) total[v] = Floats{};
+                if (keep) total[v] = load_ints(keep + lane + v * W) ? total[v] : splat(EXCLUDED);
+                store(s.score + position + v * W, total[v]);
+                maxima[v % M] = max(total[v], maxima[v % M]);
             }
         }
         for (int m = 0; m < M; m++) store(s.maxima + tile * LANES + m * W, maxima[m]);
@@ -802,14 +813,12 @@ class Decoder {
                     const float* queries, float* out) const {
         constexpr int ROWS = W / G;
         for (int64_t i = 0; i < count; i += ROWS) {
-            const T* rows[ROWS];
+            const T *rows[ROWS], *later_rows[ROWS], *value_rows[ROWS];
             for (int j = 0; j < ROWS; j++) {
                 int64_t row = std::min(i + j, count - 1);  // behind the last one, that one again
                 rows[j] = keys + at[row];
-                if (values) {  // the first queries of the group fetch the rows for all
-                    if (row + ROWS_AHEAD < count) prefetch(keys + at[row + ROWS_AHEAD], dim);
-                    prefetch(values + values_at[row], dim);
-                }
+                later_rows[j] = keys + at[std::min(row + ROWS_AHEAD, count - 1)];
+                if (values) value_rows[j] = values + values_at[row];
             }
             Floats dots[W];  // in registers, as long as nothing clears it as memory
             SPARQ_UNROLL for (int d = 0; d < W; d++) dots[d] = Floats{};
@@ -823,6 +832,11 @@ class Decoder {
             };
             int64_t c = 0;
             for (; c + PAIR <= dim; c += PAIR) {
+                if (values)  // the first queries of the group fetch the rows for all, a few lines at a time
+                    SPARQ_UNROLL for (int j = 0; j < ROWS; j++) {
+                        prefetch(later_rows[j] + c, PAIR);
+                        prefetch(value_rows[j] + c, PAIR);
+                    }
                 SPARQ_UNROLL for (int j = 0; j < ROWS; j++) load_pair(rows[j] + c, x[j], y[j]);
                 add(queries + c);
             }
