@@ -244,20 +244,21 @@ def check_mass(mass: float | None, k_min: int, k: int) -> None:
         raise ValueError(f"k_min must be 1 to k ({k}), got {k_min}")
 
 
-def check_memory(call: Any, tensors_of: Part) -> None:
-    """Raise for a tensor whose storage was freed under it (`storage.resize_(0)`, as FSDP does) or lies askew (a view of
-    foreign bytes): whoever reads it may die, PyTorch's own operators too."""
-    for name, tensor in zip(tensors_of(call._fields), tensors_of(call), strict=True):
-        if tensor is None:
-            continue
-        address = tensor.data_ptr()
-        if address and not address % 16:
+def check_memory(call: Any, tensors_of: Part) -> list[int]:
+    """Addresses, 0 for None.  Raises for a tensor whose storage was freed under it (`storage.resize_(0)`, as FSDP does)
+    or lies askew (a view of foreign bytes): whoever reads it may die, PyTorch's own operators too."""
+    tensors = tensors_of(call)
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    for at, address in enumerate(addresses):
+        tensor = tensors[at]
+        if tensor is None or (address and not address % 16):
             continue  # no element is larger
-        size = tensor.dtype.itemsize
+        name, size = tensors_of(call._fields)[at], tensor.dtype.itemsize
         if address == 0 and tensor.numel():
             raise RuntimeError(f"{name} {list(tensor.shape)} has no memory: its storage has been freed")
         if address % size:
             raise ValueError(f"{name} must lie at a multiple of its element's {size} bytes, got address {address:#x}")
+    return addresses
 
 
 def check_writable(call: Any, written: Iterable[str]) -> None:

@@ -46,6 +46,7 @@ SOURCE, FILES = SOURCES / "decode.cpp", sorted(SOURCES.iterdir())
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # csrc/arguments.h in two parts: what changes with every call, and what does not.
 POINTERS = struct.Struct("@15Pq")
+POINTERS_READ = 10  # of them; those of `Arguments`, in its order, `counts` apart
 LAYOUT = struct.Struct("@37q4d")
 ENCODING = struct.Struct("@3P15q")
 SLOTS = struct.Struct("@8P27q")
@@ -147,9 +148,9 @@ def plan(call: Arguments) -> Plan:
     return Plan(layout, (batch, num_heads, query_length, head_dim), positions_shape)
 
 
-def run(plan: Plan, call: Arguments) -> Results | None:
+def run(plan: Plan, call: Arguments, addresses: list[int]) -> Results | None:
     """Results as `reference.decode_reference` gives them; None when a value of `length`, `start` or `block_table` is
-    out of range."""
+    out of range.  addresses: of the call's tensors, as `check_memory` gives them."""
     library = kernel()
     assert library is not None, "callers ask kernel() first"
     output = torch.empty(plan.output_shape, dtype=call.query.dtype)
@@ -158,16 +159,7 @@ def run(plan: Plan, call: Arguments) -> Results | None:
     positions = torch.empty(plan.positions_shape, dtype=torch.int64)
     read = torch.empty(plan.positions_shape[:3], dtype=torch.int32)
     pointers = POINTERS.pack(
-        call.query.data_ptr(),
-        call.key.data_ptr(),
-        call.key_components.data_ptr(),
-        call.value.data_ptr(),
-        call.value_sum.data_ptr(),
-        0 if call.key_ranges is None else call.key_ranges.data_ptr(),
-        0 if call.block_table is None else call.block_table.data_ptr(),
-        call.length.data_ptr(),
-        0 if call.start is None else call.start.data_ptr(),
-        0 if call.mask is None else call.mask.data_ptr(),
+        *addresses[:POINTERS_READ],
         output.data_ptr(),
         alpha.data_ptr(),
         positions.data_ptr(),  # null when empty

@@ -129,10 +129,8 @@ def decode_cpu(call: Arguments) -> Results:
     """The C++ kernel, or the reference where it does not serve: float64, or no compiler."""
     if call.query is None or call.query.dtype == torch.float64 or cpu.kernel() is None:
         return decode_default(call)
-    call = _with_contiguous_rows(call)
-    plan = _planned(call, cpu.plan)
-    check_memory(call, tensors_of)
-    result = cpu.run(plan, call)
+    plan, call = _planned(call, cpu.plan)
+    result = cpu.run(plan, call, check_memory(call, tensors_of))
     if result is None:
         check_rows(call)
         raise RuntimeError("length, start or block_table changed while the operator ran")
@@ -144,25 +142,27 @@ def decode_cuda(call: Arguments) -> Results:
     gpu = triton_kernels()
     if call.query is None or call.query.dtype == torch.float64 or gpu is None:
         return decode_default(call)
-    call = _with_contiguous_rows(call)
-    return gpu.run(_planned(call, gpu.plan), call)
+    return gpu.run(*_planned(call, gpu.plan))
 
 
 _plans: dict[tuple[object, ...], Any] = {}
 
 
-def _planned(call: Arguments, make_plan: Any) -> Any:
-    """What an implementation works out once for a layout.  Every layer, and every token of a static cache, repeats
-    one."""
-    layout = call.layout()
-    plan = _plans.get(layout)
-    if plan is None:
-        check_arguments(call)
-        plan = make_plan(call)
-        if len(_plans) >= MAX_PLANS:
-            _plans.clear()
-        _plans[layout] = plan
-    return plan
+def _planned(call: Arguments, make_plan: Any) -> tuple[Any, Arguments]:
+    """What an implementation works out once for a layout, and the call as kernels read it.  Every layer, and every
+    token of a static cache, repeats a layout."""
+    plan = _plans.get(call.layout())
+    if plan is None:  # as is every call whose rows must be copied first
+        call = _with_contiguous_rows(call)
+        layout = call.layout()
+        plan = _plans.get(layout)
+        if plan is None:
+            check_arguments(call)
+            plan = make_plan(call)
+            if len(_plans) >= MAX_PLANS:
+                _plans.clear()
+            _plans[layout] = plan
+    return plan, call
 
 
 def _with_contiguous_rows(call: Arguments) -> Arguments:
