@@ -195,20 +195,16 @@ inline void coded_logits(const uint8_t* quads, int64_t count, const int8_t (*wei
         }
 }
 
-typedef uint8_t Sixteen __attribute__((vector_size(16)));
-
-// 16 rows of 16 bytes become 16 columns.
-SPARQ_INLINE void transpose_bytes(const uint8_t* in, int64_t in_stride, uint8_t* out, int64_t out_stride) {
-    Sixteen rows[16], mixed[16];
-    SPARQ_UNROLL for (int i = 0; i < 16; i++) memcpy(rows + i, in + i * in_stride, 16);
-    SPARQ_UNROLL for (int round = 0; round < 4; round++) {
-        SPARQ_UNROLL for (int i = 0; i < 8; i++) {
-            mixed[2 * i] = SPARQ_INTERLEAVE_LOW(rows[i], rows[i + 8]);
-            mixed[2 * i + 1] = SPARQ_INTERLEAVE_HIGH(rows[i], rows[i + 8]);
+// W vectors of W words: word i of vector j changes places with word j of vector i.
+SPARQ_INLINE void transpose(Bits (&v)[W]) {
+    Bits mixed[W];
+    SPARQ_UNROLL for (int round = 1; round < W; round *= 2) {
+        SPARQ_UNROLL for (int i = 0; i < W / 2; i++) {
+            mixed[2 * i] = as_bits(interleave_low(as_floats(v[i]), as_floats(v[i + W / 2])));
+            mixed[2 * i + 1] = as_bits(interleave_high(as_floats(v[i]), as_floats(v[i + W / 2])));
         }
-        SPARQ_UNROLL for (int i = 0; i < 16; i++) rows[i] = mixed[i];
+        SPARQ_UNROLL for (int i = 0; i < W; i++) v[i] = mixed[i];
     }
-    SPARQ_UNROLL for (int i = 0; i < 16; i++) memcpy(out + i * out_stride, rows + i, 16);
 }
 
 // The least and the largest of what is finite in each column.
@@ -227,19 +223,24 @@ void find_finite_ranges(const float (*wide)[PART], Floats* low, Floats* high) {
 }
 
 // One group of positions of one KV head: GROUP rows of K, `stride` elements apart.
-// codes: [d] runs `run_stride` bytes apart.  ranges: [d, 2].
+// codes: [d] runs `run_stride` bytes apart.  ranges: [d, 2].  more: the rows behind are the next to be coded, and are
+// fetched meanwhile: a part of every row is no stream that the processor would follow by itself.
 template <class T>
-void encode_group(const T* key, int64_t stride, int64_t dim, uint8_t* codes, int64_t run_stride, T* ranges) {
-    constexpr int64_t PART = 64;  // components at a time, in the order of load_pair: column slot(i) has component i
+void encode_group(const T* key, int64_t stride, int64_t dim, uint8_t* codes, int64_t run_stride, T* ranges,
+                  bool more = false) {
+    constexpr int64_t PART = 32;  // components at a time, in the order of load_pair: column slot(i) has component i
     constexpr int64_t V = PART / W;
-    alignas(64) float wide[GROUP][PART];
-    alignas(64) uint8_t packed[RUN][PART], turned[PART][RUN];
+    alignas(64) float wide[GROUP][PART];  // fits the L1 cache
     for (int64_t begin = 0; begin < dim; begin += PART) {
         int64_t count = std::min(PART, dim - begin);
+        for (int64_t i = 0; i < count; i++)  // a line is read before a part of it is written
+            for (int64_t at = 0; at < RUN; at += 64) __builtin_prefetch(codes + (begin + i) * run_stride + at, 1);
         Floats low[V], high[V], poison = {};
         for (int64_t v = 0; v < V; v++) low[v] = splat(INFINITE), high[v] = splat(-INFINITE);
         for (int64_t s = 0; s < GROUP; s++) {
             const T* row = key + s * stride + begin;
+            if (more)
+                for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(row + GROUP * stride + i);
             for (int64_t v = 0; v < V; v += 2) {
                 Floats x[2] = {};
                 if ((v + 2) * W <= count) load_pair(row + v * W, x[0], x[1]);
@@ -253,9 +254,8 @@ void encode_group(const T* key, int64_t stride, int64_t dim, uint8_t* codes, int
             }
         }
         if (std::isnan(horizontal_sum(poison))) find_finite_ranges<PART>(wide, low, high);
-        float lo[PART], inverse[PART];
-        std::fill_n(lo, PART, 0.f);
-        std::fill_n(inverse, PART, 0.f);
+        float lo[PART] = {}, inverse[PART] = {};
+        uint8_t* runs[PART] = {};  // of each column; null behind the last component
         for (int64_t i = 0; i < count; i++) {
             int64_t at = slot<T>(i);
             float least = low[at / W][at % W], most = high[at / W][at % W], step;
@@ -266,23 +266,27 @@ void encode_group(const T* key, int64_t stride, int64_t dim, uint8_t* codes, int
             widen(range, 1, lo + at);
             widen(range + 1, 1, &step);
             inverse[at] = step > 0 ? 1 / step : 0;
+            runs[at] = codes + (begin + i) * run_stride;
         }
-        for (int64_t j = 0; j < RUN; j++)
-            for (int64_t i = 0; i < PART; i += W) {
-                Bits code[2];
-                for (int h = 0; h < 2; h++) {
-                    Floats n = (load(&wide[j + h * RUN][i]) - load(lo + i)) * load(inverse + i);
-                    n = n > 0.f ? n : Floats{};  // NaN too
-                    n = n < float(LEVELS) ? n : splat(LEVELS);
-                    code[h] = as_bits(n + ROUNDER) & 15u;  // the nearest integer, ties to even
+        for (int64_t v = 0; v < V; v++) {
+            Floats least = load(lo + v * W), per_step = load(inverse + v * W);
+            for (int64_t j = 0; j < RUN; j += 4 * W) {
+                Bits words[W];  // bytes j + 4 i ... j + 4 i + 3 of W runs
+                for (int64_t i = 0; i < W; i++) {
+                    Bits word = {};
+                    SPARQ_UNROLL for (int half = 0; half < 8; half++) {
+                        Floats n = (load(&wide[j + 4 * i + half / 2 + half % 2 * RUN][v * W]) - least) * per_step;
+                        n = n > 0.f ? n : Floats{};  // NaN too
+                        n = n < float(LEVELS) ? n : splat(LEVELS);
+                        word |= (as_bits(n + ROUNDER) & 15u) << (4 * half);  // the nearest integer, ties to even
+                    }
+                    words[i] = word;
                 }
-                typedef uint8_t Narrow __attribute__((vector_size(W)));
-                Narrow both = __builtin_convertvector(code[0] | (code[1] << 4), Narrow);
-                memcpy(&packed[j][i], &both, sizeof both);
+                transpose(words);
+                for (int64_t i = 0; i < W; i++)
+                    if (runs[v * W + i]) memcpy(runs[v * W + i] + j, words + i, sizeof words[i]);
             }
-        for (int64_t i = 0; i < PART; i += 16)
-            for (int64_t j = 0; j < RUN; j += 16) transpose_bytes(&packed[j][i], PART, &turned[i][j], RUN);
-        for (int64_t i = 0; i < count; i++) memcpy(codes + (begin + i) * run_stride, turned[slot<T>(i)], RUN);
+        }
     }
 }
 

@@ -1002,17 +1002,20 @@ bool rows_in_range(const Arguments& a) {
 
 template <class T>
 void encode(const EncodeArguments& a) {
-    int64_t groups = a.last - a.first, per_block = BLOCK / GROUP;
+    constexpr int64_t PER_BLOCK = BLOCK / GROUP;  // groups; as many in a row are one thread's
+    int64_t tasks = (a.last - a.first + PER_BLOCK - 1) / PER_BLOCK;  // of each head
     std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(static_cast<int>(a.threads))
-    share(next, a.batch * a.num_kv_heads * groups, [&](int64_t i) {
-        int64_t b = i / groups / a.num_kv_heads, h = i / groups % a.num_kv_heads, group = a.first + i % groups;
+    share(next, a.batch * a.num_kv_heads * tasks, [&](int64_t i) {
+        int64_t b = i / tasks / a.num_kv_heads, h = i / tasks % a.num_kv_heads;
+        int64_t begin = a.first + i % tasks * PER_BLOCK, end = std::min(begin + PER_BLOCK, a.last);
         const T* key = static_cast<const T*>(a.key) + b * a.key_batch + h * a.key_head;
         uint8_t* codes = static_cast<uint8_t*>(a.codes) + b * a.codes_batch + h * a.codes_head;
         T* ranges = static_cast<T*>(a.ranges) + b * a.ranges_batch + h * a.ranges_head;
-        encode_group<T>(key + group * GROUP * a.key_position, a.key_position, a.head_dim,
-                        codes + group / per_block * a.codes_block + group % per_block * RUN, BLOCK / 2,
-                        ranges + group * 2 * a.head_dim);
+        for (int64_t group = begin; group < end; group++)
+            encode_group<T>(key + group * GROUP * a.key_position, a.key_position, a.head_dim,
+                            codes + group / PER_BLOCK * a.codes_block + group % PER_BLOCK * RUN, BLOCK / 2,
+                            ranges + group * 2 * a.head_dim, group + 1 < end);
     });
 }
 

@@ -116,19 +116,6 @@ SPARQ_INLINE Floats rotate(Floats v, std::integer_sequence<int, lane...>) {
     return SPARQ_SHUFFLE(v, v, (lane + distance) % W);
 }
 
-// The same for vectors of 16 bytes.
-#if defined(__clang__) || __GNUC__ >= 12
-#define SPARQ_INTERLEAVE_LOW(a, b) \
-    __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define SPARQ_INTERLEAVE_HIGH(a, b) \
-    __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-#else
-#define SPARQ_INTERLEAVE_LOW(a, b) \
-    __builtin_shuffle(a, b, Sixteen{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23})
-#define SPARQ_INTERLEAVE_HIGH(a, b) \
-    __builtin_shuffle(a, b, Sixteen{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
-#endif
-
 // The lanes a, b, a, b, ... of the lower or the upper halves.
 using Lanes = std::make_integer_sequence<int, W>;
 SPARQ_INLINE Floats interleave_low(Floats a, Floats b) { return interleave<0>(a, b, Lanes()); }
