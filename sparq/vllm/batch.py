@@ -30,13 +30,15 @@ class DecodesFirst:
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         self.is_ours = kv_cache_spec.state_content_bytes is not None
+        parallel = vllm_config.parallel_config
+        TOTALS.process = parallel.data_parallel_index, parallel.rank
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)  # type: ignore[attr-defined]
         # Outlives a step: where a step is a CUDA graph, it goes on reading what it has read first.
         most = vllm_config.scheduler_config.max_num_batched_tokens + vllm_config.scheduler_config.max_num_seqs
         self._length = torch.zeros(most, dtype=torch.int64, device=device)
 
     def begin(self, common: Any) -> tuple[Decodes | None, Any | None]:
-        """`split`, once for each step of the engine: counted, and now and then a line in the log."""
+        """`split`, once for each step of the engine: counted, and now and then told to the log."""
         from vllm import envs
 
         decodes, rest = self.split(common)

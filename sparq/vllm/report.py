@@ -1,4 +1,4 @@
-"""What SparQ has done in one process of an engine: for the log, and for who asks."""
+"""What SparQ has done in one process of an engine: for the log, for `/metrics`, and for who asks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from sparq_kernels.operator import DecodeOutput
 from torch import Tensor
 
 from sparq.index import KINDS
+from sparq.vllm import metrics
+from sparq.vllm.metrics import Exported
 
 logger = logging.getLogger("vllm.sparq")
 
@@ -35,7 +37,9 @@ class Totals:
         self.counts: Tensor | None = None  # float64 [len(COUNTS)]
         self.decoded_tokens = 0
         self.prompt_tokens = 0
+        self.process = (0, 0)  # of which engine, and which of its workers
         self._logged = (0.0, 0)  # when, and how many tokens had been decoded
+        self._exported: Exported | None = None
 
     def step(self, decoded: int, tokens: int) -> None:
         """A step of the engine with so many tokens, `decoded` of them by the operator."""
@@ -79,17 +83,23 @@ class Totals:
         return report | {"mean_alpha": alpha / counts["token_layers"] if counts["token_layers"] else None}
 
     def log(self, interval: float) -> None:
-        """A line in vLLM's log, at most every `interval` seconds, where tokens have been decoded since the last."""
+        """A line in vLLM's log, and vLLM's `/metrics`, at most every `interval` seconds, where tokens have been decoded
+        since the last time."""
         now = time.monotonic()
         then, tokens = self._logged
         if now - then < interval or self.decoded_tokens == tokens:
             return
         self._logged = (now, self.decoded_tokens)
-        if then:
-            logger.info("%s", self.sentence())
-
-    def sentence(self) -> str:
         found = self.to_dict()
+        if metrics.is_wanted():
+            self._exported = self._exported or Exported()
+            self._exported.update(found, *map(str, self.process))
+        if then:
+            logger.info("%s", self.sentence(found))
+
+    @staticmethod
+    def sentence(found: dict[str, Any]) -> str:
+        """What `to_dict` says, in words."""
         less = found["bytes_dense"] / found["bytes_read"] if found["bytes_read"] else 1.0
         share = found["sparse_token_layers"] / max(found["token_layers"], 1)
         return (
