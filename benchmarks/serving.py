@@ -62,6 +62,7 @@ def _serve(connection: Connection, *arguments: Any) -> None:
         VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_OMP_THREADS_BIND="nobind"
     )
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", TQDM_DISABLE="1")
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as SparQ has it, for both
     os.dup2(2, 1)  # vLLM writes to stdout
     try:
         worker = _Worker(*arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ class Decodes:
 
     block_table: Tensor  # int32 [tokens, pages]
     length: Tensor  # int64 [tokens]
+    counted: dict[Any, Any] = field(default_factory=dict)  # of `report.Totals`, for all layers
 
     @property
     def count(self) -> int:

@@ -115,7 +115,7 @@ class SparqDecoding:
         if getattr(self, "sinks", None) is not None:
             found = sinks.attenuate(found, result.alpha, result.lse, self.sinks)  # type: ignore[attr-defined]
         output[:count].copy_(found.view_as(output[:count]))
-        TOTALS.layer(result, cached, decodes.length, self.config.index, self.budget.r, self.budget.dense_below)
+        TOTALS.layer(result, cached, decodes, self.config.index, self.budget.r, self.budget.dense_below)
 
     def softcap(self) -> float | None:
         cap = getattr(self, "logits_soft_cap", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sparq_kernels import GROUP, Cached
@@ -14,6 +14,9 @@ from torch import Tensor
 from sparq.index import KINDS
 from sparq.vllm import metrics
 from sparq.vllm.metrics import Exported
+
+if TYPE_CHECKING:
+    from sparq.vllm.batch import Decodes
 
 logger = logging.getLogger("vllm.sparq")
 
@@ -46,31 +49,22 @@ class Totals:
         self.decoded_tokens += decoded
         self.prompt_tokens += tokens - decoded
 
-    def layer(self, result: DecodeOutput, cached: Cached, length: Tensor, index: str, r: int, dense_below: int) -> None:
-        """One layer of it: what the operator gave for rows [T, ...] of `length`."""
+    def layer(self, result: DecodeOutput, cached: Cached, decodes: Decodes, index: str, r: int, least: int) -> None:
+        """One layer of it: what the operator gave for rows [T, ...]. Shorter ones than `least` are dense."""
         _, heads, _, head_dim = cached.key.shape
-        size, valid = cached.key.element_size(), length.double()
-        exists = length > 0
-        whole = exists & (length < dense_below)
-        read = result.read.sum((1, 2)).double()  # [T], over the KV heads
-        of_index = KINDS[index].bytes_read(valid, valid % GROUP, r, size)
-        sparse_bytes = 2 * head_dim * size * read + heads * (of_index + 4 * head_dim)
-        dense_bytes = 2 * head_dim * size * heads * valid
-        added = torch.stack(
-            [
-                exists.double(),
-                (exists & ~whole).double(),
-                result.alpha.mean((1, 2)).double() * exists,
-                heads * valid,
-                read,
-                dense_bytes,
-                torch.where(whole, dense_bytes, sparse_bytes) * exists,
-            ]
-        )
+        size, length = cached.key.element_size(), decodes.length
+        # A graph that is replayed counts other lengths each time: it has to hold what its own layers share.
+        recorded = length.is_cuda and torch.cuda.is_current_stream_capturing()
+        shape = heads, head_dim, size, index, r, least, recorded
+        known = decodes.counted.get(shape)
+        if known is None:
+            known = decodes.counted[shape] = _known_before(length, *shape[:-1])
+        counts, per_row = known
+        of_rows = torch.cat((result.alpha.mean((1, 2)).double(), result.read.sum((1, 2)).double()))
         if self.counts is None:
             with torch.inference_mode(False):  # they outlive the block that they are made in
                 self.counts = torch.zeros(len(COUNTS), dtype=torch.float64, device=length.device)
-        self.counts.add_(added.sum(1))
+        self.counts.add_(torch.addmv(counts, per_row, of_rows))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; waits for the device."""
@@ -106,6 +100,24 @@ class Totals:
             f"SparQ: {found['decoded_tokens']:,} tokens decoded, {share:.0%} of their layers sparse, {less:.1f}x fewer "
             f"bytes of the cache read than dense, mean alpha {found['mean_alpha'] or 1.0:.3f}"
         )
+
+
+def _known_before(
+    length: Tensor, heads: int, head_dim: int, size: int, index: str, r: int, least: int
+) -> tuple[Tensor, Tensor]:
+    """What the lengths alone say of a layer. float64 [C], in the order of COUNTS: what does not depend on its reads.
+    [C, 2 T]: by what each row's mean alpha, and then the positions that each row reads, are multiplied."""
+    valid = length.double()
+    exists = (length > 0).double()
+    sparse = exists * (length >= least)
+    dense_bytes = 2 * head_dim * size * heads * valid
+    of_index = heads * (KINDS[index].bytes_read(valid, valid % GROUP, r, size) + 4 * head_dim)
+    none = torch.zeros_like(valid)
+    index_or_all = torch.where(sparse > 0, of_index, dense_bytes)
+    counts = torch.stack((exists, sparse, none, heads * valid, none, dense_bytes, index_or_all)).sum(1)
+    by_alpha = torch.stack((none, none, exists, none, none, none, none))
+    by_read = torch.stack((none, none, none, none, exists, none, 2 * head_dim * size * sparse))
+    return counts, torch.cat((by_alpha, by_read), 1)
 
 
 TOTALS = Totals()

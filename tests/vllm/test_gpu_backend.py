@@ -61,8 +61,10 @@ class Builder(DecodesFirst, Plain):
 
 def make_builder() -> Builder:
     scheduler = SimpleNamespace(max_num_batched_tokens=100, max_num_seqs=8)
+    parallel = SimpleNamespace(data_parallel_index=0, rank=0)
     spec = SimpleNamespace(state_content_bytes=1, block_size=PAGE)
-    return Builder(spec, [], SimpleNamespace(scheduler_config=scheduler), torch.device("cpu"))
+    config = SimpleNamespace(scheduler_config=scheduler, parallel_config=parallel)
+    return Builder(spec, [], config, torch.device("cpu"))
 
 
 def batch(queries: list[int], lengths: list[int], prompts: list[bool] | None, table: Tensor) -> CommonAttentionMetadata:

@@ -3,6 +3,7 @@ transformers where it does not."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,22 @@ def test_wrong_knobs_are_refused_at_the_start(llama: Path, knobs: dict[str, Any]
 def test_what_is_not_served_is_refused_in_words(llama: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(Exception, match=message):
         engine(llama, SPARSE, **changes)
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "1"), ("0", "0")])
+def test_large_pages_of_memory_are_asked_for(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, kept: str
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    name = "THP_MEM_ALLOC_ENABLE"
+    monkeypatch.setenv(name, given or "")  # so that it is restored
+    if given is None:
+        monkeypatch.delenv(name)
+    EngineArgs(model=str(llama), skip_tokenizer_init=True).create_engine_config()
+    assert os.environ.get(name) == given
+    EngineArgs(model=str(llama), skip_tokenizer_init=True, attention_backend="CUSTOM").create_engine_config()
+    assert os.environ[name] == kept
 
 
 def test_drafts(llama: Path, sparse: list[list[int]]) -> None:
