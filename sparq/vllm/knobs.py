@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from sparq_kernels import Budget
@@ -22,15 +21,10 @@ def config_of(vllm_config: Any) -> SparqConfig:
     """
     additional = vllm_config.additional_config
     given = additional.get("sparq", {}) if isinstance(additional, dict) else {}
-    if not isinstance(given, dict):
-        raise TypeError(f'additional_config["sparq"] must be a dict of knobs, got {given!r}')
-    names = [field.name for field in dataclasses.fields(SparqConfig)]
-    unknown = [name for name in given if name not in names]
-    if unknown:
-        raise ValueError(
-            f'additional_config["sparq"] has {unknown[0]!r}, which is none of SparQ\'s knobs: {", ".join(names)}'
-        )
-    return SparqConfig(**given)
+    try:
+        return SparqConfig.from_dict(given)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f'additional_config["sparq"]: {error}') from None
 
 
 def budget_of(config: SparqConfig, head_dim: int, device: str) -> Budget:

@@ -223,7 +223,7 @@ def test_a_kernel_that_lies_is_noticed(llama: Path, dense: Served, monkeypatch: 
     ("knobs", "message"),
     [
         ({"ratio": 0.5}, "ratio must be a finite number of at least 1, got 0.5"),
-        ({"rato": 8}, r"has 'rato', which is none of SparQ's knobs: r, k, ratio"),
+        ({"rato": 8}, "sparq.*: unknown knob 'rato'; the knobs are r, k, ratio"),
         ({"k": 8, "local": 9}, "local must not be larger than k"),
         ({"r": 33}, "r must not be larger than the model's head_dim=32, got r=33"),
     ],
