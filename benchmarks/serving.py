@@ -182,14 +182,14 @@ def make_model(folder: Path, layers: int) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--contexts", type=positive, nargs="+", default=[4096, 16384, 65536])
+    parser.add_argument("--contexts", type=positive, nargs="+", default=[256, 4096, 16384, 65536])
     parser.add_argument("--batches", type=positive, nargs="+", default=[1, 8], help="requests at once")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--layers", type=positive, default=2)
     parser.add_argument("--ratio", type=float, default=8)
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--steps", type=positive, default=6, help="of the engine, in a turn")
-    parser.add_argument("--most", type=float, default=3, help="GB of K and V of all requests together, in an engine")
+    parser.add_argument("--most", type=float, default=4.5, help="GB of K and V of all requests together, in an engine")
     return parser.parse_args(arguments)
 
 

@@ -98,7 +98,7 @@ def test_knobs_are_those_of_the_config() -> None:
     assert config_of(SimpleNamespace(additional_config=None)) == sparq.SparqConfig()
     with pytest.raises(ValueError, match=r"ratio must be a multiple of 0\.5, got 8\.3"):
         config_of(engine(sparq={"ratio": 8.3}))
-    with pytest.raises(TypeError, match=r'additional_config\["sparq"\]: unknown knob \'rato\'; the knobs are r, k, ratio'):
+    with pytest.raises(TypeError, match=r"sparq.*: unknown knob 'rato'; the knobs are r, k, ratio"):
         config_of(engine(sparq={"rato": 8}))
     with pytest.raises(TypeError, match="knobs must be a dict, got 8"):
         config_of(engine(sparq=8))
