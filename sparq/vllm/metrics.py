@@ -45,7 +45,7 @@ class Exported:
             alpha=(report["mean_alpha"] or 0.0) * report["token_layers"],
         )
         for name, metric in self._metrics.items():
-            metric.labels(*labels).inc(now[name] - self._known[name])
+            metric.labels(*labels).inc(max(0.0, now[name] - self._known[name]))  # sums of alpha are rounded
         self._known = now
 
 
