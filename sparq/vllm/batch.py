@@ -43,8 +43,8 @@ class DecodesFirst:
         from vllm import envs
 
         decodes, rest = self.split(common)
+        TOTALS.log(envs.VLLM_LOG_STATS_INTERVAL)  # of whole steps: the layers of this one are still to be counted
         TOTALS.step(0 if decodes is None else decodes.count, common.num_actual_tokens)
-        TOTALS.log(envs.VLLM_LOG_STATS_INTERVAL)
         return decodes, rest
 
     def split(self, common: Any) -> tuple[Decodes | None, Any | None]:
