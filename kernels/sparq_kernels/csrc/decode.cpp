@@ -16,6 +16,7 @@
 // logits give equal scores anywhere.
 
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -51,6 +52,25 @@ constexpr int64_t ROWS_AHEAD = 24;    // the same for rows of K
 constexpr int64_t TILES_AHEAD = 2;    // coded tiles are fetched so many early: one takes less time than memory does
 constexpr float FAINTEST = 0x1p-100f;  // scores below count as 0: the same for a position whatever its unit's reference
 constexpr float EXCLUDED = -1;       // score of a position that does not compete; scores are at least 0
+
+// Where the time goes, for benchmarks/phases.py: nothing unless it is compiled with SPARQ_PHASES.
+#if defined(SPARQ_PHASES)
+std::atomic<int64_t> phase_nanoseconds[7];  // of whole heads, in the order above; and of whole calls
+class Stopwatch {
+    std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
+
+  public:
+    void lap(int phase) {
+        auto now = std::chrono::steady_clock::now();
+        phase_nanoseconds[phase] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - last).count();
+        last = now;
+    }
+};
+#else
+struct Stopwatch {
+    void lap(int) {}
+};
+#endif
 
 // Memory that grows, is reused between calls, and is never initialised.
 class Arena {
@@ -276,12 +296,19 @@ class Decoder {
     // All phases of one head, one after the other.
     void whole_head(int64_t head, int64_t slot) {
         Scratch& s = scratch[slot];
+        Stopwatch watch;
         prepare(head, s);
+        watch.lap(0);
         score(head, s, 0, tiles);
+        watch.lap(1);
         combine(head, s, 0, tiles);
+        watch.lap(2);
         select(head, s);
+        watch.lap(3);
         for (int64_t chunk = 0; chunk < max_chunks(); chunk++) attend(head, s, chunk);
+        watch.lap(4);
         merge(head, s);
+        watch.lap(5);
     }
 
     void prepare(int64_t head) { prepare(head, scratch[head]); }
@@ -1102,6 +1129,7 @@ void append_slots(const SlotArguments& a) {
 template <class T>
 void decode(const Arguments& a) {
     static thread_local Arena arena;
+    Stopwatch call;
     int64_t heads = a.batch * a.query_length * a.num_kv_heads;
     bool whole_heads = heads >= 4 * a.threads || a.threads == 1;
     Decoder<T> decoder(a, arena, !whole_heads);
@@ -1135,10 +1163,18 @@ void decode(const Arguments& a) {
             share(next[6], heads, [&](int64_t head) { decoder.merge(head); });
         }
     }
+    call.lap(6);
 }
 
 }  // namespace
 }  // namespace sparq
+
+#if defined(SPARQ_PHASES)
+// What has been counted since the last time, into seven numbers.
+extern "C" void sparq_take_phases(int64_t* nanoseconds) {
+    for (int i = 0; i < 7; i++) nanoseconds[i] = sparq::phase_nanoseconds[i].exchange(0);
+}
+#endif
 
 extern "C" int64_t sparq_arguments_size() { return sizeof(sparq::Arguments); }
 
