@@ -30,11 +30,7 @@ WEIGHTS = 100 << 20  # floats
 
 def instrumented() -> ctypes.CDLL:
     """The kernel, compiled so that it counts."""
-    library = ctypes.CDLL(str(cpu.build_library("instrumented CPU", cpu.SOURCE, cpu.FILES, ["-DSPARQ_PHASES"])))
-    for name in ("sparq_decode", "sparq_encode"):
-        getattr(library, name).argtypes = [ctypes.c_char_p]
-        getattr(library, name).restype = ctypes.c_int64
-    return library
+    return cpu.load(cpu.build_library("instrumented CPU", cpu.SOURCE, cpu.FILES, ["-DSPARQ_PHASES"]))
 
 
 def measure(case: Case, dtype_name: str, rounds: int, weights: torch.Tensor) -> list[list[float]]:

@@ -67,17 +67,7 @@ def kernel() -> ctypes.CDLL | None:
     if os.environ.get("SPARQ_BACKEND") == "reference":
         return None
     try:
-        library = ctypes.CDLL(str(build()))
-        library.sparq_arguments_size.restype = ctypes.c_int64
-        library.sparq_encode_arguments_size.restype = ctypes.c_int64
-        library.sparq_slot_arguments_size.restype = ctypes.c_int64
-        sizes = (
-            library.sparq_arguments_size(),
-            library.sparq_encode_arguments_size(),
-            library.sparq_slot_arguments_size(),
-        )
-        if sizes != (POINTERS.size + LAYOUT.size, ENCODING.size, SLOTS.size):
-            raise CompilerError("the kernel's arguments do not have the size cpu.py expects")
+        library = load(build())
     except (CompilerError, OSError) as error:
         warnings.warn(
             f"sparq_kernels: no CPU kernel. The operator runs the PyTorch reference, slower than dense attention, so "
@@ -94,6 +84,22 @@ def kernel() -> ctypes.CDLL | None:
             RuntimeWarning,
             stacklevel=2,
         )
+    return library
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The functions of a compiled kernel.  Raises CompilerError, OSError."""
+    library = ctypes.CDLL(str(path))
+    library.sparq_arguments_size.restype = ctypes.c_int64
+    library.sparq_encode_arguments_size.restype = ctypes.c_int64
+    library.sparq_slot_arguments_size.restype = ctypes.c_int64
+    sizes = (
+        library.sparq_arguments_size(),
+        library.sparq_encode_arguments_size(),
+        library.sparq_slot_arguments_size(),
+    )
+    if sizes != (POINTERS.size + LAYOUT.size, ENCODING.size, SLOTS.size):
+        raise CompilerError("the kernel's arguments do not have the size cpu.py expects")
     for function in (library.sparq_decode, library.sparq_encode, library.sparq_append_slots):
         function.argtypes = [ctypes.c_char_p]
         function.restype = ctypes.c_int64

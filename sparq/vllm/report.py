@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sparq.index import KINDS
 from sparq.vllm import metrics
-from sparq.vllm.metrics import Exported
 
 if TYPE_CHECKING:
     from sparq.vllm.batch import Decodes
@@ -42,7 +41,7 @@ class Totals:
         self.prompt_tokens = 0
         self.process = (0, 0)  # of which engine, and which of its workers
         self._logged = (0.0, 0)  # when, and how many tokens had been decoded
-        self._exported: Exported | None = None
+        self._exported: metrics.Exported | None = None
 
     def step(self, decoded: int, tokens: int) -> None:
         """A step of the engine with so many tokens, `decoded` of them by the operator."""
@@ -86,7 +85,7 @@ class Totals:
         self._logged = (now, self.decoded_tokens)
         found = self.to_dict()
         if metrics.is_wanted():
-            self._exported = self._exported or Exported()
+            self._exported = self._exported or metrics.Exported()
             self._exported.update(found, *map(str, self.process))
         if then:
             logger.info("%s", self.sentence(found))
