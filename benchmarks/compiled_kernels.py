@@ -185,7 +185,9 @@ def in_pages(call: Arguments, page: int) -> Arguments:
     coded = call.key_ranges is not None
     return call._replace(
         key=pages(page, head_dim),
-        key_components=pages(1, head_dim, page // 2, dtype=torch.uint8) if coded else pages(1, head_dim, page),
+        key_components=(
+            pages(page // GROUP, head_dim, GROUP // 2, dtype=torch.uint8) if coded else pages(1, head_dim, page)
+        ),
         value=pages(page, head_dim),
         value_sum=pages(head_dim, dtype=torch.float32),
         key_ranges=pages(page // GROUP, head_dim, 2) if coded else None,

@@ -86,13 +86,17 @@ class Codes(Components):
     """The same in codes of four bits, of whole groups of positions; the kernel reads the rest from K."""
 
     def __init__(self) -> None:
-        self.blocks: Tensor | None = None  # uint8 [B, Hkv, capacity / BLOCK, d, BLOCK / 2]
-        self.ranges: Tensor | None = None  # [B, Hkv, groups, d, 2]
+        self.blocks: Tensor | None = None  # uint8 [B, Hkv, capacity / GROUP, d, GROUP / 2]
+        self.ranges: Tensor | None = None  # [B, Hkv, capacity / GROUP, d, 2]
 
     @staticmethod
     def bytes_read(valid: Any, tail: Any, r: int, itemsize: int) -> Any:
         per_group = GROUP // 2 + 2 * itemsize  # of one component
         return (valid - tail) * (r * per_group) // GROUP + tail * (r * itemsize)
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self.blocks is None else self.blocks.shape[2] * GROUP
 
     @property
     def nbytes(self) -> int:
@@ -104,9 +108,8 @@ class Codes(Components):
             made = layout.allocate_codes(batch, heads, capacity, head_dim, keys.dtype, keys.device)
             self.blocks, self.ranges = made
         if old is not None and ranges is not None:
-            kept = layout.num_blocks(used)
-            groups = kept * (BLOCK // GROUP)
-            self.blocks[:, :, :kept], self.ranges[:, :, :groups] = old[:, :, :kept], ranges[:, :, :groups]
+            kept = used // GROUP
+            self.blocks[:, :, :kept], self.ranges[:, :, :kept] = old[:, :, :kept], ranges[:, :, :kept]
         return self.blocks
 
     def write(self, keys: Tensor, begin: int, end: int) -> None:

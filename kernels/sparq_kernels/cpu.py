@@ -48,7 +48,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 POINTERS = struct.Struct("@15Pq")
 POINTERS_READ = 10  # of them; those of `Arguments`, in its order, `counts` apart
 LAYOUT = struct.Struct("@37q4d")
-ENCODING = struct.Struct("@3P15q")
+ENCODING = struct.Struct("@3P14q")
 SLOTS = struct.Struct("@8P27q")
 
 
@@ -198,7 +198,7 @@ def encode(call: Any) -> None:
         num_kv_heads,
         head_dim,
         *key.stride()[:3],
-        *codes.stride()[:3],
+        *codes.stride()[:2],
         *ranges.stride()[:2],
         begin // GROUP,
         end // GROUP,

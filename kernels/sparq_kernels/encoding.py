@@ -28,6 +28,7 @@ class EncodeArguments(NamedTuple):
 tensors_of, _ = parts_of(EncodeArguments)
 REQUIRED = required_tensors(EncodeArguments)
 WRITTEN = ("key_components", "key_ranges")
+AT_ONCE = 8  # groups that PyTorch codes: their keys are widened to float32, or float64
 
 
 def encode(cached: Cached, begin: int, end: int) -> None:
@@ -53,18 +54,13 @@ def encode_default(call: EncodeArguments) -> None:
 
 
 def encode_groups(key: Tensor, codes: Tensor, ranges: Tensor, first: int, last: int) -> None:
-    """Code the groups [first, last) of keys that have been checked, with blocks of any size."""
-    per_block = 2 * codes.shape[4] // GROUP
-    while first < last:  # as many as lie within a block
-        stop = min(last, (first // per_block + 1) * per_block)
-        keys = key[:, :, first * GROUP : stop * GROUP]
+    """Code the groups [first, last) of keys that have been checked."""
+    for begin in range(first, last, AT_ONCE):
+        end = min(begin + AT_ONCE, last)
+        keys = key[:, :, begin * GROUP : end * GROUP]
         found = find_ranges(keys)
-        ranges[:, :, first:stop] = found
-        packed = find_codes(keys, found)  # [B, Hkv, n, d, GROUP / 2]
-        begin = first % per_block * (GROUP // 2)
-        into = codes[:, :, first // per_block, :, begin : begin + (stop - first) * (GROUP // 2)]
-        into.copy_(packed.transpose(2, 3).flatten(3))
-        first = stop
+        ranges[:, :, begin:end] = found
+        codes[:, :, begin:end] = find_codes(keys, found)
 
 
 def encode_cpu(call: EncodeArguments) -> None:

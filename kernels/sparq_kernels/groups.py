@@ -16,7 +16,7 @@ class Cached(NamedTuple):
 
     key, value: [B, Hkv, S, d], S the cached positions including the new; last axis contiguous, other strides free.
     key_components: the index, by which positions are found: [B, Hkv, blocks, d, BLOCK], the same keys as written by
-        `layout.write_components`; or with `key_ranges` uint8 [B, Hkv, blocks, d, BLOCK / 2], their four-bit codes as
+        `layout.write_components`; or with `key_ranges` uint8 [B, Hkv, groups, d, GROUP / 2], their four-bit codes as
         written by `encode`.
     value_sum: [B, Hkv, d] float32 (float64 allowed with float64 keys), the sum of V over exactly the valid positions.
         `decode` needs it; where it is None `append` leaves it to others to keep.
@@ -24,9 +24,10 @@ class Cached(NamedTuple):
         the index is not coded.
     block_table: int32 [B, pages], last axis contiguous: storage is in pages of N positions, which rows may share, and
         position s of row b lies at s % N of page block_table[b, s // N].  The tensors above then have a page where they
-        have a row, and N for S and BLOCK: key and value [P, Hkv, N, d], key_components [P, Hkv, 1, d, N] (codes:
-        N / 2), value_sum [P, Hkv, d], key_ranges [P, Hkv, N / GROUP, d, 2].  N: 64, 128, ... 2048, with codes 256 and
-        more.  A row's last page need not be full: its sum is not read.  Entries behind it may be anything.
+        have a row, and N for S and BLOCK: key and value [P, Hkv, N, d], key_components [P, Hkv, 1, d, N], value_sum
+        [P, Hkv, d]; codes [P, Hkv, N / GROUP, d, GROUP / 2], key_ranges [P, Hkv, N / GROUP, d, 2].  N: 64, 128, ...
+        2048, with codes 256 and more.  A row's last page need not be full: its sum is not read.  Entries behind it may
+        be anything.
         `append_slots` writes.
 
     key, value, key_components (unless they are codes) and key_ranges share a dtype: float32, bfloat16, float16 (float32

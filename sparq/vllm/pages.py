@@ -4,7 +4,7 @@ vLLM's cache of a layer is [pages, Hkv, N, C], N positions with C elements of K'
 N * C elements of a head are contiguous, and `state_content_bytes` of the spec says how many there are. A head's share:
 
     K [N, d], V [N, d]     on a CPU; on a GPU rows of both, [N, 2 d], as FlashAttention reads them
-    index                  codes [d, N / 2] and their ranges [N / GROUP, d, 2]; or the components [d, N]
+    index                  codes [N / GROUP, d, GROUP / 2] and their ranges [N / GROUP, d, 2]; or the components [d, N]
     sum of V [d]           float32, of a page that is full
 
 All of it is a function of the K and V in the page. So prefix caching, chunks of prompts, drafts that are rejected and
@@ -60,7 +60,7 @@ def regions(page: int, head_dim: int, dtype: torch.dtype, index: str, interleave
 
     ranges = None
     if index == "int4":
-        components = behind(value, torch.uint8, 1, head_dim, page // 2)
+        components = behind(value, torch.uint8, page // GROUP, head_dim, GROUP // 2)
         last = ranges = behind(components, dtype, page // GROUP, head_dim, 2)
     else:
         last = components = behind(value, dtype, 1, head_dim, page)

@@ -162,8 +162,7 @@ class Case:
         keys = self.key[b, h].double().nan_to_num(nan=1e3).tolist()
         for s in range(max(seen, 0) // GROUP * GROUP):
             within, ranges = s % GROUP, self.key_ranges[b, h, s // GROUP].double().tolist()
-            at = s % BLOCK // GROUP * (GROUP // 2) + within % (GROUP // 2)
-            packed = self.key_components[b, h, s // BLOCK, :, at].tolist()
+            packed = self.key_components[b, h, s // GROUP, :, within % (GROUP // 2)].tolist()
             codes = [byte >> 4 if within >= GROUP // 2 else byte & 15 for byte in packed]
             keys[s] = [low + step * code for (low, step), code in zip(ranges, codes, strict=True)]
         return keys

@@ -36,7 +36,7 @@ def empty_pages(
     if index == "full":
         components = torch.full((count, heads, 1, head_dim, page), torch.nan, dtype=dtype, device=device)
         return Cached(key, components, value, sums)
-    codes = torch.full((count, heads, 1, head_dim, page // 2), 255, dtype=torch.uint8, device=device)
+    codes = torch.full((count, heads, page // GROUP, head_dim, GROUP // 2), 255, dtype=torch.uint8, device=device)
     ranges = torch.full((count, heads, page // GROUP, head_dim, 2), torch.nan, dtype=dtype, device=device)
     return Cached(key, codes, value, sums, ranges)
 

@@ -176,8 +176,10 @@ def test_codes_that_words_cannot_be_read_from_are_refused() -> None:
     memory = torch.zeros(case.key_components.numel() + 64, dtype=torch.uint8)
     moved = memory[1 - memory.data_ptr() % 4 :][: case.key_components.numel()].view(case.key_components.shape)
     askew = dataclasses.replace(case, key_components=moved)
-    spread = dataclasses.replace(case, key_components=torch.zeros(1, 2 * 16 * BLOCK // 2 + 3, dtype=torch.uint8))
-    spread.key_components = spread.key_components.as_strided((1, 2, 1, 16, BLOCK // 2), (1, 16385, 1, BLOCK // 2, 1))
+    group = 16 * GROUP // 2
+    spread = dataclasses.replace(case, key_components=torch.zeros(4 * group + 3, dtype=torch.uint8))
+    strides = (1, 2 * group + 1, group, GROUP // 2, 1)
+    spread.key_components = spread.key_components.as_strided((1, 2, 2, 16, GROUP // 2), strides)
     for wrong in (askew, spread):
         with pytest.raises(ValueError, match="key_components must lie at multiples of 4 bytes"):
             run_kernels(wrong, "select")

@@ -9,7 +9,6 @@ from xml.etree import ElementTree
 import pytest
 import rich.console
 import torch
-from sparq_kernels import BLOCK
 from transformers import DynamicCache
 
 import sparq
@@ -181,7 +180,7 @@ def test_a_report_is_a_moment() -> None:
 
 
 def test_cache_bytes_are_of_the_largest_cache() -> None:
-    """3 layers of 2 KV heads of 16 in float32, 2 rows: storage for 256 positions and one block of the index."""
+    """3 layers of 2 KV heads of 16 in float32, 2 rows: storage for 256 positions and their index."""
     model = sparq.patch(build(), **KNOBS)
     assert sparq.report(model).cache_bytes == 0 and "largest cache" not in str(sparq.report(model))
     one_position = 3 * 2 * 2 * 16 * 4
@@ -189,7 +188,7 @@ def test_cache_bytes_are_of_the_largest_cache() -> None:
         model(**prompt(), past_key_values=DynamicCache(config=model.config))
     assert sparq.report(model).cache_bytes == 2 * 256 * one_position  # no index yet
     teacher_forced(model, prompt(), next_tokens(steps=1))
-    codes = 3 * 2 * 2 * 16 * (BLOCK // 2 + BLOCK // 256 * 2 * 4)  # half a byte each, and ranges
+    codes = 3 * 2 * 2 * 16 * (256 // 2 + 2 * 4)  # half a byte each, and ranges
     whole = 2 * 256 * one_position + codes + one_position  # and the sum of V
     assert sparq.report(model).cache_bytes == sparq.report(model).to_dict()["cache_bytes"] == whole
     teacher_forced(model, prompt(batch=1), next_tokens(batch=1, steps=1))  # a smaller one

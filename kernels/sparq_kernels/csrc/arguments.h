@@ -13,7 +13,7 @@ constexpr int64_t MAX_HEAD_DIM = 512;  // MAX_HEAD_DIM of arguments.py
 struct Arguments {
     const void* query;           // [B, Hq, Q, d]
     const void* key;             // [B, Hkv, S, d]
-    const void* key_components;  // [B, Hkv, blocks, d, BLOCK], or codes [B, Hkv, blocks, d, BLOCK / 2]
+    const void* key_components;  // [B, Hkv, blocks, d, BLOCK], or codes [B, Hkv, groups, d, GROUP / 2]
     const void* value;           // [B, Hkv, S, d]
     const float* value_sum;      // [B, Hkv, d]
     const void* key_ranges;      // [B, Hkv, groups, d, 2], or null: key_components are no codes
@@ -34,7 +34,7 @@ struct Arguments {
     // In elements.
     int64_t query_batch, query_head, query_position;
     int64_t key_batch, key_head, key_position;  // _batch: from page to page where there is a table
-    int64_t components_batch, components_head, components_block, components_run;
+    int64_t components_batch, components_head, components_block, components_run;  // the last two not of codes
     int64_t value_batch, value_head, value_position;
     int64_t sum_batch, sum_head;
     int64_t ranges_batch, ranges_head;
@@ -57,12 +57,12 @@ struct Arguments {
 // For the making of codes.
 struct EncodeArguments {
     const void* key;  // [B, Hkv, S, d]
-    void* codes;      // [B, Hkv, blocks, d, BLOCK / 2]
+    void* codes;      // [B, Hkv, groups, d, GROUP / 2]
     void* ranges;     // [B, Hkv, groups, d, 2]
     int64_t threads;
     int64_t batch, num_kv_heads, head_dim;
     int64_t key_batch, key_head, key_position;
-    int64_t codes_batch, codes_head, codes_block;
+    int64_t codes_batch, codes_head;
     int64_t ranges_batch, ranges_head;
     int64_t first, last;  // groups [first, last)
     int64_t dtype;
@@ -72,7 +72,7 @@ struct EncodeArguments {
 struct SlotArguments {
     void* key;             // [P, Hkv, N, d]
     void* value;           // [P, Hkv, N, d]
-    void* key_components;  // [P, Hkv, 1, d, N], or codes [P, Hkv, 1, d, N / 2]
+    void* key_components;  // [P, Hkv, 1, d, N], or codes [P, Hkv, N / GROUP, d, GROUP / 2]
     float* value_sum;      // [P, Hkv, d]
     void* key_ranges;      // [P, Hkv, N / GROUP, d, 2] or null
     const void* new_key;   // [T, Hkv, d]
@@ -82,7 +82,7 @@ struct SlotArguments {
     int64_t tokens, pages, num_kv_heads, page, head_dim;
     int64_t key_page, key_head, key_position;
     int64_t value_page, value_head, value_position;
-    int64_t components_page, components_head, components_run;
+    int64_t components_page, components_head, components_run;  // the last not of codes
     int64_t sum_page, sum_head;
     int64_t ranges_page, ranges_head;
     int64_t new_key_token, new_key_head, new_key_component;

@@ -158,11 +158,11 @@ inline void byte_weights(const float* queries, const float* low, const float* st
 struct RunsAhead {
     const uint8_t* codes;  // null: there is no such group
     const int32_t* components;
-    int64_t r, stride;  // bytes from a component to the next
+    int64_t r;
 
     SPARQ_INLINE void fetch(int64_t c) const {
         if (!codes || c >= r) return;
-        const uint8_t* run = codes + components[c] * stride;
+        const uint8_t* run = codes + components[c] * RUN;
         for (int64_t i = 0; i < RUN; i += 64) __builtin_prefetch(run + i);
     }
 };
@@ -223,18 +223,17 @@ void find_finite_ranges(const float (*wide)[PART], Floats* low, Floats* high) {
 }
 
 // One group of positions of one KV head: GROUP rows of K, `stride` elements apart.
-// codes: [d] runs `run_stride` bytes apart.  ranges: [d, 2].  more: the rows behind are the next to be coded, and are
+// codes: [d, RUN].  ranges: [d, 2].  more: the rows behind are the next to be coded, and are
 // fetched meanwhile: a part of every row is no stream that the processor would follow by itself.
 template <class T>
-void encode_group(const T* key, int64_t stride, int64_t dim, uint8_t* codes, int64_t run_stride, T* ranges,
-                  bool more = false) {
+void encode_group(const T* key, int64_t stride, int64_t dim, uint8_t* codes, T* ranges, bool more = false) {
     constexpr int64_t PART = 32;  // components at a time, in the order of load_pair: column slot(i) has component i
     constexpr int64_t V = PART / W;
     alignas(64) float wide[GROUP][PART];  // fits the L1 cache
     for (int64_t begin = 0; begin < dim; begin += PART) {
         int64_t count = std::min(PART, dim - begin);
-        for (int64_t i = 0; i < count; i++)  // a line is read before a part of it is written
-            for (int64_t at = 0; at < RUN; at += 64) __builtin_prefetch(codes + (begin + i) * run_stride + at, 1);
+        for (int64_t at = 0; at < count * RUN; at += 64)  // a line is read before a part of it is written
+            __builtin_prefetch(codes + begin * RUN + at, 1);
         Floats low[V], high[V], poison = {};
         for (int64_t v = 0; v < V; v++) low[v] = splat(INFINITE), high[v] = splat(-INFINITE);
         for (int64_t s = 0; s < GROUP; s++) {
@@ -266,7 +265,7 @@ void encode_group(const T* key, int64_t stride, int64_t dim, uint8_t* codes, int
             widen(range, 1, lo + at);
             widen(range + 1, 1, &step);
             inverse[at] = step > 0 ? 1 / step : 0;
-            runs[at] = codes + (begin + i) * run_stride;
+            runs[at] = codes + (begin + i) * RUN;
         }
         for (int64_t v = 0; v < V; v++) {
             Floats least = load(lo + v * W), per_step = load(inverse + v * W);

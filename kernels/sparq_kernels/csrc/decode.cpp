@@ -50,6 +50,7 @@ constexpr int64_t LINE = 64;         // bytes
 constexpr int RUNS = W == 16 ? 8 : 4;  // components added at a time; as many are fetched ahead, which fits the L1 cache
 constexpr int64_t ROWS_AHEAD = 24;    // the same for rows of K
 constexpr int64_t TILES_AHEAD = 2;    // coded tiles are fetched so many early: one takes less time than memory does
+constexpr int64_t COMBINED_AHEAD = 2;  // tiles' weights
 constexpr float FAINTEST = 0x1p-100f;  // scores below count as 0: the same for a position whatever its unit's reference
 constexpr float EXCLUDED = -1;       // score of a position that does not compete; scores are at least 0
 
@@ -142,7 +143,7 @@ struct Scratch {
     float* queries;          // [G, d padded], times scale (and log2 e without softcap)
     float* row_queries;      // [G, d padded]: of these, the components that score, over tau; with a coded index only
     int32_t* components;     // [r]
-    float* weights;          // [G, positions]: 2^(x - reference)
+    float* weights;          // [tiles, G, TILE]: 2^(x - reference)
     float* reference;        // [G, units]: integers
     float* sum;              // [G, units]
     float* unit_weight;      // [G, units]: 2^(reference - maximum) / z
@@ -560,13 +561,14 @@ class Decoder {
         for (int64_t q = 0; q < count; q++) {
             const uint8_t* runs[4];
             for (int64_t m = 0; m < 4; m++)  // behind the last one that one again, at the weight 0
-                runs[m] = tile + s.components[std::min(4 * q + m, a.r - 1)] * a.components_run;
+                runs[m] = tile + s.components[std::min(4 * q + m, a.r - 1)] * RUN;
             interleave_runs(runs, quads + q * 4 * RUN);
         }
         if (later_ranges) prefetch(later_ranges, 2 * dim);
+        if (index + 1 < tiles) fetch_weights<1>(s, index + 1);  // written next: a line is read before
         float low[MAX_HEAD_DIM + W], step[MAX_HEAD_DIM + W];
         widen_ranges(ranges, s.components, a.r, padded_r, low, step);
-        RunsAhead ahead{later_tile, s.components, a.r, a.components_run};
+        RunsAhead ahead{later_tile, s.components, a.r};
         for_queries([&](auto count, int64_t g) {
             score_codes<count>(quads, low, step, ahead, keep, s, g, index);
             ahead.codes = nullptr;  // the first queries of the group fetch for all
@@ -615,7 +617,14 @@ class Decoder {
         });
     }
 
-    float* tile_weights(Scratch& s, int64_t g, int64_t tile) const { return s.weights + (g * tiles + tile) * TILE; }
+    // All of a tile's, of which the processor does not see that they come next.
+    template <int writes>
+    void fetch_weights(const Scratch& s, int64_t tile) const {
+        const float* weights = tile_weights(s, 0, tile);
+        for (int64_t i = 0; i < group * TILE; i += LINE / sizeof(float)) __builtin_prefetch(weights + i, writes);
+    }
+
+    float* tile_weights(const Scratch& s, int64_t g, int64_t tile) const { return s.weights + (tile * group + g) * TILE; }
 
     // In place: a tile's logits become weights, with a reference and a sum for each unit.
     template <bool NAN_FREE>
@@ -634,20 +643,28 @@ class Decoder {
         }
     }
 
-    // Component 0 of the run that begins with a position, of which an element has so many.
-    template <class Element>
-    const Element* run_at(const Element* components, const int32_t* table, int64_t position,
-                          int64_t positions_each = 1) const {
+    // Component 0 of the run that begins with a position.
+    const T* run_at(const T* components, const int32_t* table, int64_t position) const {
         int64_t block = position >> page_bits;
         return components + (table ? table[block] * a.components_batch : block * a.components_block) +
-               (position & (a.page - 1)) / positions_each;
+               (position & (a.page - 1));
     }
 
-    // Ranges of a tile, [d, 2].
-    const T* ranges_at(const T* ranges, const int32_t* table, int64_t tile) const {
-        if (!table) return ranges + tile * 2 * dim;
+    // What is kept of a tile that is coded, `each` elements in all; from page to page there are `page_stride`.
+    template <class Element>
+    const Element* of_tile(const Element* base, const int32_t* table, int64_t tile, int64_t each,
+                           int64_t page_stride) const {
+        if (!table) return base + tile * each;
         int64_t position = tile * TILE;
-        return ranges + table[position >> page_bits] * a.ranges_batch + (position & (a.page - 1)) / GROUP * 2 * dim;
+        return base + table[position >> page_bits] * page_stride + (position & (a.page - 1)) / TILE * each;
+    }
+    // [d, RUN].
+    const uint8_t* codes_at(const uint8_t* codes, const int32_t* table, int64_t tile) const {
+        return of_tile(codes, table, tile, dim * RUN, a.components_batch);
+    }
+    // [d, 2].
+    const T* ranges_at(const T* ranges, const int32_t* table, int64_t tile) const {
+        return of_tile(ranges, table, tile, 2 * dim, a.ranges_batch);
     }
 
     void score(int64_t head, Scratch& s, int64_t from, int64_t to) const {
@@ -661,7 +678,7 @@ class Decoder {
         const T* ranges = cached_of<T>(a.key_ranges, head, a.ranges_batch, a.ranges_head);
         auto is_coded = [&](int64_t j) { return coded && j < to && (j + 1) * TILE <= row.end; };
         for (int64_t j = from; j < from + TILES_AHEAD && is_coded(j); j++) {
-            RunsAhead first{run_at(codes, table, j * TILE, 2), s.components, a.r, a.components_run};
+            RunsAhead first{codes_at(codes, table, j), s.components, a.r};
             for (int64_t c = 0; c < a.r; c++) first.fetch(c);
             prefetch(ranges_at(ranges, table, j), 2 * dim);
         }
@@ -678,7 +695,7 @@ class Decoder {
             if (is_coded(j)) {
                 int64_t later = j + TILES_AHEAD;
                 bool more = is_coded(later);
-                score_codes(run_at(codes, table, j * TILE, 2), more ? run_at(codes, table, later * TILE, 2) : nullptr,
+                score_codes(codes_at(codes, table, j), more ? codes_at(codes, table, later) : nullptr,
                             ranges_at(ranges, table, j), more ? ranges_at(ranges, table, later) : nullptr, keep, s, j);
                 continue;
             }
@@ -724,6 +741,7 @@ class Decoder {
         for (int64_t j = to - 1; j >= from; j--) {  // the last tiles are still in the processor's cache
             bool whole = whole_tile(row, j, row.window_begin);
             if (!whole) tile_lanes(row, j, row.window_begin, keep);
+            if (j - COMBINED_AHEAD >= from) fetch_weights<0>(s, j - COMBINED_AHEAD);
             combine_tile(s, j, whole ? nullptr : keep, sound);
         }
     }
@@ -737,7 +755,7 @@ class Decoder {
             Floats total[V] = {};
             for (int64_t g = 0; g < group; g++) {
                 float share = s.unit_weight[g * units + unit];
-                const float* weights = s.weights + g * tiles * TILE + position;
+                const float* weights = tile_weights(s, g, tile) + lane;
                 SPARQ_UNROLL for (int v = 0; v < V; v++) {
                     Floats score = load(weights + v * W) * share;
                     total[v] += score >= FAINTEST ? score : Floats{};
@@ -774,8 +792,8 @@ class Decoder {
         double sum[G] = {};  // k may be tens of thousands
         for (int64_t i = begin; i < end; i++) {
             int64_t position = s.chosen[i], unit = position / UNIT;
-            for (int j = 0; j < G; j++)
-                sum[j] += s.weights[(g + j) * tiles * TILE + position] * s.unit_weight[(g + j) * units + unit];
+            const float* weights = tile_weights(s, g, position / TILE) + position % TILE;
+            for (int j = 0; j < G; j++) sum[j] += weights[j * TILE] * s.unit_weight[(g + j) * units + unit];
         }
         for (int j = 0; j < G; j++) s.mass[g + j] += static_cast<float>(sum[j]);
     }
@@ -1029,20 +1047,19 @@ bool rows_in_range(const Arguments& a) {
 
 template <class T>
 void encode(const EncodeArguments& a) {
-    constexpr int64_t PER_BLOCK = BLOCK / GROUP;  // groups; as many in a row are one thread's
-    int64_t tasks = (a.last - a.first + PER_BLOCK - 1) / PER_BLOCK;  // of each head
+    constexpr int64_t TOGETHER = 8;  // groups in a row that are one thread's
+    int64_t tasks = (a.last - a.first + TOGETHER - 1) / TOGETHER;  // of each head
     std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(static_cast<int>(a.threads))
     share(next, a.batch * a.num_kv_heads * tasks, [&](int64_t i) {
         int64_t b = i / tasks / a.num_kv_heads, h = i / tasks % a.num_kv_heads;
-        int64_t begin = a.first + i % tasks * PER_BLOCK, end = std::min(begin + PER_BLOCK, a.last);
+        int64_t begin = a.first + i % tasks * TOGETHER, end = std::min(begin + TOGETHER, a.last);
         const T* key = static_cast<const T*>(a.key) + b * a.key_batch + h * a.key_head;
         uint8_t* codes = static_cast<uint8_t*>(a.codes) + b * a.codes_batch + h * a.codes_head;
         T* ranges = static_cast<T*>(a.ranges) + b * a.ranges_batch + h * a.ranges_head;
         for (int64_t group = begin; group < end; group++)
             encode_group<T>(key + group * GROUP * a.key_position, a.key_position, a.head_dim,
-                            codes + group / PER_BLOCK * a.codes_block + group % PER_BLOCK * RUN, BLOCK / 2,
-                            ranges + group * 2 * a.head_dim, group + 1 < end);
+                            codes + group * a.head_dim * RUN, ranges + group * 2 * a.head_dim, group + 1 < end);
     });
 }
 
@@ -1109,7 +1126,7 @@ class SlotWriter {
         uint8_t* codes = static_cast<uint8_t*>(a.key_components) + page * a.components_page + h * a.components_head;
         T* ranges = static_cast<T*>(a.key_ranges) + page * a.ranges_page + h * a.ranges_head;
         encode_group<T>(key_page(page, h) + group * GROUP * a.key_position, a.key_position, a.head_dim,
-                        codes + group * RUN, a.components_run, ranges + group * 2 * a.head_dim);
+                        codes + group * a.head_dim * RUN, ranges + group * 2 * a.head_dim);
     }
 };
 

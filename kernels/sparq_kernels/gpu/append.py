@@ -70,11 +70,9 @@ def append(
                     keys_position,
                     new_key,  # not what has just been stored: other threads may not see it yet
                     components,
-                    components_block,
                     ranges + b * ranges_batch + h * ranges_head,
                     D,
                     AT_ONCE,
-                    BLOCK_SIZE,
                 )
         else:
             block = components + (s // BLOCK_SIZE) * components_block

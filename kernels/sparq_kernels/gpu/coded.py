@@ -89,8 +89,8 @@ def score_coded(
     key,  # this KV head's rows [S, D] or, where it has a table, pages of rows
     key_stride,
     key_page,
-    codes,  # this KV head's [blocks, D, BLOCK / 2], or pages
-    block_stride,
+    codes,  # this KV head's [groups, D, RUN], or pages
+    codes_page,
     ranges,  # this KV head's [groups, D, 2], or pages
     ranges_page,
     logits,
@@ -139,17 +139,21 @@ def score_coded(
 
     whole = tl.minimum(last, end // GROUP_SIZE)
     runs = codes.to(tl.pointer_type(tl.int32), bitcast=True)
-    runs += component[:, None] * (BLOCK // 8) + tl.arange(0, T // 4)[None, :]
+    runs += component[:, None] * (RUN // 4) + tl.arange(0, T // 4)[None, :]
     o = tl.arange(0, P)
     o = o // T * RUN + (o % T & -4) + (o & 1) * 2 + (o >> 1 & 1)  # positions as the codes come out
     range_of = ranges + component * 2
     low, step = load_range(range_of, ranges_page, first, end, table, pages, j, D, R, BLOCK, PAGED)
     for piece in tl.range(first * PIECES, whole * PIECES, num_stages=STAGES):
         group = piece // PIECES
-        place, block = (piece - group * PIECES) * T, group // BLOCK_GROUPS
-        within = tl.multiple_of((group - block * BLOCK_GROUPS) * RUN + place, T)
-        stored = page_of(group * GROUP_SIZE, end, table, pages, BLOCK) if PAGED else block.to(tl.int64)
-        packed = tl.load(runs + (stored * (block_stride // 4) + within // 4))
+        place = (piece - group * PIECES) * T
+        if PAGED:
+            stored = page_of(group * GROUP_SIZE, end, table, pages, BLOCK) * (codes_page // 4)
+            within = group % BLOCK_GROUPS * (D * RUN) + place
+        else:
+            stored = group.to(tl.int64) * (D * RUN // 4)
+            within = place
+        packed = tl.load(runs + (stored + tl.multiple_of(within, T) // 4))
         following = tl.minimum((piece + 1) // PIECES, whole - 1)
         next_low, next_step = load_range(range_of, ranges_page, following, end, table, pages, j, D, R, BLOCK, PAGED)
         w = q_c.to(tl.float32) * step[:, None]

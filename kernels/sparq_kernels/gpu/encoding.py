@@ -34,17 +34,14 @@ def encode_group(
     rows,  # the group's keys but for the last one
     row_stride,
     last,  # the last key
-    codes,  # this KV head's [blocks, D, BLOCK / 2]
-    block_stride,
+    codes,  # this KV head's [groups, D, RUN]
     ranges,  # this KV head's [groups, D, 2]
     D: tl.constexpr,
     AT_ONCE: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """Codes and ranges as `layout.find_codes` and `layout.find_ranges` make them, bit for bit."""
     s, j = tl.arange(0, GROUP_SIZE), tl.arange(0, RUN)
-    BLOCK_GROUPS: tl.constexpr = BLOCK // GROUP_SIZE
-    codes += group // BLOCK_GROUPS * block_stride + group % BLOCK_GROUPS * RUN
+    codes += group * (D * RUN)
     ranges += group * (2 * D)
     for first in range(0, D, AT_ONCE):
         c = first + tl.arange(0, AT_ONCE)
@@ -68,7 +65,7 @@ def encode_group(
         code = (code + ROUNDER).to(tl.int32, bitcast=True) & 15
         lower, upper = tl.split(tl.permute(tl.reshape(code, [2, RUN, AT_ONCE]), (1, 2, 0)))
         packed = (lower | (upper << 4)).to(tl.uint8)
-        tl.store(codes + c[None, :] * (BLOCK // 2) + j[:, None], packed, mask=inside[None, :])
+        tl.store(codes + c[None, :] * RUN + j[:, None], packed, mask=inside[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -80,7 +77,6 @@ def encode(
     codes,
     codes_batch,
     codes_head,
-    codes_block,
     ranges,
     ranges_batch,
     ranges_head,
@@ -100,9 +96,7 @@ def encode(
         keys_position,
         rows + (GROUP_SIZE - 1) * keys_position,
         codes + b * codes_batch + h * codes_head,
-        codes_block,
         ranges + b * ranges_batch + h * ranges_head,
         D,
         AT_ONCE,
-        BLOCK_SIZE,
     )

@@ -331,8 +331,7 @@ def _run(plan: Plan, call: Arguments) -> Results:
 def _check_words(call: Arguments) -> None:
     """Raise where codes cannot be read as words of 32 bits."""
     codes = call.key_components
-    strides = codes.stride()[: 3 if call.block_table is None else 2]  # a page is one block
-    if codes.data_ptr() % 4 or any(stride % 4 for stride in strides):
+    if codes.data_ptr() % 4 or any(stride % 4 for stride in codes.stride()[:2]):
         raise ValueError("key_components must lie at multiples of 4 bytes on a GPU")
 
 
@@ -425,7 +424,7 @@ def encode(call: EncodeArguments) -> None:
             key,
             *key.stride()[:3],
             codes,
-            *codes.stride()[:3],
+            *codes.stride()[:2],
             ranges,
             *ranges.stride()[:2],
             first,

@@ -114,9 +114,7 @@ def complete_pages(
                     keys_position,
                     last,
                     components + page * components_page + h * components_head,
-                    0,
                     ranges + page * ranges_page + h * ranges_head,
                     D,
                     AT_ONCE,
-                    BLOCK,
                 )
