@@ -35,9 +35,14 @@ def instrumented() -> ctypes.CDLL:
 
 def measure(case: Case, dtype_name: str, rounds: int, weights: torch.Tensor) -> list[list[float]]:
     """For cold and for warm calls, medians in microseconds: the call, Python, each phase of a head."""
-    library = instrumented()
+    library, serving = instrumented(), cpu.kernel()
+    assert serving is not None
     with mock.patch.object(cpu, "kernel", lambda: library):
-        return _measure(case, dtype_name, library, rounds, weights)
+        cpu.serve(library)
+        try:
+            return _measure(case, dtype_name, library, rounds, weights)
+        finally:
+            cpu.serve(serving)
 
 
 @torch.no_grad()

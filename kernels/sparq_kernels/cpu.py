@@ -6,6 +6,9 @@ threads are OpenMP's, linked against the runtime that torch has already loaded, 
 what `at::parallel_for` uses.  Only where that runtime is not the compiler's kind (Clang beside a torch that brought
 GCC's) there are two pools.
 
+What the dispatcher calls in Python's place (csrc/operator.cpp) needs torch's headers, of which a few are enough, and is
+a library of its own: where it cannot be had, everything goes on through Python.
+
 Environment: CXX chooses the compiler, SPARQ_CXXFLAGS adds flags, SPARQ_CACHE_DIR moves the cache (default
 ~/.cache/sparq_kernels, or where that cannot be written a folder in the temporary directory), SPARQ_BACKEND=reference
 leaves the kernel unused.
@@ -43,6 +46,7 @@ log = logging.getLogger("sparq.kernels")
 
 SOURCES = Path(__file__).parent / "csrc"
 SOURCE, FILES = SOURCES / "decode.cpp", sorted(SOURCES.iterdir())
+OPERATOR = SOURCES / "operator.cpp"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # csrc/arguments.h in two parts: what changes with every call, and what does not.
 POINTERS = struct.Struct("@15Pq")
@@ -84,6 +88,42 @@ def kernel() -> ctypes.CDLL | None:
             RuntimeWarning,
             stacklevel=2,
         )
+    serve(library)
+    return library
+
+
+def serve(library: ctypes.CDLL) -> None:
+    """From now on the dispatcher calls that kernel without Python, where it has been called so before."""
+    operator = operator_library()
+    if operator is not None:
+        operator.sparq_serve(ctypes.cast(library.sparq_decode, ctypes.c_void_p))
+
+
+@functools.cache
+def operator_library() -> ctypes.CDLL | None:
+    """What the dispatcher calls in Python's place, or None (with one warning) when it cannot be had."""
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    suffix = ".dylib" if sys.platform == "darwin" else ".so"
+    headers = Path(torch.__file__).parent / "include"
+    options = (
+        "-std=c++20",
+        f"-I{headers}",
+        f"-I{headers / 'torch/csrc/api/include'}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+    )
+    libraries = [str(torch_libraries / f"lib{name}{suffix}") for name in ("torch_cpu", "c10")]
+    try:
+        library = ctypes.CDLL(str(build_library("operator of the CPU", OPERATOR, FILES, options, libraries)))
+    except (CompilerError, OSError) as error:
+        warnings.warn(
+            "sparq_kernels: every call of the CPU kernel goes through Python, which costs about 50 us a layer and "
+            f"token. {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    library.sparq_serve.argtypes, library.sparq_serve.restype = [ctypes.c_void_p], None
+    library.sparq_approve.argtypes, library.sparq_approve.restype = [ctypes.c_char_p], None
     return library
 
 
@@ -154,9 +194,10 @@ def plan(call: Arguments) -> Plan:
     return Plan(layout, (batch, num_heads, query_length, head_dim), positions_shape)
 
 
-def run(plan: Plan, call: Arguments, addresses: list[int]) -> Results | None:
+def run(plan: Plan, call: Arguments, addresses: list[int], as_given: bool) -> Results | None:
     """Results as `reference.decode_reference` gives them; None when a value of `length`, `start` or `block_table` is
-    out of range.  addresses: of the call's tensors, as `check_memory` gives them."""
+    out of range.  addresses: of the call's tensors, as `check_memory` gives them.  as_given: that no tensor was copied
+    for the kernel, so that the next call of this layout may go straight to it."""
     library = kernel()
     assert library is not None, "callers ask kernel() first"
     output = torch.empty(plan.output_shape, dtype=call.query.dtype)
@@ -175,6 +216,9 @@ def run(plan: Plan, call: Arguments, addresses: list[int]) -> Results | None:
     )
     status = library.sparq_decode(pointers + plan.layout)
     if status == 0:
+        operator = operator_library()
+        if as_given and operator is not None:
+            operator.sparq_approve(pointers + plan.layout)
         return output, alpha, positions, lse, read
     if status == 2:
         raise MemoryError("sparq_kernels: not enough memory for the CPU kernel's scratch")
@@ -269,11 +313,14 @@ def library_path(source: Path, files: list[Path], options: Iterable[str] = ()) -
     return cache_directory() / f"{source.stem}-{key.hexdigest()[:20]}.so"
 
 
-def build_library(name: str, source: Path, files: list[Path], options: Iterable[str] = ()) -> Path:
+def build_library(
+    name: str, source: Path, files: list[Path], options: Iterable[str] = (), libraries: Iterable[str] = ()
+) -> Path:
     """Path of the shared library for these files, options, this compiler and this processor; compiled if need be.
 
     name: what the kernel is called where its compiling is announced.  source: what is compiled.  files: all that it is
-    made of.  options: for the compiler, besides $SPARQ_CXXFLAGS.  Raises CompilerError.
+    made of.  options: for the compiler, besides $SPARQ_CXXFLAGS.  libraries: what it is linked to; what needs others
+    computes nothing itself, and is compiled in the plainest way.  Raises CompilerError.
     """
     library = library_path(source, files, options)
     if library.exists():
@@ -283,7 +330,7 @@ def build_library(name: str, source: Path, files: list[Path], options: Iterable[
             # Nothing for the program to mend, but half a minute that whoever waits should know of: logged as a warning.
             log.warning(f"sparq: compiling the {name} kernel, once for this machine: about 5 to 30 s ...")
             started = time.perf_counter()
-            compile_library(find_compiler(), source, compiler_options(options), library)
+            compile_library(find_compiler(), source, compiler_options(options), library, libraries)
             log.info(f"sparq: compiled in {time.perf_counter() - started:.1f} s: {library}")
     return library
 
@@ -379,7 +426,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def compile_library(compiler: list[str], source: Path, extra: list[str], library: Path) -> None:
+def compile_library(compiler: list[str], source: Path, extra: list[str], library: Path, linked: Iterable[str]) -> None:
     """Compile and move into place at once, so that no process ever loads half a file.
 
     Tried in this order, until one compiles and links: for this processor before any of its kind, with OpenMP before
@@ -393,6 +440,8 @@ def compile_library(compiler: list[str], source: Path, extra: list[str], library
         [*common, *native],
         common,
     ]
+    if linked:
+        attempts = [common]
     # A symbol that the runtime lacks has to be an error here, not when the library is loaded.
     complete = ["-Wl,-z,defs"] if sys.platform.startswith("linux") else []
     errors = []
@@ -409,7 +458,7 @@ def compile_library(compiler: list[str], source: Path, extra: list[str], library
             if not runs(*compiler, *flags, *extra, "-c", str(source), "-o", unit):
                 continue
             for runtime in openmp_runtimes() if "-fopenmp" in flags else [[]]:
-                if runs(*compiler, *extra, "-shared", unit, *runtime, *complete, "-o", built):
+                if runs(*compiler, *extra, "-shared", unit, *linked, *runtime, *complete, "-o", built):
                     os.replace(built, library)
                     return
     raise CompilerError(f"{shlex.join(compiler)} could not compile it: {errors[0][-2000:]}")

@@ -108,7 +108,14 @@ class _NoGradient(torch.autograd.Function):
 
 
 def decode_default(call: Arguments) -> Results:
-    """What the dispatcher calls on a device without a kernel of its own: the reference."""
+    """What the dispatcher calls on a device without a kernel of its own; on a CPU until csrc/operator.cpp is there,
+    which then calls it for layouts that it does not know yet."""
+    if call.query is not None and call.query.device.type == "cpu":
+        return decode_cpu(call)
+    return _run_reference(call)
+
+
+def _run_reference(call: Arguments) -> Results:
     check_arguments(call)
     if call.query.device.type == "cpu":
         check_memory(call, tensors_of)
@@ -127,10 +134,10 @@ def decode_default(call: Arguments) -> Results:
 
 def decode_cpu(call: Arguments) -> Results:
     """The C++ kernel, or the reference where it does not serve: float64, or no compiler."""
-    if call.query is None or call.query.dtype == torch.float64 or cpu.kernel() is None:
-        return decode_default(call)
-    plan, call = _planned(call, cpu.plan)
-    result = cpu.run(plan, call, check_memory(call, tensors_of))
+    if call.query.dtype == torch.float64 or cpu.kernel() is None:
+        return _run_reference(call)
+    plan, ours = _planned(call, cpu.plan)
+    result = cpu.run(plan, ours, check_memory(ours, tensors_of), as_given=ours is call)
     if result is None:
         check_rows(call)
         raise RuntimeError("length, start or block_table changed while the operator ran")
@@ -141,7 +148,7 @@ def decode_cuda(call: Arguments) -> Results:
     """The Triton kernels (NVIDIA and AMD), or the reference where they do not serve: float64, or no Triton."""
     gpu = triton_kernels()
     if call.query is None or call.query.dtype == torch.float64 or gpu is None:
-        return decode_default(call)
+        return _run_reference(call)
     return gpu.run(*_planned(call, gpu.plan))
 
 
@@ -190,6 +197,4 @@ def decode_fake(call: Arguments) -> Results:
     )
 
 
-_decode_op = define(
-    "decode", Arguments, results=5, default=decode_default, cpu=decode_cpu, cuda=decode_cuda, fake=decode_fake
-)
+_decode_op = define("decode", Arguments, results=5, default=decode_default, cuda=decode_cuda, fake=decode_fake)
