@@ -17,7 +17,7 @@ from harness import SPARQ, Measured, Row, available_memory, finish, parser_of, p
 from rich.console import Console
 from rich.table import Table
 from sparq_kernels import GROUP, Cached, append_slots
-from sparq_kernels.layout import prefer_huge_pages
+from sparq_kernels.layout import empty
 from workload import DTYPES, Inputs, Shape, make_inputs, relative_error, rounding, sparq
 
 SIZES = {"full": (64, 128, 256, 512, 2048), "int4": (256, 512, 2048)}
@@ -30,14 +30,14 @@ class Paged:
     def __init__(self, shape: Shape, x: Inputs, page: int) -> None:
         pages = -(-shape.cached // page)
         dtype, heads, d = x.key.dtype, shape.num_kv_heads, shape.head_dim
-        key, value = (_empty(pages, heads, page, d, dtype=dtype) for _ in range(2))
+        key, value = (empty(pages, heads, page, d, dtype=dtype) for _ in range(2))
         ranges = None
         if shape.index == "full":
-            components = _empty(pages, heads, 1, d, page, dtype=dtype)
+            components = empty(pages, heads, 1, d, page, dtype=dtype)
         else:
-            components = _empty(pages, heads, 1, d, page // 2, dtype=torch.uint8)
-            ranges = _empty(pages, heads, page // GROUP, d, 2, dtype=dtype)
-        sums = _empty(pages, heads, d, dtype=torch.float32)
+            components = empty(pages, heads, page // GROUP, d, GROUP // 2, dtype=torch.uint8)
+            ranges = empty(pages, heads, page // GROUP, d, 2, dtype=dtype)
+        sums = empty(pages, heads, d, dtype=torch.float32)
         table = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).int()[None]
         s = torch.arange(shape.cached)
         slots = table[0].long()[s // page] * page + s % page
@@ -48,12 +48,6 @@ class Paged:
     def decode(self, shape: Shape, _: object = None) -> torch.Tensor:
         _, visible, budget = self.x.groups(shape)
         return sparq_kernels.decode(self.x.query, self.cached, visible, budget).output
-
-
-def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    tensor = torch.empty(shape, dtype=dtype)
-    prefer_huge_pages(tensor)
-    return tensor
 
 
 def measure(shape: Shape, dtype_name: str, rounds: int) -> Row:

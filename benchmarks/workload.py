@@ -11,7 +11,7 @@ from typing import Any
 import sparq_kernels
 import torch
 from sparq_kernels import GROUP, Budget, Cached, Visible
-from sparq_kernels.layout import prefer_huge_pages
+from sparq_kernels.layout import empty
 from sparq_kernels.reference import decode_reference
 from torch import Tensor
 
@@ -98,10 +98,9 @@ class Inputs:
 
     def copy(self) -> Inputs:
         """On pages as large as the plugin's cache asks for, dense and sparse alike."""
-        copies = [None if x is None else torch.empty_like(x) for x in vars(self).values()]
+        copies = [None if x is None else empty(*x.shape, dtype=x.dtype) for x in vars(self).values()]
         for new, old in zip(copies, vars(self).values(), strict=True):
             if new is not None:
-                prefer_huge_pages(new)
                 new.copy_(old)
         return Inputs(*copies)  # type: ignore[arg-type]
 

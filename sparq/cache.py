@@ -394,8 +394,7 @@ def _grown(storage: Tensor | None, states: Tensor, used: int, capacity: int) -> 
     """Storage [B, Hkv, capacity, d] for more of `states` that begins with the `used` positions of `storage`."""
     batch, heads, _, head_dim = states.shape
     with outside_inference_mode():
-        grown = torch.empty(batch, heads, capacity, head_dim, dtype=states.dtype, device=states.device)
-    layout.prefer_huge_pages(grown)
+        grown = layout.empty(batch, heads, capacity, head_dim, dtype=states.dtype, device=states.device)
     if storage is not None and used:
         grown[:, :, :used] = storage[:, :, :used]
     return grown

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import sys
 
 import torch
@@ -63,9 +64,7 @@ def allocate_components(
     """
     _check_sizes(batch=batch, num_kv_heads=num_kv_heads, capacity=capacity, head_dim=head_dim)
     shape = (batch, num_kv_heads, num_blocks(capacity), head_dim, BLOCK)
-    components = torch.empty(shape, dtype=dtype, device=device)
-    prefer_huge_pages(components)
-    return components
+    return empty(*shape, dtype=dtype, device=device)
 
 
 def _check_sizes(**sizes: int) -> None:
@@ -91,26 +90,30 @@ def allocate_codes(
     """
     _check_sizes(batch=batch, num_kv_heads=num_kv_heads, capacity=capacity, head_dim=head_dim)
     groups = (batch, num_kv_heads, -(-capacity // GROUP), head_dim)
-    codes = torch.empty((*groups, GROUP // 2), dtype=torch.uint8, device=device)
-    ranges = torch.empty((*groups, 2), dtype=dtype, device=device)
-    prefer_huge_pages(codes)
-    return codes, ranges
+    codes = empty(*groups, GROUP // 2, dtype=torch.uint8, device=device)
+    return codes, empty(*groups, 2, dtype=dtype, device=device)
 
 
-def prefer_huge_pages(tensor: Tensor) -> None:
-    """Ask Linux to back a CPU tensor's memory with 2 MB pages; a wish, ignored wherever it cannot be granted.
+def empty(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """As `torch.empty`; on a CPU Linux is asked to back it with pages of 2 MB, from its first byte on.
 
-    Reading a few runs of every block, or a few rows of a cache, touches a new 4 KB page almost every time, and finding
+    The last page too, where at least half of it is used.  A wish, ignored wherever it cannot be granted.
+    Reading a few runs of every group, or a few rows of a cache, touches a new 4 KB page almost every time, and finding
     each page's address costs as much as the read.
     """
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
-        return  # no memory yet
-    if tensor.device.type != "cpu" or not sys.platform.startswith("linux"):
-        return
-    begin = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // HUGE_PAGE * HUGE_PAGE
-    if end > begin:
-        _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_HUGEPAGE)
+    nbytes = math.prod(shape) * dtype.itemsize
+    is_plain = torch.compiler.is_compiling() or torch.device(device).type != "cpu"
+    if is_plain or not sys.platform.startswith("linux") or nbytes < HUGE_PAGE:
+        return torch.empty(shape, dtype=dtype, device=device)
+    pages = (nbytes + HUGE_PAGE // 2) // HUGE_PAGE
+    memory = torch.empty(max(nbytes, pages * HUGE_PAGE) + HUGE_PAGE, dtype=torch.uint8)  # what is not used has no pages
+    if type(memory) is not Tensor:
+        return torch.empty(shape, dtype=dtype)  # there is no memory yet
+    begin = -memory.data_ptr() % HUGE_PAGE
+    address = ctypes.c_void_p(memory.data_ptr() + begin)
+    _libc().madvise(address, ctypes.c_size_t(pages * HUGE_PAGE), MADV_HUGEPAGE)
+    contiguous = torch.empty(shape, dtype=dtype, device="meta").stride()
+    return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), begin // dtype.itemsize, shape, contiguous)
 
 
 @functools.cache

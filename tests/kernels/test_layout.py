@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
-from sparq_kernels import BLOCK, allocate_components, read_components, write_components
+from sparq_kernels import BLOCK, allocate_components, layout, read_components, write_components
 
 PIECES = [[1], [BLOCK], [BLOCK - 1, 1, 1], [3, BLOCK, 2 * BLOCK + 5], [2 * BLOCK, 7], [1] * 5, [10, BLOCK - 10, BLOCK]]
 
@@ -57,3 +59,24 @@ def test_rewriting_replaces() -> None:
 def test_mistakes_are_named(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(allocate_components(1, 2, 100, 4, torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("elements", [1, 1000, 1 << 19, (1 << 21) + 7, 5 << 20])
+def test_large_memory_begins_with_a_large_page(elements: int, dtype: torch.dtype) -> None:
+    made = layout.empty(elements, 2, dtype=dtype)
+    assert made.shape == (elements, 2) and made.is_contiguous() and made.dtype == dtype and made._base is None
+    made.zero_()
+    if sys.platform.startswith("linux") and made.nbytes >= layout.HUGE_PAGE:
+        assert made.data_ptr() % layout.HUGE_PAGE == 0
+    assert made.untyped_storage().nbytes() <= made.nbytes + 1.5 * layout.HUGE_PAGE
+
+
+def test_memory_that_is_no_memory_yet() -> None:
+    with torch._subclasses.FakeTensorMode():
+        assert layout.empty(1 << 20, 8, dtype=torch.float32).shape == (1 << 20, 8)
+    assert layout.empty(1 << 20, 8, dtype=torch.float32, device="meta").is_meta
+    compiled = torch.compile(
+        lambda n: layout.empty(n, 8, dtype=torch.float32).fill_(2), backend="eager", fullgraph=True
+    )
+    assert compiled(1 << 20).shape == (1 << 20, 8)

@@ -175,10 +175,10 @@ inline void coded_logits(const uint8_t* quads, int64_t count, const int8_t (*wei
     constexpr int V = W == 8 ? 2 : 4;  // vectors of sums for each query: what the registers hold
     for (int64_t at = 0; at < RUN; at += V * W)
         for (int high = 0; high < 2; high++) {
-            bool fetches = at == 0;
+            int64_t fetched = (at / (V * W) * 2 + high) * count;
             Ints sums[G][V] = {};
             for (int64_t q = 0; q < count; q++) {
-                if (fetches) ahead.fetch(2 * q + high);
+                ahead.fetch(fetched + q);
                 int32_t four[G];
                 for (int g = 0; g < G; g++) memcpy(four + g, weights[g] + 4 * q, 4);
                 for (int v = 0; v < V; v++) {

@@ -499,34 +499,36 @@ class Decoder {
     // In place: x becomes 2^(x - reference), for U times N values that share a reference and a sum.
     // NAN_FREE: that there is no NaN among them is known.
     template <int64_t N, int U, bool NAN_FREE>
-    static SPARQ_INLINE void exponentiate(float* x, float* reference, float* sum) {
-        Floats highest[U], poison[U], total[U];
-        SPARQ_UNROLL for (int u = 0; u < U; u++) {
-            highest[u] = splat(LOWEST);
-            poison[u] = total[u] = Floats{};
+    static void exponentiate(float* x, float* reference, float* sum) {
+        Floats of_unit[U], poison = {};
+        for (int u = 0; u < U; u++) {
+            Floats highest = splat(LOWEST);
             for (int64_t i = 0; i < N; i += W) {
                 Floats value = load(x + u * N + i);
-                highest[u] = max(value, highest[u]);
-                if constexpr (!NAN_FREE) poison[u] += value;
+                highest = max(value, highest);
+                if constexpr (!NAN_FREE) poison += value;
             }
+            of_unit[u] = highest;
         }
-        Floats top = round_to_int(horizontal_maxima(highest));
+        Floats top = round_to_int(horizontal_maxima(of_unit));
         store_first<U>(reference, top);
         auto raise = [&](auto exp2) __attribute__((always_inline)) {
-            SPARQ_UNROLL for (int u = 0; u < U; u++) {
+            for (int u = 0; u < U; u++) {
                 float shared = reference[u];  // not read again after every store
+                Floats total = {};
                 for (int64_t i = 0; i < N; i += W) {
                     Floats weight = exp2(load(x + u * N + i), shared);
-                    total[u] += weight;
+                    total += weight;
                     store(x + u * N + i, weight);
                 }
+                of_unit[u] = total;
             }
         };
         bool tame = !any(absolute(top) >= 0x1p21f);
-        if constexpr (!NAN_FREE) tame = tame && !std::isnan(horizontal_sum(horizontal_sums(poison)));
+        if constexpr (!NAN_FREE) tame = tame && !std::isnan(horizontal_sum(poison));
         if (tame) raise([](Floats value, float shared) { return exp2_scaled_fast(value, shared); });
         else raise([](Floats value, float shared) { return exp2_scaled(value, shared); });
-        store_first<U>(sum, horizontal_sums(total));
+        store_first<U>(sum, horizontal_sums(of_unit));
     }
 
     template <int G>
@@ -549,8 +551,8 @@ class Decoder {
                     store_pair<T>(x + p, load(pair), load(pair + G * W));
                 }
             }
-            finish_tile<false>(x, keep, s, g + i, index);
         }
+        finish_tile<false>(std::integral_constant<int, G>(), keep, s, g, index);
     }
 
     // The same of a tile that is coded.  What is to be fetched meanwhile, of a later one, may be null.
@@ -585,14 +587,10 @@ class Decoder {
         for (int64_t i = 0; i < G; i++) x[i] = tile_weights(s, g + i, index);
         byte_weights<G>(s.scored_queries + g * padded_r, low, step, padded_r, weights, of);
         coded_logits<G>(quads, count, weights, of, ahead, x);
-        for (int64_t i = 0; i < G; i++) {
-            int64_t left = 2 * count;  // runs that are still to be fetched, shared out among the queries
-            for (int64_t c = left + left * i / G; c < left + left * (i + 1) / G; c++) ahead.fetch(c);
-            // Codes and ranges are finite, so only the query can bring a NaN.
-            if (std::isfinite(of[i].base) && std::isfinite(of[i].unit))
-                finish_tile<true>(x[i], keep, s, g + i, index);
-            else finish_tile<false>(x[i], keep, s, g + i, index);
-        }
+        bool finite = true;  // codes and ranges are: only the query can bring a NaN
+        for (int64_t i = 0; i < G; i++) finite &= std::isfinite(of[i].base) && std::isfinite(of[i].unit);
+        if (finite) finish_tile<true>(std::integral_constant<int, G>(), keep, s, g, index);
+        else finish_tile<false>(std::integral_constant<int, G>(), keep, s, g, index);
     }
 
     // The same of a tile of which not all positions are there yet, from rows of K.
@@ -612,8 +610,7 @@ class Decoder {
                 for (int64_t i = 0; i < together; i++)
                     std::copy_n(logits + i * CHUNK, some, tile_weights(s, g + i, index) + first % TILE + begin);
             }
-            for (int64_t i = 0; i < together; i++)
-                finish_tile<false>(tile_weights(s, g + i, index), keep, s, g + i, index);
+            finish_tile<false>(together, keep, s, g, index);
         });
     }
 
@@ -626,12 +623,25 @@ class Decoder {
 
     float* tile_weights(const Scratch& s, int64_t g, int64_t tile) const { return s.weights + (tile * group + g) * TILE; }
 
-    // In place: a tile's logits become weights, with a reference and a sum for each unit.
-    template <bool NAN_FREE>
-    void finish_tile(float* x, const int32_t* keep, Scratch& s, int64_t g, int64_t tile) const {
-        if (capped || keep) finish_logits(x, keep);
-        int64_t unit = g * units + tile * UNITS;
-        exponentiate<UNIT, UNITS, NAN_FREE>(x, s.reference + unit, s.sum + unit);
+    // In place: a tile's logits for G queries from g on become weights, with a reference and a sum for each unit.
+    // As many queries at a time as fill a vector with their units.
+    template <bool NAN_FREE, int G>
+    void finish_tile(std::integral_constant<int, G>, const int32_t* keep, Scratch& s, int64_t g, int64_t tile) const {
+        constexpr int FIT = std::max<int>(W / UNITS, 1), SOME = std::min(FIT, G == 3 ? 2 : G);
+        for (int64_t i = 0; i < G && (capped || keep); i++) finish_logits(tile_weights(s, g + i, tile), keep);
+        SPARQ_UNROLL for (int64_t i = 0; i + SOME <= G; i += SOME) finish_units<NAN_FREE, SOME>(s, g + i, tile);
+        if constexpr (G % SOME) finish_units<NAN_FREE, G % SOME>(s, g + G / SOME * SOME, tile);
+    }
+
+    template <bool NAN_FREE, int SOME>
+    void finish_units(Scratch& s, int64_t g, int64_t tile) const {
+        float reference[SOME * UNITS], sum[SOME * UNITS];
+        exponentiate<UNIT, SOME * UNITS, NAN_FREE>(tile_weights(s, g, tile), reference, sum);
+        for (int64_t i = 0; i < SOME; i++) {
+            int64_t unit = (g + i) * units + tile * UNITS;
+            memcpy(s.reference + unit, reference + i * UNITS, UNITS * sizeof(float));
+            memcpy(s.sum + unit, sum + i * UNITS, UNITS * sizeof(float));
+        }
     }
 
     void skip_tile(Scratch& s, int64_t tile) const {

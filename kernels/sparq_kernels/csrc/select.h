@@ -9,7 +9,7 @@
 namespace sparq {
 
 // How many of n keys are at least `threshold`.  The array is padded with INT32_MIN to a multiple of W.
-inline int64_t count_at_least(const int32_t* keys, int64_t n, int32_t threshold) {
+SPARQ_INLINE int64_t count_at_least(const int32_t* keys, int64_t n, int32_t threshold) {
     Ints found = {};
     for (int64_t i = 0; i < n; i += W) found -= load_ints(keys + i) >= threshold;
     int32_t lane[W];
@@ -58,7 +58,7 @@ inline int32_t threshold_of(const int32_t* keys, int64_t n, int64_t wanted, int6
 
 // Appends to `indices` the first + i, ascending, with keys[i] >= threshold, and these keys to `kept`, which may be
 // `keys`; both have room for W more.  Returns how many.
-inline int64_t keep_at_least(const int32_t* keys, int64_t n, int32_t threshold, int64_t first, int32_t* indices,
+SPARQ_INLINE int64_t keep_at_least(const int32_t* keys, int64_t n, int32_t threshold, int64_t first, int32_t* indices,
                              int32_t* kept) {
     int64_t count = 0, i = 0;
 #if defined(__AVX512F__)
