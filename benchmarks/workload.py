@@ -5,6 +5,7 @@ Nothing else but launch_cost.py and compiled_kernels.py knows which arguments th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,6 +66,9 @@ class Case:
         return {"name": self.name, "shape": str(self.shape), **asdict(self.shape), "dtype": dtype_name}
 
 
+budget = functools.cache(Budget)  # made once, as in a model, whose layers share one
+
+
 @dataclass
 class Inputs:
     """One layer's cache and query."""
@@ -89,7 +93,7 @@ class Inputs:
     def groups(self, shape: Shape, **knobs: Any) -> tuple[Cached, Visible, Budget]:
         """As the operator and its reference take them; knobs: of the budget, which a shape does not have."""
         cached = Cached(self.key, self.components, self.value, self.value_sum, self.ranges)
-        return cached, Visible(self.length), Budget(shape.r, shape.k, **knobs)
+        return cached, Visible(self.length), budget(shape.r, shape.k, **knobs)
 
     def row(self, index: int, dtype: torch.dtype) -> Inputs:
         """One row of the batch, widened but for its length."""

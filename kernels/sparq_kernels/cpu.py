@@ -92,11 +92,11 @@ def kernel() -> ctypes.CDLL | None:
     return library
 
 
-def serve(library: ctypes.CDLL) -> None:
-    """From now on the dispatcher calls that kernel without Python, where it has been called so before."""
+def serve(library: ctypes.CDLL | None) -> None:
+    """From now on the dispatcher calls that kernel without Python, where it has been called so before; None: never."""
     operator = operator_library()
     if operator is not None:
-        operator.sparq_serve(ctypes.cast(library.sparq_decode, ctypes.c_void_p))
+        operator.sparq_serve(None if library is None else ctypes.cast(library.sparq_decode, ctypes.c_void_p))
 
 
 @functools.cache

@@ -39,4 +39,4 @@ def test_bytes_of_every_cache(tmp_path: Path) -> None:
     assert even["int4, used"] < 1.14 * even["stock dynamic"]
     assert odd["stock dynamic"] == 2 * 3000 * position
     assert odd["full, prompt"] == (2 * 3072 + 4096) * position + summed
-    assert odd["int4, prompt"] == 2 * 3072 * position + coded(4096) + summed
+    assert odd["int4, prompt"] == 2 * 3072 * position + coded(3072) + summed
