@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .arguments import Arguments
+from .arguments import Arguments, tensors_of
 from .layout import BLOCK, GROUP
 from .reference import Results
 
@@ -114,6 +114,10 @@ def operator_library() -> ctypes.CDLL | None:
     libraries = [str(torch_libraries / f"lib{name}{suffix}") for name in ("torch_cpu", "c10")]
     try:
         library = ctypes.CDLL(str(build_library("operator of the CPU", OPERATOR, FILES, options, libraries)))
+        counts = (ctypes.c_int64 * 3)()
+        library.sparq_operator_counts(counts)
+        if tuple(counts) != (len(Arguments._fields), len(tensors_of(Arguments._fields)), POINTERS_READ):
+            raise CompilerError("the operator does not have the arguments that cpu.py expects")
     except (CompilerError, OSError) as error:
         warnings.warn(
             "sparq_kernels: every call of the CPU kernel goes through Python, which costs about 50 us a layer and "

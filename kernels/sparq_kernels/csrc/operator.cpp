@@ -24,8 +24,9 @@
 namespace sparq {
 namespace {
 
-constexpr size_t ARGUMENTS = 22, TENSORS = 11;  // of the schema; tensors first, the last of which only GPUs read
-constexpr size_t POINTERS = 10;
+// Of the schema; cpu.py compares.  Tensors come first, and of these the ones that the kernel has pointers to; the last
+// argument is whether positions are wanted.
+constexpr size_t ARGUMENTS = 22, TENSORS = 11, POINTERS = 10;
 constexpr size_t MAX_LAYOUTS = 4096;  // a growing cache brings a new one with every token
 
 using Layout = std::vector<uint64_t>;
@@ -145,6 +146,12 @@ void decode(const c10::OperatorHandle& op, c10::DispatchKeySet, std::vector<c10:
 
 TORCH_LIBRARY_IMPL(sparq_kernels, CPU, library) {
     library.impl("decode", torch::CppFunction::makeFromBoxedFunction<&sparq::decode>());
+}
+
+extern "C" void sparq_operator_counts(int64_t* counts) {
+    counts[0] = sparq::ARGUMENTS;
+    counts[1] = sparq::TENSORS;
+    counts[2] = sparq::POINTERS;
 }
 
 // Which kernel serves; null: Python's implementation alone.
