@@ -4,8 +4,8 @@
 
 The README's cases by the four-bit index. *cold*: before every call another cache's turn comes, and 400 MB are read, as
 the weights of a layer are in a model; *warm*: the same call again and again. Columns are microseconds: the whole call;
-of it Python, with the dispatcher: everything outside the kernel; of the kernel each phase of one KV head, by the average. Two threads work
-on different heads. The clock between phases costs a microsecond a head.
+of it Python and PyTorch's dispatcher, everything outside the kernel; of the kernel each phase of one KV head, by the
+average. Two threads work on different heads. The clock between phases costs a microsecond a head.
 """
 
 from __future__ import annotations
