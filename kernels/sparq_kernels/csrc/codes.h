@@ -168,7 +168,7 @@ struct RunsAhead {
 };
 
 // x[g][j] = the logit of position j of a group of positions, for G queries whose bytes are weights[g][quads][4].
-// Fetches the first 2 * count runs ahead.
+// The runs ahead are fetched meanwhile.
 template <int G>
 inline void coded_logits(const uint8_t* quads, int64_t count, const int8_t (*weights)[MAX_HEAD_DIM + W],
                          const ByteWeights* of, const RunsAhead& ahead, float* const* x) {
@@ -223,8 +223,8 @@ void find_finite_ranges(const float (*wide)[PART], Floats* low, Floats* high) {
 }
 
 // One group of positions of one KV head: GROUP rows of K, `stride` elements apart.
-// codes: [d, RUN].  ranges: [d, 2].  more: the rows behind are the next to be coded, and are
-// fetched meanwhile: a part of every row is no stream that the processor would follow by itself.
+// codes: [d, RUN].  ranges: [d, 2].  more: the rows behind are the next to be coded, and are fetched meanwhile: a part
+// of every row is no stream that the processor would follow by itself.
 template <class T>
 void encode_group(const T* key, int64_t stride, int64_t dim, uint8_t* codes, T* ranges, bool more = false) {
     constexpr int64_t PART = 32;  // components at a time, in the order of load_pair: column slot(i) has component i
