@@ -106,14 +106,16 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -
     if is_plain or not sys.platform.startswith("linux") or nbytes < HUGE_PAGE:
         return torch.empty(shape, dtype=dtype, device=device)
     pages = (nbytes + HUGE_PAGE // 2) // HUGE_PAGE
-    memory = torch.empty(max(nbytes, pages * HUGE_PAGE) + HUGE_PAGE, dtype=torch.uint8)  # what is not used has no pages
+    room = max(nbytes, pages * HUGE_PAGE) + HUGE_PAGE  # what is not used of it has no pages
+    memory = torch.empty(room, dtype=torch.uint8, device=device)
     if type(memory) is not Tensor:
-        return torch.empty(shape, dtype=dtype)  # there is no memory yet
+        return torch.empty(shape, dtype=dtype, device=device)  # there is no memory yet
     begin = -memory.data_ptr() % HUGE_PAGE
     address = ctypes.c_void_p(memory.data_ptr() + begin)
     _libc().madvise(address, ctypes.c_size_t(pages * HUGE_PAGE), MADV_HUGEPAGE)
-    contiguous = torch.empty(shape, dtype=dtype, device="meta").stride()
-    return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), begin // dtype.itemsize, shape, contiguous)
+    strides = torch.empty(shape, device="meta").stride()
+    made = torch.empty(0, dtype=dtype, device=device)
+    return made.set_(memory.untyped_storage(), begin // dtype.itemsize, shape, strides)
 
 
 @functools.cache

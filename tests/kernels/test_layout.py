@@ -76,6 +76,8 @@ def test_memory_that_is_no_memory_yet() -> None:
     with torch._subclasses.FakeTensorMode():
         assert layout.empty(1 << 20, 8, dtype=torch.float32).shape == (1 << 20, 8)
     assert layout.empty(1 << 20, 8, dtype=torch.float32, device="meta").is_meta
+    with torch.device("meta"):  # a default, which is not for those who say what they want
+        assert layout.empty(1 << 20, 8, dtype=torch.float32, device="cpu").device.type == "cpu"
     compiled = torch.compile(
         lambda n: layout.empty(n, 8, dtype=torch.float32).fill_(2), backend="eager", fullgraph=True
     )
