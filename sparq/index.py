@@ -31,6 +31,7 @@ class Components:
     """
 
     ranges: Tensor | None = None
+    run = BLOCK  # positions that lie together
 
     def __init__(self) -> None:
         self.blocks: Tensor | None = None  # [B, Hkv, capacity / BLOCK, d, BLOCK]
@@ -44,7 +45,7 @@ class Components:
     @property
     def capacity(self) -> int:
         """Positions that there is room for."""
-        return 0 if self.blocks is None else self.blocks.shape[2] * BLOCK
+        return 0 if self.blocks is None else self.blocks.shape[2] * self.run
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +86,8 @@ class Components:
 class Codes(Components):
     """The same in codes of four bits, of whole groups of positions; the kernel reads the rest from K."""
 
+    run = GROUP
+
     def __init__(self) -> None:
         self.blocks: Tensor | None = None  # uint8 [B, Hkv, capacity / GROUP, d, GROUP / 2]
         self.ranges: Tensor | None = None  # [B, Hkv, capacity / GROUP, d, 2]
@@ -93,10 +96,6 @@ class Codes(Components):
     def bytes_read(valid: Any, tail: Any, r: int, itemsize: int) -> Any:
         per_group = GROUP // 2 + 2 * itemsize  # of one component
         return (valid - tail) * (r * per_group) // GROUP + tail * (r * itemsize)
-
-    @property
-    def capacity(self) -> int:
-        return 0 if self.blocks is None else self.blocks.shape[2] * GROUP
 
     @property
     def nbytes(self) -> int:

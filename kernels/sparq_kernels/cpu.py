@@ -102,16 +102,15 @@ def serve(library: ctypes.CDLL | None) -> None:
 @functools.cache
 def operator_library() -> ctypes.CDLL | None:
     """What the dispatcher calls in Python's place, or None (with one warning) when it cannot be had."""
-    torch_libraries = Path(torch.__file__).parent / "lib"
-    suffix = ".dylib" if sys.platform == "darwin" else ".so"
-    headers = Path(torch.__file__).parent / "include"
+    home = Path(torch.__file__).parent
+    headers, suffix = home / "include", ".dylib" if sys.platform == "darwin" else ".so"
     options = (
         "-std=c++20",
         f"-I{headers}",
         f"-I{headers / 'torch/csrc/api/include'}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
     )
-    libraries = [str(torch_libraries / f"lib{name}{suffix}") for name in ("torch_cpu", "c10")]
+    libraries = [str(home / "lib" / f"lib{name}{suffix}") for name in ("torch_cpu", "c10")]
     try:
         library = ctypes.CDLL(str(build_library("operator of the CPU", OPERATOR, FILES, options, libraries)))
         counts = (ctypes.c_int64 * 3)()

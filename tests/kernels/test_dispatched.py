@@ -42,7 +42,8 @@ def test_the_second_call_of_a_layout_needs_no_python(
     expected = OP(*call)
     asked.reset_mock()
     same(OP(*call), expected)
-    same(OP(*call._replace(query=call.query.clone())), expected) if call.query.is_contiguous() else None
+    if call.query.is_contiguous():
+        same(OP(*call._replace(query=call.query.clone())), expected)
     assert not asked.called
 
 
@@ -100,9 +101,8 @@ def test_another_layout_is_checked_first(change: Callable[[Arguments], Arguments
 
 def test_rows_that_are_copied_come_through_python_every_time(asked: mock.Mock) -> None:
     call = call_of(make_case())
-    strided = call._replace(query=call.query.transpose(2, 3).contiguous().transpose(2, 3).expand(call.query.shape))
     spread = torch.empty(*call.query.shape, 2)[..., 0].copy_(call.query)
-    assert spread.stride(3) == 2 and strided.query.shape == call.query.shape
+    assert spread.stride(3) == 2
     for _ in range(3):
         same(OP(*call._replace(query=spread)), OP(*call))
     assert asked.call_count >= 3

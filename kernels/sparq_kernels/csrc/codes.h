@@ -167,11 +167,11 @@ struct RunsAhead {
     }
 };
 
-// x[g][j] = the logit of position j of a group of positions, for G queries whose bytes are weights[g][quads][4].
+// x[g, j] = the logit of position j of a group of positions, for G queries whose bytes are weights[g][quads][4].
 // The runs ahead are fetched meanwhile.
 template <int G>
 inline void coded_logits(const uint8_t* quads, int64_t count, const int8_t (*weights)[MAX_HEAD_DIM + W],
-                         const ByteWeights* of, const RunsAhead& ahead, float* const* x) {
+                         const ByteWeights* of, const RunsAhead& ahead, float* x) {
     constexpr int V = W == 8 ? 2 : 4;  // vectors of sums for each query: what the registers hold
     for (int64_t at = 0; at < RUN; at += V * W)
         for (int high = 0; high < 2; high++) {
@@ -190,7 +190,7 @@ inline void coded_logits(const uint8_t* quads, int64_t count, const int8_t (*wei
             }
             for (int g = 0; g < G; g++)
                 for (int v = 0; v < V; v++)
-                    store(x[g] + high * RUN + at + v * W,
+                    store(x + g * GROUP + high * RUN + at + v * W,
                           of[g].base + of[g].unit * __builtin_convertvector(sums[g][v], Floats));
         }
 }

@@ -552,7 +552,7 @@ class Decoder {
                 }
             }
         }
-        finish_tile<false>(std::integral_constant<int, G>(), keep, s, g, index);
+        finish_tile<G, false>(keep, s, g, index);
     }
 
     // The same of a tile that is coded.  What is to be fetched meanwhile, of a later one, may be null.
@@ -583,14 +583,12 @@ class Decoder {
         int64_t padded_r = padded_components(a), count = (a.r + 3) / 4;
         int8_t weights[G][MAX_HEAD_DIM + W];
         ByteWeights of[G];
-        float* x[G];
-        for (int64_t i = 0; i < G; i++) x[i] = tile_weights(s, g + i, index);
         byte_weights<G>(s.scored_queries + g * padded_r, low, step, padded_r, weights, of);
-        coded_logits<G>(quads, count, weights, of, ahead, x);
+        coded_logits<G>(quads, count, weights, of, ahead, tile_weights(s, g, index));
         bool finite = true;  // codes and ranges are: only the query can bring a NaN
         for (int64_t i = 0; i < G; i++) finite &= std::isfinite(of[i].base) && std::isfinite(of[i].unit);
-        if (finite) finish_tile<true>(std::integral_constant<int, G>(), keep, s, g, index);
-        else finish_tile<false>(std::integral_constant<int, G>(), keep, s, g, index);
+        if (finite) finish_tile<G, true>(keep, s, g, index);
+        else finish_tile<G, false>(keep, s, g, index);
     }
 
     // The same of a tile of which not all positions are there yet, from rows of K.
@@ -610,7 +608,7 @@ class Decoder {
                 for (int64_t i = 0; i < together; i++)
                     std::copy_n(logits + i * CHUNK, some, tile_weights(s, g + i, index) + first % TILE + begin);
             }
-            finish_tile<false>(together, keep, s, g, index);
+            finish_tile<together, false>(keep, s, g, index);
         });
     }
 
@@ -624,16 +622,16 @@ class Decoder {
     float* tile_weights(const Scratch& s, int64_t g, int64_t tile) const { return s.weights + (tile * group + g) * TILE; }
 
     // In place: a tile's logits for G queries from g on become weights, with a reference and a sum for each unit.
-    // As many queries at a time as fill a vector with their units.
-    template <bool NAN_FREE, int G>
-    void finish_tile(std::integral_constant<int, G>, const int32_t* keep, Scratch& s, int64_t g, int64_t tile) const {
+    // As many queries at a time, a power of two, as fill a vector with their units.
+    template <int G, bool NAN_FREE>
+    void finish_tile(const int32_t* keep, Scratch& s, int64_t g, int64_t tile) const {
         constexpr int FIT = std::max<int>(W / UNITS, 1), SOME = std::min(FIT, G == 3 ? 2 : G);
         for (int64_t i = 0; i < G && (capped || keep); i++) finish_logits(tile_weights(s, g + i, tile), keep);
-        SPARQ_UNROLL for (int64_t i = 0; i + SOME <= G; i += SOME) finish_units<NAN_FREE, SOME>(s, g + i, tile);
-        if constexpr (G % SOME) finish_units<NAN_FREE, G % SOME>(s, g + G / SOME * SOME, tile);
+        for (int64_t i = 0; i + SOME <= G; i += SOME) finish_units<SOME, NAN_FREE>(s, g + i, tile);
+        if constexpr (G % SOME) finish_units<G % SOME, NAN_FREE>(s, g + G / SOME * SOME, tile);
     }
 
-    template <bool NAN_FREE, int SOME>
+    template <int SOME, bool NAN_FREE>
     void finish_units(Scratch& s, int64_t g, int64_t tile) const {
         float reference[SOME * UNITS], sum[SOME * UNITS];
         exponentiate<UNIT, SOME * UNITS, NAN_FREE>(tile_weights(s, g, tile), reference, sum);

@@ -110,7 +110,7 @@ bool run(std::vector<c10::IValue>& stack, Arguments& a) {
     at::Tensor read = empty({a.batch, a.num_kv_heads, a.query_length}, at::kInt);
     a.output = output.mutable_data_ptr();
     a.alpha = alpha.mutable_data_ptr<float>();
-    a.positions = positions_wanted ? positions.mutable_data_ptr<int64_t>() : nullptr;
+    a.positions = positions.mutable_data_ptr<int64_t>();  // null when empty
     a.lse = lse.mutable_data_ptr<float>();
     a.read = read.mutable_data_ptr<int32_t>();
     a.threads = at::get_num_threads();

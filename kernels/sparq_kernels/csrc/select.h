@@ -59,7 +59,7 @@ inline int32_t threshold_of(const int32_t* keys, int64_t n, int64_t wanted, int6
 // Appends to `indices` the first + i, ascending, with keys[i] >= threshold, and these keys to `kept`, which may be
 // `keys`; both have room for W more.  Returns how many.
 SPARQ_INLINE int64_t keep_at_least(const int32_t* keys, int64_t n, int32_t threshold, int64_t first, int32_t* indices,
-                             int32_t* kept) {
+                                   int32_t* kept) {
     int64_t count = 0, i = 0;
 #if defined(__AVX512F__)
     __m512i index = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
